@@ -1,0 +1,308 @@
+"""What the server knows of a model: inputs, outputs, methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from explainserve.v1 import model_pb2, tensor_pb2
+from explainserve_client.errors import RequestValueError
+from explainserve_client.names import short_name
+from explainserve_client.table import Table
+
+
+def model_ref(name: str, version: int | None) -> model_pb2.ModelRef:
+    """Names a model of the server's folder; no version means the highest that is ready."""
+    return model_pb2.ModelRef(named=model_pb2.NamedModel(name=name, version=version))
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis: its name, and its extent or None where any is accepted."""
+
+    name: str
+    size: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ValueRange:
+    """Closed interval of an input's values before mean and std are applied; 0..255 of a pixel is mapped onto it."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """model = (pixel x scale - mean) / std, per channel or one for all, in the unit of the input's value range."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """One input of a model.
+
+    Attributes:
+        dtype: name of the element type, such as "float32".
+        axes: in order, the batch axis first where there is one.
+        layout: letters of the axes, such as "NCHW", or "" where not stated.
+        batch_axis, channel_axis: positions in `axes`, None where there is none.
+        channel_order: such as "RGB" or "BGR", or "" where not stated.
+        value_range, preprocessing: None where not stated; then pixel-space baselines are refused.
+        differentiable: whether the input can move along a path and receive attributions.
+    """
+
+    name: str
+    dtype: str
+    axes: tuple[Axis, ...]
+    layout: str = ""
+    batch_axis: int | None = None
+    channel_axis: int | None = None
+    channel_order: str = ""
+    value_range: ValueRange | None = None
+    preprocessing: Preprocessing | None = None
+    differentiable: bool = False
+
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        """Extents of all axes, None where any is accepted."""
+        return tuple(axis.size for axis in self.axes)
+
+    @property
+    def instance_rank(self) -> int:
+        """Number of axes of one instance, the batch axis left out."""
+        return len(self.axes) - (self.batch_axis is not None)
+
+    @property
+    def instance_layout(self) -> str:
+        """Letters of one instance's axes, such as "CHW", or ""."""
+        return self.layout[1:] if self.batch_axis is not None else self.layout
+
+    @property
+    def instance_channel_axis(self) -> int | None:
+        """Position of the channel axis in one instance, or None."""
+        if self.channel_axis is None:
+            return None
+        return self.channel_axis - (self.batch_axis is not None)
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.InputSpec) -> InputSpec:
+        """Reads the message."""
+        return cls(
+            name=message.name,
+            dtype=short_name(tensor_pb2.DataType, message.data_type).lower(),
+            axes=_axes(message),
+            layout=message.layout,
+            batch_axis=message.batch_axis if message.HasField("batch_axis") else None,
+            channel_axis=message.channel_axis if message.HasField("channel_axis") else None,
+            channel_order=message.channel_order,
+            value_range=_value_range(message),
+            preprocessing=_preprocessing(message),
+            differentiable=message.differentiable,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """One output of a model.
+
+    Attributes:
+        kind: "LOGITS", "PROBABILITIES" or "VALUES".
+        activation: "SOFTMAX", "SIGMOID" or "NONE": the function between logits and probabilities.
+        class_axis: position in `axes`, None where there is none.
+        labels: along the class axis, empty where not stated.
+    """
+
+    name: str
+    dtype: str
+    axes: tuple[Axis, ...]
+    kind: str
+    activation: str
+    class_axis: int | None
+    labels: tuple[str, ...]
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.OutputSpec) -> OutputSpec:
+        """Reads the message."""
+        return cls(
+            name=message.name,
+            dtype=short_name(tensor_pb2.DataType, message.data_type).lower(),
+            axes=_axes(message),
+            kind=short_name(model_pb2.OutputKind, message.kind),
+            activation=short_name(model_pb2.Activation, message.activation),
+            class_axis=message.class_axis if message.HasField("class_axis") else None,
+            labels=tuple(message.labels),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """One line about a model version.
+
+    Attributes:
+        version: 0 where a folder without any version is reported.
+        state: "LOADING", "READY" or "FAILED".
+        reason, error_reason: why it failed, in words and as UPPER_SNAKE; "" otherwise.
+        format: "ONNX", "TORCH_EXPORT" or "TORCHSCRIPT".
+    """
+
+    name: str
+    version: int
+    state: str
+    reason: str
+    error_reason: str
+    format: str
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.ModelSummary) -> ModelSummary:
+        """Reads the message."""
+        return cls(
+            name=message.name,
+            version=message.version,
+            state=short_name(model_pb2.ModelState, message.state),
+            reason=message.reason,
+            error_reason=message.error_reason,
+            format=short_name(model_pb2.ModelFormat, message.format),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSupport:
+    """Whether a model supports a method, and how a value of its maps reads.
+
+    Attributes:
+        method: such as "integrated_gradients".
+        supported, reason: whether, and the missing capability in words where not.
+        family: "gradient", "path", "activation" or "perturbation".
+        units: "output" or "output per unit of input".
+        complete: whether attributions sum to F(x) - F(x').
+        needs_baseline, deterministic, paper: as they say.
+    """
+
+    method: str
+    supported: bool
+    reason: str
+    family: str
+    units: str
+    complete: bool
+    needs_baseline: bool
+    deterministic: bool
+    paper: str
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.MethodSupport) -> MethodSupport:
+        """Reads the message."""
+        guide = message.reading_guide
+        return cls(
+            method=message.method,
+            supported=message.supported,
+            reason=message.reason,
+            family=guide.family,
+            units=guide.units,
+            complete=guide.complete,
+            needs_baseline=guide.needs_baseline,
+            deterministic=guide.deterministic,
+            paper=guide.paper,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorGap:
+    """An operator that has no gradient rule: which, in which node, why, and what the model's owner can do."""
+
+    operator: str
+    node: str
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """All that the server knows of one model version.
+
+    Attributes:
+        summary: name, version, state and format.
+        sha256: of the model file, lower-case hexadecimal.
+        inputs, outputs: by name, in the order of the model file.
+        batching: "ROWS", or "ROW_BY_ROW" where rows depend on each other.
+        warnings: what the check at load found.
+        methods: by name, such as "integrated_gradients".
+        gaps: operators without a gradient, all of them.
+        layers: names of intermediate tensors for layer methods.
+        noise_floor: relative L2 noise of the gradients; None where there is none.
+        default_target: class that is explained when a request names none; None means argmax.
+    """
+
+    summary: ModelSummary
+    sha256: str
+    inputs: Table[InputSpec]
+    outputs: Table[OutputSpec]
+    batching: str
+    warnings: tuple[str, ...]
+    methods: Table[MethodSupport]
+    gaps: tuple[OperatorGap, ...]
+    layers: tuple[str, ...]
+    backend: str
+    device: str
+    noise_floor: float | None
+    data_baselines: tuple[str, ...]
+    default_target: int | None
+    default_baseline: str
+    differentiable: bool
+
+    @property
+    def name(self) -> str:
+        """Name of the model's folder."""
+        return self.summary.name
+
+    @property
+    def version(self) -> int:
+        """Version."""
+        return self.summary.version
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in self.inputs.values())
+        return f"<ModelInfo {self.name} version {self.version} {self.summary.state}: {inputs} on {self.backend}>"
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.Model) -> ModelInfo:
+        """Reads the message."""
+        return cls(
+            summary=ModelSummary.from_proto(message.summary),
+            sha256=message.sha256,
+            inputs=Table("input", ((spec.name, InputSpec.from_proto(spec)) for spec in message.inputs)),
+            outputs=Table("output", ((spec.name, OutputSpec.from_proto(spec)) for spec in message.outputs)),
+            batching=short_name(model_pb2.Batching, message.batching),
+            warnings=tuple(message.warnings),
+            methods=Table("method", ((line.method, MethodSupport.from_proto(line)) for line in message.methods)),
+            gaps=tuple(OperatorGap(gap.operator, gap.node, gap.reason, gap.remedy) for gap in message.gaps),
+            layers=tuple(message.layers),
+            backend=message.backend,
+            device=message.device,
+            noise_floor=message.noise_floor if message.HasField("noise_floor") else None,
+            data_baselines=tuple(message.data_baselines),
+            default_target=message.default_target if message.HasField("default_target") else None,
+            default_baseline=message.default_baseline,
+            differentiable=message.differentiable,
+        )
+
+    def require_ready(self) -> None:
+        """Raises RequestValueError where this version cannot answer, with the server's reason."""
+        if self.summary.state != "READY":
+            reason = self.summary.reason or "no reason given"
+            raise RequestValueError(f"model {self.name!r} version {self.version} is {self.summary.state}: {reason}")
+
+
+def _axes(message: model_pb2.InputSpec | model_pb2.OutputSpec) -> tuple[Axis, ...]:
+    return tuple(Axis(axis.name, axis.size if axis.HasField("size") else None) for axis in message.axes)
+
+
+def _value_range(message: model_pb2.InputSpec) -> ValueRange | None:
+    stated = message.value_range
+    return ValueRange(stated.low, stated.high) if message.HasField("value_range") else None
+
+
+def _preprocessing(message: model_pb2.InputSpec) -> Preprocessing | None:
+    stated = message.preprocessing
+    return Preprocessing(tuple(stated.mean), tuple(stated.std)) if message.HasField("preprocessing") else None
