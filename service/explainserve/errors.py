@@ -1,0 +1,75 @@
+"""Every error that the service raises on purpose.
+
+    ExplainServeError
+     ├── InvalidRequest       the request is malformed or does not fit the model       INVALID_ARGUMENT
+     ├── NotFound             no such model, version, label or named thing             NOT_FOUND
+     ├── Unsupported          the model lacks the capability that is asked for         FAILED_PRECONDITION
+     ├── Unimplemented        the server does not have this yet                        UNIMPLEMENTED
+     ├── LimitExceeded        above a cap, or the server is full                       RESOURCE_EXHAUSTED
+     ├── DeadlineExceeded     time ran out before an answer existed                    DEADLINE_EXCEEDED
+     ├── Cancelled            the caller went away                                     CANCELLED
+     ├── ShuttingDown         the server no longer admits requests                     UNAVAILABLE
+     ├── EvaluationFailed     the model raised while it was evaluated                  INTERNAL
+     └── ModelRefused         a model file cannot be served (reported in ListModels)   FAILED_PRECONDITION
+
+Each carries an UPPER_SNAKE `reason` and `metadata` that a program can read. `rpc/status.py` translates the classes
+to gRPC status codes, in one table; anything else that is raised is a bug and becomes INTERNAL.
+"""
+
+from __future__ import annotations
+
+
+class ExplainServeError(Exception):
+    """Base of the tree above.
+
+    Args:
+        reason: UPPER_SNAKE identifier, stable across releases.
+        message: one sentence for people.
+        metadata: names and values for programs; values are converted to str.
+    """
+
+    def __init__(self, reason: str, message: str, **metadata: object) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.metadata = {name: str(value) for name, value in metadata.items()}
+
+
+class InvalidRequest(ExplainServeError):
+    """The request is malformed or does not fit the model."""
+
+
+class NotFound(ExplainServeError):
+    """No model, version or named thing of that name."""
+
+
+class Unsupported(ExplainServeError):
+    """The model lacks the capability that is asked for."""
+
+
+class Unimplemented(ExplainServeError):
+    """The server does not have this yet."""
+
+
+class LimitExceeded(ExplainServeError):
+    """The request is above a cap, or the server is full."""
+
+
+class DeadlineExceeded(ExplainServeError):
+    """Time ran out before an answer existed."""
+
+
+class Cancelled(ExplainServeError):
+    """The caller went away; its work was dropped."""
+
+
+class ShuttingDown(ExplainServeError):
+    """The server no longer admits requests."""
+
+
+class EvaluationFailed(ExplainServeError):
+    """The model raised while it was evaluated."""
+
+
+class ModelRefused(ExplainServeError):
+    """A model file cannot be served; the others are."""

@@ -1,0 +1,133 @@
+"""What is evaluated: segments of paths, the rows on them, and the sums that come back.
+
+This is where methods, scheduling and backends meet; none of them knows another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from explainserve.signature import ScoreHead
+
+Tensors = Mapping[str, NDArray[np.generic]]
+"""Arrays of one instance by input name, without the batch axis."""
+
+
+@dataclass(frozen=True, eq=False)
+class Selector:
+    """What a target is over the score tensor of one row: a constant sparse linear form.
+
+    Attributes:
+        indices: flat row-major positions in the score tensor without the batch axis, int64, shape (k,).
+        weights: float32, shape (k,).
+    """
+
+    indices: NDArray[np.int64]
+    weights: NDArray[np.float32]
+
+    def value(self, scores: NDArray[np.generic]) -> float:
+        """The score of one row, in float64.
+
+        Args:
+            scores: score tensor of the row, any shape.
+        """
+        picked = scores.reshape(-1)[self.indices].astype(np.float64)
+        return float(picked @ self.weights.astype(np.float64))
+
+
+@dataclass(frozen=True)
+class Differentiation:
+    """Which function of a model rows evaluate, and with respect to what.
+
+    Attributes:
+        output: name of the output.
+        head: appended to it.
+        wrt: names of the inputs that are differentiated; () for forward-only rows.
+    """
+
+    output: str
+    head: ScoreHead
+    wrt: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A straight piece of a path with the rows on it: points (1 - alpha) x start + alpha x end.
+
+    Attributes:
+        start, end: the moving inputs at alpha = 0 and 1.
+        fixed: inputs that keep their value.
+        function: what is evaluated; forward-only where its `wrt` is empty.
+        alphas: float64, shape (rows,), each in [0, 1].
+        weights: of the gradients in the sum, float64, shape (rows,); rows of weight 0 are left out of it.
+        selector: which score is differentiated; None for forward-only segments, which return the whole score tensor.
+    """
+
+    start: Tensors
+    end: Tensors
+    fixed: Tensors
+    function: Differentiation
+    alphas: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    selector: Selector | None = None
+
+    @property
+    def row_count(self) -> int:
+        """Number of rows."""
+        return len(self.alphas)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Segments to evaluate; their rows are independent of each other and may share micro-batches with any others."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def row_count(self) -> int:
+        """Number of rows of all segments."""
+        return sum(segment.row_count for segment in self.segments)
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentEvaluation:
+    """What came back for one segment, or for consecutive rows of it.
+
+    Attributes:
+        scores: of each row at the segment's selector, float64, shape (rows,); empty for forward-only segments.
+        gradient_sums: per differentiated input the sum over rows of weight x gradient, in the input's shape.
+        outputs: score tensors of forward-only rows, shape (rows, *score shape); None otherwise.
+    """
+
+    scores: NDArray[np.float64]
+    gradient_sums: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
+    outputs: NDArray[np.generic] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Evaluations of a plan's segments, in order."""
+
+    segments: tuple[SegmentEvaluation, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """One micro-batch: slices of segments that share function and shapes.
+
+    Attributes:
+        function: what is evaluated.
+        segments: each with only the rows of this micro-batch, at least one.
+    """
+
+    function: Differentiation
+    segments: tuple[Segment, ...]
+
+    @property
+    def row_count(self) -> int:
+        """Number of rows."""
+        return sum(segment.row_count for segment in self.segments)

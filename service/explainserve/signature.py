@@ -1,0 +1,253 @@
+"""Names, element types, shapes and value domain of a model's inputs and outputs."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from explainserve.errors import InvalidRequest, NotFound, Unsupported
+
+
+class OutputKind(enum.Enum):
+    """What the numbers of an output are."""
+
+    LOGITS = "logits"
+    PROBABILITIES = "probabilities"
+    VALUES = "values"
+
+
+class Activation(enum.Enum):
+    """The function between logits and probabilities."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+    NONE = "none"
+
+
+class Score(enum.Enum):
+    """The unit in which an output is explained."""
+
+    OUTPUT = "output"
+    LOGIT = "logit"
+    PROBABILITY = "probability"
+    LOG_PROBABILITY = "log_probability"
+
+
+class ScoreHead(enum.Enum):
+    """The function appended to an output so that its values are scores; differentiated with the model."""
+
+    IDENTITY = "identity"
+    SOFTMAX = "softmax"
+    LOG_SOFTMAX = "log_softmax"
+    SIGMOID = "sigmoid"
+    LOG_SIGMOID = "log_sigmoid"
+    LOG = "log"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: its name, and its extent or None where any extent is accepted."""
+
+    name: str
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input.
+
+    Attributes:
+        axes: in order, the batch axis first where `batched`.
+        layout: letters of the axes, such as "NCHW", or "" where not stated.
+        value_range: range of the values before mean and std are applied, or None where not stated.
+        mean, std: per channel (or one for all), in the unit of `value_range`; None where no preprocessing is stated.
+    """
+
+    name: str
+    dtype: np.dtype[np.generic]
+    axes: tuple[Axis, ...]
+    batched: bool = True
+    layout: str = ""
+    channel_order: str = ""
+    value_range: tuple[float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the input can move along a path."""
+        return bool(np.issubdtype(self.dtype, np.floating))
+
+    @property
+    def instance_layout(self) -> str:
+        """Letters of one instance's axes, without the batch axis."""
+        return self.layout[1:] if self.batched else self.layout
+
+    @property
+    def channel_axis(self) -> int | None:
+        """Position of the channel axis in one instance, or None."""
+        return _position("C", self.instance_layout)
+
+    @property
+    def spatial_axes(self) -> tuple[int, int] | None:
+        """Positions of the H and W axes in one instance, or None."""
+        height, width = _position("H", self.instance_layout), _position("W", self.instance_layout)
+        return None if height is None or width is None else (height, width)
+
+    @property
+    def instance_axes(self) -> tuple[Axis, ...]:
+        """Axes of one instance, without the batch axis."""
+        return self.axes[1:] if self.batched else self.axes
+
+    @property
+    def has_preprocessing(self) -> bool:
+        """Whether pixels can be turned into this input."""
+        return self.value_range is not None and self.mean is not None and self.std is not None
+
+    def model_value(self, value: float | NDArray[np.float64]) -> NDArray[np.float64]:
+        """Preprocesses values of `value_range`: (value - mean) / std, shape (1,) or (channels,), float64."""
+        if self.mean is None or self.std is None:
+            raise Unsupported(
+                "NO_PREPROCESSING",
+                f"input {self.name!r} states no preprocessing, so a PIXEL-space baseline has no meaning for it",
+                input=self.name,
+            )
+        centered = np.asarray(value, np.float64) - np.asarray(self.mean, np.float64)
+        return np.atleast_1d(centered / np.asarray(self.std, np.float64))
+
+    def pixel_value(self, pixel: float | NDArray[np.float64]) -> NDArray[np.float64]:
+        """Preprocesses pixels of 0..255: (pixel x scale - mean) / std, where scale maps 0..255 onto `value_range`."""
+        if self.value_range is None:
+            raise Unsupported(
+                "NO_PREPROCESSING",
+                f"input {self.name!r} states no value range, so a PIXEL-space baseline has no meaning for it",
+                input=self.name,
+            )
+        low, high = self.value_range
+        return self.model_value(low + np.asarray(pixel, np.float64) * (high - low) / 255.0)
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """One output; the first axis is the batch axis.
+
+    Attributes:
+        class_axis: position of the class axis, batch axis counted, or None.
+        labels: along the class axis, or () where not stated.
+    """
+
+    name: str
+    dtype: np.dtype[np.generic]
+    axes: tuple[Axis, ...]
+    kind: OutputKind = OutputKind.VALUES
+    activation: Activation = Activation.NONE
+    class_axis: int | None = 1
+    labels: tuple[str, ...] = ()
+
+    def score_head(self, score: Score) -> ScoreHead:
+        """The head that turns this output into `score`.
+
+        Raises:
+            InvalidRequest: the output has no such score (SCORE_NOT_AVAILABLE).
+        """
+        head = _HEADS.get((self.kind, self.activation, score)) if score is not Score.OUTPUT else ScoreHead.IDENTITY
+        if head is None:
+            raise InvalidRequest(
+                "SCORE_NOT_AVAILABLE",
+                f"output {self.name!r} of kind {self.kind.value} with activation {self.activation.value} has no "
+                f"{score.name} score",
+                output=self.name,
+                kind=self.kind.value,
+                activation=self.activation.value,
+                score=score.name,
+            )
+        return head
+
+    def label(self, index: int) -> str:
+        """Label of a class, or "" where none is stated."""
+        return self.labels[index] if 0 <= index < len(self.labels) else ""
+
+    def class_index(self, label: str) -> int:
+        """Position of a label.
+
+        Raises:
+            NotFound: no such label (UNKNOWN_LABEL).
+        """
+        if label in self.labels:
+            return self.labels.index(label)
+        raise NotFound(
+            "UNKNOWN_LABEL",
+            f"output {self.name!r} has no label {label!r}"
+            + ("" if self.labels else "; the model states no labels, so name classes by position"),
+            output=self.name,
+            label=label,
+            label_count=len(self.labels),
+        )
+
+
+_L, _P = OutputKind.LOGITS, OutputKind.PROBABILITIES
+_HEADS: dict[tuple[OutputKind, Activation, Score], ScoreHead] = {
+    (_L, Activation.SOFTMAX, Score.LOGIT): ScoreHead.IDENTITY,
+    (_L, Activation.SIGMOID, Score.LOGIT): ScoreHead.IDENTITY,
+    (_L, Activation.NONE, Score.LOGIT): ScoreHead.IDENTITY,
+    (_L, Activation.SOFTMAX, Score.PROBABILITY): ScoreHead.SOFTMAX,
+    (_L, Activation.SIGMOID, Score.PROBABILITY): ScoreHead.SIGMOID,
+    (_L, Activation.SOFTMAX, Score.LOG_PROBABILITY): ScoreHead.LOG_SOFTMAX,
+    (_L, Activation.SIGMOID, Score.LOG_PROBABILITY): ScoreHead.LOG_SIGMOID,
+    **{(_P, activation, Score.PROBABILITY): ScoreHead.IDENTITY for activation in Activation},
+    **{(_P, activation, Score.LOG_PROBABILITY): ScoreHead.LOG for activation in Activation},
+}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inputs and outputs in the order of the model file."""
+
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+
+    def input(self, name: str) -> InputSpec:
+        """The input of that name.
+
+        Raises:
+            InvalidRequest: no such input (UNKNOWN_INPUT).
+        """
+        for spec in self.inputs:
+            if spec.name == name:
+                return spec
+        names = ", ".join(spec.name for spec in self.inputs)
+        raise InvalidRequest("UNKNOWN_INPUT", f"no input {name!r}; the model has {names}", input=name, inputs=names)
+
+    def output(self, name: str) -> OutputSpec:
+        """The output of that name; "" is the only output.
+
+        Raises:
+            InvalidRequest: no such output (UNKNOWN_OUTPUT), or several and none named (OUTPUT_REQUIRED).
+        """
+        names = ", ".join(spec.name for spec in self.outputs)
+        if not name and len(self.outputs) > 1:
+            raise InvalidRequest(
+                "OUTPUT_REQUIRED", f"the model has several outputs, name one of {names}", outputs=names
+            )
+        for spec in self.outputs:
+            if spec.name == name or not name:
+                return spec
+        raise InvalidRequest("UNKNOWN_OUTPUT", f"no output {name!r}; the model has {names}", output=name, outputs=names)
+
+    @property
+    def differentiable_inputs(self) -> tuple[str, ...]:
+        """Names of the floating-point inputs."""
+        return tuple(spec.name for spec in self.inputs if spec.differentiable)
+
+
+def element_count(shape: tuple[int, ...]) -> int:
+    """Number of elements of a shape."""
+    return math.prod(shape)
+
+
+def _position(letter: str, layout: str) -> int | None:
+    return layout.index(letter) if letter in layout else None
