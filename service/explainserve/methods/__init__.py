@@ -1,0 +1,17 @@
+"""WHAT to evaluate: attribution methods as pure functions around a value. numpy only, no model, no thread.
+
+A method is a frozen dataclass of its options (`contract.py`): `plan` says what to evaluate, `attribution` turns what
+came back into the answer or asks for more. To add one: a file here, its line in METHODS, its message in `oneof method`.
+"""
+
+from __future__ import annotations
+
+from explainserve.methods.contract import Cost, Method, ReadingGuide
+from explainserve.methods.integrated_gradients import IntegratedGradients
+
+METHODS: dict[str, type[Method]] = {
+    "integrated_gradients": IntegratedGradients,
+}
+"""Methods by the name of their field in MethodSpec."""
+
+__all__ = ["METHODS", "Cost", "IntegratedGradients", "Method", "ReadingGuide"]

@@ -1,0 +1,63 @@
+"""What every attribution method provides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from explainserve.explanation import Attribution, Question
+from explainserve.plan import Evaluation, Plan
+
+
+@dataclass(frozen=True)
+class ReadingGuide:
+    """How to read a value of a map.
+
+    Attributes:
+        family: "gradient", "path", "activation" or "perturbation".
+        units: "output" or "output per unit of input".
+        complete: whether attributions sum to F(x) - F(x').
+    """
+
+    family: str
+    units: str
+    complete: bool
+    needs_baseline: bool
+    deterministic: bool
+    paper: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Rows that a method needs for one question, end points not counted.
+
+    Attributes:
+        min_gradient_rows, max_gradient_rows: rows with one forward and one backward evaluation each.
+    """
+
+    min_gradient_rows: int
+    max_gradient_rows: int
+
+
+class Method(Protocol):
+    """A frozen dataclass of options with pure functions around a question."""
+
+    reading_guide: ClassVar[ReadingGuide]
+
+    def plan(self, question: Question) -> Plan:
+        """The first round of rows."""
+        ...
+
+    def attribution(self, question: Question, plan: Plan, evaluation: Evaluation, *, final: bool) -> Attribution | Plan:
+        """The answer, or the next round of rows.
+
+        Args:
+            plan: the plan that was evaluated; a method may return a subclass of Plan that remembers earlier rounds.
+            evaluation: what came back for it.
+            final: no further round fits into the time budget: answer with what there is.
+        """
+        ...
+
+    def cost(self) -> Cost:
+        """Rows that one question needs."""
+        ...

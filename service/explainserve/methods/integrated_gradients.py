@@ -1,0 +1,205 @@
+"""Integrated Gradients (Sundararajan, Taly, Yan: Axiomatic Attribution for Deep Networks, ICML 2017, equation 1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from explainserve.errors import InvalidRequest
+from explainserve.explanation import Attribution, Question, StopReason
+from explainserve.methods.adaptive import (
+    MIN_STEP_COUNT,
+    AdaptivePlan,
+    Displacement,
+    Path,
+    Tolerances,
+    next_round,
+    pilot,
+)
+from explainserve.methods.contract import Cost, ReadingGuide
+from explainserve.methods.quadrature import RULES
+from explainserve.plan import Evaluation, Plan, Segment
+
+ADAPTIVE = "adaptive"
+
+
+@dataclass(frozen=True)
+class IntegratedGradients:
+    """(x - x') times the integral of the gradient along the straight line from x' to x.
+
+    After construction every option has its effective value: `step_count` without `quadrature` means midpoint, neither
+    means adaptive.
+
+    Attributes:
+        step_count: gradient evaluations of a fixed rule, at least 1 (trapezoid: 2); None for adaptive.
+        quadrature: a name in RULES, or "adaptive".
+        tolerance: adaptive stops when the estimated relative L2 error of the map is at most this, in (0, 1], ...
+        completeness_tolerance: ... and |delta| is at most this times max(|F(x) - F(x')|, .02 x sum|a|), in (0, 1].
+        max_step_count: gradient evaluations of the adaptive rule, at least 16.
+
+    Raises:
+        InvalidRequest: UNKNOWN_QUADRATURE, QUADRATURE_CONFLICT, STEP_COUNT_OUT_OF_RANGE, TOLERANCE_OUT_OF_RANGE.
+    """
+
+    reading_guide: ClassVar[ReadingGuide] = ReadingGuide(
+        family="path",
+        units="output",
+        complete=True,
+        needs_baseline=True,
+        deterministic=True,
+        paper="Sundararajan, Taly, Yan: Axiomatic Attribution for Deep Networks, ICML 2017, arXiv:1703.01365",
+    )
+
+    step_count: int | None = None
+    quadrature: str | None = None
+    tolerance: float = 0.05
+    completeness_tolerance: float = 0.05
+    max_step_count: int = 128
+
+    def __post_init__(self) -> None:
+        if self.quadrature is None:
+            object.__setattr__(self, "quadrature", ADAPTIVE if self.step_count is None else "midpoint")
+        self._check_quadrature()
+        if self.step_count is not None:
+            _check_count("step_count", self.step_count, RULES[self._rule_name].min_step_count)
+        _check_count("max_step_count", self.max_step_count, MIN_STEP_COUNT)
+        _check_tolerance("tolerance", self.tolerance)
+        _check_tolerance("completeness_tolerance", self.completeness_tolerance)
+
+    def plan(self, question: Question) -> Plan:
+        """All rows of a fixed rule in one segment, or the adaptive rule's pilot."""
+        if self.step_count is None:
+            return pilot(question)
+        alphas, weights = RULES[self._rule_name].nodes_and_weights(self.step_count)
+        segment = Segment(
+            start=question.baseline.moving,
+            end=question.instance.moving,
+            fixed=question.instance.fixed,
+            function=question.gradient,
+            alphas=alphas,
+            weights=weights,
+            selector=question.target.selector,
+        )
+        return Plan((segment,))
+
+    def attribution(self, question: Question, plan: Plan, evaluation: Evaluation, *, final: bool) -> Attribution | Plan:
+        """The map; or, for the adaptive rule while it has not stopped, the next round.
+
+        A map with NaN or infinite elements is returned as it is and says NON_FINITE.
+        """
+        if not isinstance(plan, AdaptivePlan):
+            return _fixed_attribution(question, plan.segments[0], evaluation)
+        path = plan.evaluated(question, evaluation)
+        if not path.finite:
+            return _adaptive_attribution(path, StopReason.NON_FINITE)
+        upcoming = next_round(path, self._tolerances, self.max_step_count)
+        reason = self._stop_reason(path, upcoming, final=final)
+        return upcoming if reason is None else _adaptive_attribution(path, reason)
+
+    def cost(self) -> Cost:
+        """Rows of one path."""
+        if self.step_count is None:
+            return Cost(MIN_STEP_COUNT, self.max_step_count)
+        return Cost(self.step_count, self.step_count)
+
+    @property
+    def _rule_name(self) -> str:
+        return self.quadrature or ADAPTIVE
+
+    @property
+    def _tolerances(self) -> Tolerances:
+        return Tolerances(self.tolerance, self.completeness_tolerance)
+
+    def _stop_reason(self, path: Path, upcoming: Plan, *, final: bool) -> StopReason | None:
+        if path.converged(self._tolerances):
+            return StopReason.CONVERGED
+        if path.stalled(self._tolerances):
+            return StopReason.NON_CONVERGENT
+        if not upcoming.segments:
+            return StopReason.MAX_STEPS
+        return StopReason.TIME_BUDGET if final else None
+
+    def _check_quadrature(self) -> None:
+        known = (*RULES, ADAPTIVE)
+        if self.quadrature not in known:
+            raise InvalidRequest(
+                "UNKNOWN_QUADRATURE",
+                f"no quadrature {self.quadrature!r}; there are {', '.join(known)}",
+                quadrature=self.quadrature,
+                quadratures=", ".join(known),
+            )
+        if (self.quadrature == ADAPTIVE) != (self.step_count is None):
+            needs = "takes max_step_count, not step_count" if self.quadrature == ADAPTIVE else "needs a step_count"
+            raise InvalidRequest(
+                "QUADRATURE_CONFLICT",
+                f"quadrature {self.quadrature!r} {needs}",
+                quadrature=self.quadrature,
+                step_count=self.step_count,
+            )
+
+
+def _fixed_attribution(question: Question, segment: Segment, evaluation: Evaluation) -> Attribution:
+    (evaluated,) = evaluation.segments
+    displacement = Displacement.of(question)
+    tensors = displacement.tensors(displacement.gradient(evaluated), question.instance.moving)
+    finite = np.isfinite(evaluated.scores).all() and all(np.isfinite(tensor).all() for tensor in tensors.values())
+    alphas, scores = _with_end_points(question, segment.alphas, evaluated.scores)
+    return Attribution(
+        tensors=tensors,
+        step_count=segment.row_count,
+        stop_reason=StopReason.FIXED_STEPS if finite else StopReason.NON_FINITE,
+        map_error=None,
+        alphas=alphas,
+        scores=scores,
+    )
+
+
+def _with_end_points(
+    question: Question, alphas: NDArray[np.float64], scores: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The score path with both ends, which closed rules have among their rows."""
+    inside = (alphas > 0) & (alphas < 1)
+    ends = question.baseline_output_value, question.instance_output_value
+    return (
+        np.concatenate([[0.0], alphas[inside], [1.0]]),
+        np.concatenate([ends[:1], np.asarray(scores, np.float64)[inside], ends[1:]]),
+    )
+
+
+def _adaptive_attribution(path: Path, reason: StopReason) -> Attribution:
+    alphas, scores = path.score_path()
+    return Attribution(
+        tensors=path.displacement.tensors(path.gradient, path.question.instance.moving),
+        step_count=path.step_count,
+        stop_reason=reason,
+        map_error=path.map_error if path.finite and math.isfinite(path.map_error) else None,
+        alphas=alphas,
+        scores=scores,
+    )
+
+
+def _check_count(option: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise InvalidRequest(
+            "STEP_COUNT_OUT_OF_RANGE",
+            f"{option} is {value}; expected at least {minimum}",
+            option=option,
+            value=value,
+            min=minimum,
+        )
+
+
+def _check_tolerance(option: str, value: float) -> None:
+    if not 0 < value <= 1:  # refuses NaN too
+        raise InvalidRequest(
+            "TOLERANCE_OUT_OF_RANGE",
+            f"{option} is {value}; expected more than 0 and at most 1",
+            option=option,
+            value=value,
+            min=0,
+            max=1,
+        )
