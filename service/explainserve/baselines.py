@@ -1,0 +1,372 @@
+"""Baselines: from what a request names to values of the moving inputs in MODEL space.
+
+To add a kind: its dataclass with `values`, its message in `oneof kind`, its pair in `rpc/requests.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from explainserve.errors import InvalidRequest, NotFound, Unsupported
+from explainserve.explanation import Baseline, Instance
+from explainserve.signature import InputSpec, Signature
+
+DataBaselines = Mapping[str, Mapping[str, NDArray[np.generic]]]
+"""Configured data baselines of a model: name -> input -> values of one instance."""
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a baseline is wanted: one input of one instance.
+
+    Attributes:
+        position: of the input among the model's inputs; part of the seed of noise.
+        instance_index, instance_count: position in the batch.
+    """
+
+    spec: InputSpec
+    value: Array
+    position: int
+    instance_index: int
+    instance_count: int
+    data_baselines: DataBaselines
+
+    def fill(self, per_channel: Array) -> Array:
+        """An array of the input's shape from one value, or one per channel."""
+        if per_channel.size == 1:
+            return np.full(self.value.shape, per_channel.reshape(()), np.float64)
+        axis = self.spec.channel_axis
+        channels = None if axis is None else self.value.shape[axis]
+        if axis is None or per_channel.size != channels:
+            raise InvalidRequest(
+                "BASELINE_CHANNEL_MISMATCH",
+                f"baseline of input {self.spec.name!r} has {per_channel.size} values; one, or one per channel "
+                f"({channels if channels is not None else 'the input states no channel axis'}), are accepted",
+                input=self.spec.name,
+                expected=channels,
+                actual=per_channel.size,
+            )
+        shape = [1] * self.value.ndim
+        shape[axis] = per_channel.size
+        return np.broadcast_to(per_channel.reshape(shape), self.value.shape).astype(np.float64)
+
+    def from_pixels(self, pixels: Array) -> Array:
+        """Preprocesses pixel values of the input's shape."""
+        axis = self.spec.channel_axis if self.spec.channel_axis is not None else -1
+        return np.moveaxis(self.spec.pixel_value(np.moveaxis(pixels, axis, -1)), -1, axis)
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Zero in every element; in PIXEL space black."""
+
+    pixel_space: bool = False
+    count = 1
+
+    def values(self, site: Site, draw: int) -> Array:
+        """The baseline in MODEL space, of the input's shape."""
+        return Constant((0.0,), self.pixel_space).values(site, draw)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One value, or one per channel."""
+
+    numbers: tuple[float, ...]
+    pixel_space: bool = False
+    count = 1
+
+    def values(self, site: Site, draw: int) -> Array:
+        """The baseline in MODEL space, of the input's shape."""
+        filled = site.fill(np.asarray(self.numbers, np.float64))
+        return site.from_pixels(filled) if self.pixel_space else filled
+
+
+@dataclass(frozen=True)
+class Tone:
+    """Black, gray or white: a level of the value range, 0 to 1, preprocessed as pixels are."""
+
+    level: float
+    count = 1
+
+    def values(self, site: Site, draw: int) -> Array:
+        """The baseline in MODEL space, of the input's shape."""
+        return site.fill(site.spec.pixel_value(255.0 * self.level))
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A tensor: of one instance's shape, or with a leading axis of one or of the number of instances."""
+
+    tensor: Array
+    pixel_space: bool = False
+    count = 1
+
+    def values(self, site: Site, draw: int) -> Array:
+        """The baseline in MODEL space, of the input's shape."""
+        tensor = self._of_instance(site)
+        return site.from_pixels(tensor) if self.pixel_space else tensor
+
+    def _of_instance(self, site: Site) -> Array:
+        shape = site.value.shape
+        if self.tensor.shape == shape:
+            return self.tensor
+        if self.tensor.shape == (1, *shape):
+            return self.tensor.reshape(shape)
+        if self.tensor.shape == (site.instance_count, *shape):
+            return self.tensor[site.instance_index : site.instance_index + 1].reshape(shape)
+        raise InvalidRequest(
+            "BASELINE_SHAPE_MISMATCH",
+            f"baseline of input {site.spec.name!r} has shape {list(self.tensor.shape)}, expected {list(shape)}, "
+            f"with an optional leading axis of 1 or {site.instance_count}",
+            input=site.spec.name,
+            expected=list(shape),
+            actual=list(self.tensor.shape),
+        )
+
+
+@dataclass(frozen=True)
+class Blur:
+    """The instance blurred by a Gaussian along its spatial axes, edge values repeated at the border."""
+
+    sigma: float
+    count = 1
+
+    def values(self, site: Site, draw: int) -> Array:
+        """The baseline in MODEL space, of the input's shape."""
+        axes = [axis for axis, letter in enumerate(site.spec.instance_layout) if letter != "C"]
+        if not axes:
+            raise Unsupported(
+                "NO_SPATIAL_AXES",
+                f"input {site.spec.name!r} states no layout with spatial axes, so it cannot be blurred",
+                input=site.spec.name,
+                layout=site.spec.layout,
+            )
+        blurred = site.value
+        for axis in axes:
+            blurred = _gaussian(blurred, self.sigma, axis)
+        return blurred
+
+
+@dataclass(frozen=True)
+class UniformNoise:
+    """Independent uniform noise; the default range is the value range."""
+
+    low: float | None
+    high: float | None
+    seed: int
+    count: int = 1
+    pixel_space: bool = False
+
+    def values(self, site: Site, draw: int) -> Array:
+        """The baseline in MODEL space, of the input's shape."""
+        uniform = _generator(self.seed, draw, site.position).random(site.value.shape, np.float32).astype(np.float64)
+        if self.pixel_space:
+            low, high = _ends(self.low, self.high, 0.0, 255.0)
+            return site.from_pixels(low + (high - low) * uniform)
+        low_end, high_end = self._range(site)
+        return site.fill(low_end) + site.fill(high_end - low_end) * uniform
+
+    def _range(self, site: Site) -> tuple[Array, Array]:
+        if self.low is not None and self.high is not None:
+            low, high = _ends(self.low, self.high, self.low, self.high)
+            return np.asarray([low]), np.asarray([high])
+        if site.spec.value_range is None:
+            raise InvalidRequest(
+                "BASELINE_RANGE_REQUIRED",
+                f"input {site.spec.name!r} states no value range, so uniform noise needs low and high",
+                input=site.spec.name,
+            )
+        low_end = site.spec.pixel_value(0.0) if self.low is None else np.asarray([self.low])
+        high_end = site.spec.pixel_value(255.0) if self.high is None else np.asarray([self.high])
+        if not (low_end < high_end).all():
+            raise _empty_range(low_end.tolist(), high_end.tolist())
+        return low_end, high_end
+
+
+@dataclass(frozen=True)
+class GaussianNoise:
+    """Independent Gaussian noise around a mean; the default mean is the instance itself."""
+
+    mean: float | None
+    std: float
+    seed: int
+    count: int = 1
+    pixel_space: bool = False
+
+    def values(self, site: Site, draw: int) -> Array:
+        """The baseline in MODEL space, of the input's shape."""
+        normal = _generator(self.seed, draw, site.position).standard_normal(site.value.shape, np.float32)
+        noise: Array = self.std * normal.astype(np.float64)
+        if self.mean is not None:
+            mean = np.full(site.value.shape, self.mean, np.float64)
+            return site.from_pixels(mean + noise) if self.pixel_space else mean + noise
+        if self.pixel_space:  # the affine map of pixels, without its offset, scales the noise
+            noise = site.from_pixels(noise) - site.from_pixels(np.zeros(site.value.shape))
+        return site.value + noise
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data baseline that the model's owner configured."""
+
+    name: str
+    count = 1
+
+    def values(self, site: Site, draw: int) -> Array:
+        """The baseline in MODEL space, of the input's shape."""
+        known = site.data_baselines.get(self.name, {})
+        if site.spec.name not in known:
+            names = ", ".join(sorted(site.data_baselines)) or "none"
+            raise NotFound(
+                "UNKNOWN_DATA_BASELINE",
+                f"no data baseline {self.name!r} for input {site.spec.name!r}; configured: {names}",
+                baseline=self.name,
+                input=site.spec.name,
+                baselines=names,
+            )
+        return Given(np.asarray(known[site.spec.name], np.float64)).values(site, draw)
+
+
+InputBaseline = Zeros | Constant | Tone | Given | Blur | UniformNoise | GaussianNoise | Data
+
+NAMED: dict[str, InputBaseline] = {"zeros": Zeros(), "black": Tone(0.0), "gray": Tone(0.5), "white": Tone(1.0)}
+"""Baselines that need no parameters, by the name that model.toml uses."""
+
+
+@dataclass(frozen=True, eq=False)
+class BaselineSpec:
+    """A baseline as requested.
+
+    Attributes:
+        every_input: of moving inputs that `inputs` does not name.
+        instance_index: the instance it belongs to, or None for every instance.
+        request_index: its position in the request.
+    """
+
+    every_input: InputBaseline = field(default_factory=Zeros)
+    inputs: Mapping[str, InputBaseline] = field(default_factory=dict)
+    instance_index: int | None = None
+    request_index: int = 0
+
+    def of(self, name: str) -> InputBaseline:
+        """The baseline of one input."""
+        return self.inputs.get(name, self.every_input)
+
+    def baseline_count(self, moving: tuple[str, ...]) -> int:
+        """Number of baselines it becomes on one instance: the common count of its noise draws.
+
+        Raises:
+            InvalidRequest: inputs ask for different counts (BASELINE_COUNT_MISMATCH), or an input that does not move
+            is named
+                (BASELINE_FOR_FIXED_INPUT).
+        """
+        idle = sorted(set(self.inputs) - set(moving))
+        if idle:
+            raise InvalidRequest(
+                "BASELINE_FOR_FIXED_INPUT",
+                f"baseline for {', '.join(idle)}, which no moving input is; moving inputs are {', '.join(moving)}",
+                inputs=", ".join(idle),
+                moving_inputs=", ".join(moving),
+            )
+        counts = {self.of(name).count for name in moving} - {1}
+        if len(counts) > 1:
+            raise InvalidRequest(
+                "BASELINE_COUNT_MISMATCH",
+                f"inputs of one baseline ask for different numbers of draws: {sorted(counts)}",
+                counts=sorted(counts),
+            )
+        return counts.pop() if counts else 1
+
+    def baselines(
+        self,
+        signature: Signature,
+        instance: Instance,
+        instance_index: int,
+        instance_count: int,
+        data_baselines: DataBaselines,
+    ) -> list[Baseline]:
+        """The baselines of one instance, one per draw.
+
+        Raises:
+            InvalidRequest: shape, channel or count mismatch, a missing range, or a value that is not finite.
+            Unsupported: PIXEL space without preprocessing (NO_PREPROCESSING), blur without spatial axes
+            (NO_SPATIAL_AXES).
+            NotFound: no such data baseline (UNKNOWN_DATA_BASELINE).
+        """
+        sites = {
+            spec.name: Site(
+                spec,
+                instance.moving[spec.name].astype(np.float64),
+                position,
+                instance_index,
+                instance_count,
+                data_baselines,
+            )
+            for position, spec in enumerate(signature.inputs)
+            if spec.name in instance.moving
+        }
+        return [
+            Baseline({name: self._values(site, draw) for name, site in sites.items()}, self.request_index, draw)
+            for draw in range(self.baseline_count(tuple(instance.moving)))
+        ]
+
+    def _values(self, site: Site, draw: int) -> NDArray[np.generic]:
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused below
+            values = np.ascontiguousarray(self.of(site.spec.name).values(site, draw).astype(site.spec.dtype))
+        if not np.isfinite(values).all():
+            raise InvalidRequest(
+                "BASELINE_NOT_FINITE",
+                f"baseline of input {site.spec.name!r} has values that are NaN, infinite, or too large for its type",
+                input=site.spec.name,
+            )
+        return values
+
+
+def digest(values: NDArray[np.generic]) -> str:
+    """SHA-256 of the float32 values, little-endian, row-major."""
+    return hashlib.sha256(np.ascontiguousarray(values, "<f4").tobytes()).hexdigest()
+
+
+def _generator(seed: int, draw: int, position: int) -> np.random.Generator:
+    """A stream of its own for each draw and input, the same on every machine and backend."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, draw, position])))
+
+
+def _ends(low: float | None, high: float | None, default_low: float, default_high: float) -> tuple[float, float]:
+    low = default_low if low is None else low
+    high = default_high if high is None else high
+    if not low < high:
+        raise _empty_range(low, high)
+    return low, high
+
+
+def _empty_range(low: object, high: object) -> InvalidRequest:
+    return InvalidRequest(
+        "BASELINE_RANGE_EMPTY", f"uniform noise needs low < high, got {low} and {high}", low=low, high=high
+    )
+
+
+def _gaussian(values: Array, sigma: float, axis: int) -> Array:
+    """Convolution with a Gaussian cut at four standard deviations, edge values repeated."""
+    radius = int(np.ceil(4 * sigma))
+    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    taps /= taps.sum()
+    matrix = _edge_convolution(values.shape[axis], radius, taps)
+    return np.moveaxis(np.tensordot(matrix, values, axes=(1, axis)), 0, axis)
+
+
+def _edge_convolution(size: int, radius: int, taps: Array) -> Array:
+    """The convolution as a (size, size) matrix: taps that fall outside are added at the border."""
+    matrix: Array = np.zeros((size, size))
+    rows = np.arange(size)[:, None]
+    columns = np.clip(rows + np.arange(-radius, radius + 1)[None, :], 0, size - 1)
+    np.add.at(matrix, (np.broadcast_to(rows, columns.shape), columns), np.broadcast_to(taps, columns.shape))
+    return matrix
