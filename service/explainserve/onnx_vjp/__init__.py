@@ -1,0 +1,45 @@
+"""Reverse-mode differentiation of ONNX graphs. Knows onnx and numpy, nothing of the service.
+
+Start at `input_gradient` (gradient.py: the walk), then rules/ (the derivative table); registry.py holds the three
+states of an operator.
+"""
+
+from explainserve.onnx_vjp.gaps import Gap, UnsupportedOperators
+from explainserve.onnx_vjp.gradient import GradientGraph, find_gaps, input_gradient
+from explainserve.onnx_vjp.heads import HEADS, append_score_head
+from explainserve.onnx_vjp.registry import (
+    Refused,
+    Rule,
+    State,
+    Table,
+    ZeroGradient,
+    overridden,
+    refused,
+    rule,
+    standard,
+    state_of,
+    zero_gradient,
+)
+from explainserve.onnx_vjp.tables import GRADIENT_RULES
+
+__all__ = [
+    "GRADIENT_RULES",
+    "HEADS",
+    "Gap",
+    "GradientGraph",
+    "Refused",
+    "Rule",
+    "State",
+    "Table",
+    "UnsupportedOperators",
+    "ZeroGradient",
+    "append_score_head",
+    "find_gaps",
+    "input_gradient",
+    "overridden",
+    "refused",
+    "rule",
+    "standard",
+    "state_of",
+    "zero_gradient",
+]

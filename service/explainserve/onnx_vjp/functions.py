@@ -1,0 +1,93 @@
+"""Operators that ONNX defines by other operators, replaced by their bodies where they have no rule of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx
+from onnx import FunctionProto, NodeProto, defs
+
+from explainserve.onnx_vjp.graph import Graph
+from explainserve.onnx_vjp.path import live_path, version_of
+from explainserve.onnx_vjp.registry import Table, canonical_domain, lookup
+
+
+def expand_functions(graph: Graph, wrt: Sequence[str], of: str, table: Table) -> None:
+    """Replace, until none is left, every node of the live path that has no state in `table` but a function body."""
+    while True:
+        bodies = {
+            id(node): body
+            for node in live_path(graph, wrt, of, table).nodes
+            if lookup(table, node.domain, node.op_type, version_of(graph, node)) is None
+            and (body := _body(graph, node))
+        }
+        if not bodies:
+            return
+        graph.nodes = [
+            part
+            for node in graph.nodes
+            for part in (_instance(graph, node, bodies[id(node)]) if id(node) in bodies else [node])
+        ]
+
+
+def _body(graph: Graph, node: NodeProto) -> FunctionProto | None:
+    """The function body for the graph's operator set, or None where the operator is primitive."""
+    version = version_of(graph, node)
+    try:
+        # The published type stubs of onnx do not know the function members of a schema.
+        schema: Any = defs.get_schema(node.op_type, version, node.domain)
+    except defs.SchemaError:
+        return None
+    if schema.has_function:
+        chosen = max(
+            v for v in schema.function_opset_versions if v <= version or v == min(schema.function_opset_versions)
+        )
+        return _parsed(schema.get_function_with_opset_version(chosen))
+    if schema.has_context_dependent_function:
+        types = [graph.shapes.type_proto(name).SerializeToString() if name else b"" for name in node.input]
+        return _parsed(schema.get_context_dependent_function(node.SerializeToString(), types))
+    return None
+
+
+def _parsed(serialized: bytes) -> FunctionProto | None:
+    body = FunctionProto.FromString(serialized)
+    return body if body.node else None
+
+
+def _instance(graph: Graph, node: NodeProto, body: FunctionProto) -> list[NodeProto]:
+    """The nodes of a body with the caller's tensors and attributes in place of the formal ones."""
+    names = dict(zip(body.input, [*node.input, *[""] * (len(body.input) - len(node.input))], strict=True))
+    names.update((formal, actual) for formal, actual in zip(body.output, node.output, strict=False) if actual)
+    attributes = {attribute.name: attribute for attribute in (*body.attribute_proto, *node.attribute)}
+    label = node.name or node.output[0]
+    for entry in body.opset_import:
+        graph.opsets.setdefault(canonical_domain(entry.domain), entry.version)
+    parts = []
+    for inner in body.node:
+        part = NodeProto(
+            op_type=inner.op_type, domain=inner.domain, name=graph.fresh(f"{label}/{inner.name or inner.op_type}")
+        )
+        part.input.extend(names[name] if name else "" for name in inner.input)
+        names.update((name, graph.fresh(f"{label}/{name}")) for name in inner.output if name and name not in names)
+        part.output.extend(names[name] if name else "" for name in inner.output)
+        part.attribute.extend(_bound(inner, attributes))
+        graph.register(part)
+        parts.append(part)
+    return parts
+
+
+def _bound(node: NodeProto, actual: dict[str, onnx.AttributeProto]) -> list[onnx.AttributeProto]:
+    """A body node's attributes, references to the function's own resolved; a reference to one that is not set is
+    dropped.
+    """
+    bound = []
+    for attribute in node.attribute:
+        if not attribute.ref_attr_name:
+            bound.append(attribute)
+        elif attribute.ref_attr_name in actual:
+            resolved = onnx.AttributeProto()
+            resolved.CopyFrom(actual[attribute.ref_attr_name])
+            resolved.name = attribute.name
+            bound.append(resolved)
+    return bound

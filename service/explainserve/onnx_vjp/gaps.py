@@ -1,0 +1,29 @@
+"""What stands between a model and its gradient, told all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A node on the path of the gradient that cannot be differentiated."""
+
+    operator: str
+    domain: str
+    node: str
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        operator = f"{self.domain}.{self.operator}" if self.domain else self.operator
+        return f"{operator} (node '{self.node}'): {self.reason}; {self.remedy}"
+
+
+class UnsupportedOperators(Exception):
+    """The gradient passes through nodes that have none. `gaps` lists every one of them."""
+
+    def __init__(self, gaps: Sequence[Gap]) -> None:
+        self.gaps = tuple(gaps)
+        super().__init__(f"{len(gaps)} node(s) cannot be differentiated:\n" + "\n".join(f"  {gap}" for gap in gaps))

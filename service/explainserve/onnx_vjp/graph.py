@@ -1,0 +1,177 @@
+"""An ONNX graph under differentiation: nodes in topological order, with types and constants by tensor name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from explainserve.onnx_vjp.registry import canonical_domain
+from explainserve.onnx_vjp.shapes import Shape, Shapes
+
+FLOATS = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16})
+
+# Larger constants are left to the runtime to compute.
+FOLDED_ELEMENTS = 1 << 26
+
+_RANDOM = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+)
+
+
+class Graph:
+    """A private, growing copy of a model's graph. `model` must outlive nothing: it is copied."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.proto = onnx.ModelProto()
+        self.proto.CopyFrom(model)
+        graph = self.proto.graph
+        self.opsets = {canonical_domain(entry.domain): entry.version for entry in model.opset_import}
+        self.nodes: list[NodeProto] = list(graph.node)
+        self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
+        self.producers: dict[str, NodeProto] = {name: node for node in self.nodes for name in node.output if name}
+        self.shapes = Shapes(self.proto)
+        self._values: dict[str, np.ndarray | None] = {}
+        self._taken = (
+            {value.name for value in graph.input}
+            | set(self.producers)
+            | set(self.initializers)
+            | {node.name for node in self.nodes}
+        )
+        self._serial = 0
+
+    # -- what is known about a tensor
+    # ------------------------------------------------------------------------------------
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._taken and (name in self.shapes or name in self.producers)
+
+    def dtype(self, name: str) -> int:
+        """The TensorProto data type, UNDEFINED where shape inference did not find it."""
+        return self.shapes.dtype(name)
+
+    def is_float(self, name: str) -> bool:
+        """Whether gradients can flow through the tensor; an unknown type counts as float, so that nothing is lost
+        silently.
+        """
+        return self.dtype(name) in FLOATS or self.dtype(name) == TensorProto.UNDEFINED
+
+    def shape(self, name: str) -> Shape | None:
+        """Dimensions as int, symbol or None (unknown), or None where even the rank is unknown."""
+        return self.shapes.shape(name)
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """The value of a tensor that does not depend on the model's inputs, else None."""
+        if name not in self._values:
+            self._values[name] = None  # Malformed graphs may have cycles.
+            self._values[name] = self._evaluated(name)
+        return self._values[name]
+
+    def _evaluated(self, name: str) -> np.ndarray | None:
+        if name in self.initializers:
+            return numpy_helper.to_array(self.initializers[name])
+        node = self.producers.get(name)
+        if node is None or node.op_type in _RANDOM or any(attribute.HasField("g") for attribute in node.attribute):
+            return None
+        if node.op_type == "Shape" and (shape := self.shape(node.input[0])) and all(isinstance(d, int) for d in shape):
+            start, end = (next((a.i for a in node.attribute if a.name == key), None) for key in ("start", "end"))
+            return np.array(shape[start:end], dtype=np.int64)
+        inputs = [self.constant(source) if source else None for source in node.input]
+        if any(value is None for value, source in zip(inputs, node.input, strict=True) if source) or self._is_huge(
+            name
+        ):
+            return None
+        return self.evaluate(node, inputs)[list(node.output).index(name)]
+
+    def _is_huge(self, name: str) -> bool:
+        shape = self.shape(name) or ()
+        return int(np.prod([d for d in shape if isinstance(d, int)], dtype=np.int64)) > FOLDED_ELEMENTS
+
+    def evaluate(self, node: NodeProto, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        """Run one node on values, by the reference evaluator of the graph's operator set."""
+        feeds = {name: value for name, value in zip(node.input, inputs, strict=True) if value is not None}
+        declared = [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), None)
+            for name, value in feeds.items()
+        ]
+        results = [onnx.ValueInfoProto(name=name) for name in node.output if name]
+        graph = helper.make_graph([node], "constant", declared, results)
+        model = helper.make_model(graph, opset_imports=self.opset_imports())
+        values = iter(ReferenceEvaluator(model).run(None, feeds))
+        return [np.asarray(next(values)) if name else np.empty(0) for name in node.output]
+
+    # -- growth
+    # ----------------------------------------------------------------------------------------------------------
+
+    def fresh(self, hint: str) -> str:
+        """A tensor name that nothing in the graph uses."""
+        name = hint
+        while name in self._taken:
+            self._serial += 1
+            name = f"{hint}_{self._serial}"
+        self._taken.add(name)
+        return name
+
+    def append(self, node: NodeProto) -> None:
+        """Add a node after all others, and infer the types of its outputs."""
+        self.nodes.append(node)
+        self.register(node)
+
+    def register(self, node: NodeProto) -> None:
+        """Make the outputs of a node known: their producer and, as far as they can be inferred, their types."""
+        self.producers.update({name: node for name in node.output if name})
+        constants = {name: value for name in node.input if name and (value := self.constant(name)) is not None}
+        self.shapes.add_node(node, self.opsets.get(canonical_domain(node.domain), 1), constants)
+
+    def add_constant(self, value: np.ndarray, hint: str = "constant") -> str:
+        """Add an initializer and return its name."""
+        name = self.fresh(hint)
+        self.initializers[name] = numpy_helper.from_array(value, name)
+        self.shapes.add_constant(name, self.initializers[name].data_type, value.shape)
+        self._values[name] = value
+        return name
+
+    def opset_imports(self) -> list[onnx.OperatorSetIdProto]:
+        """The operator sets as ONNX writes them."""
+        return [helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
+
+    # -- the way back
+    # ----------------------------------------------------------------------------------------------------
+
+    def model(
+        self, nodes: Iterable[NodeProto], inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]
+    ) -> onnx.ModelProto:
+        """A model of `nodes`, with further inputs and outputs; initializers that nothing uses are left out."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.proto)
+        graph = model.graph
+        del graph.node[:], graph.initializer[:], graph.value_info[:]
+        graph.node.extend(nodes)
+        used = {name for node in graph.node for name in consumed(node)} | {output.name for output in graph.output}
+        graph.initializer.extend(tensor for name, tensor in self.initializers.items() if name in used)
+        graph.input.extend(inputs)
+        graph.output.extend(outputs)
+        return model
+
+    def value_info(self, name: str, like: str) -> onnx.ValueInfoProto:
+        """A graph input or output called `name` with the type and shape of `like`."""
+        info = onnx.ValueInfoProto(name=name)
+        info.type.CopyFrom(self.shapes.type_proto(like))
+        return info
+
+
+def consumed(node: NodeProto) -> list[str]:
+    """Every outer tensor that a node reads, those captured by its subgraphs included."""
+    names = [name for name in node.input if name]
+    for attribute in node.attribute:
+        for subgraph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+            inner = {name for child in subgraph.node for name in child.output} | {
+                value.name for value in subgraph.input
+            }
+            inner |= {tensor.name for tensor in subgraph.initializer}
+            names += [name for child in subgraph.node for name in consumed(child) if name not in inner]
+            names += [value.name for value in subgraph.output if value.name not in inner]
+    return names

@@ -1,0 +1,276 @@
+"""Bringing a model to the one dialect that rules know: functions inlined, operator set 18 or newer.
+
+Between operator sets 7 and 18 a few operators changed form: attributes became inputs, defaults moved, Softmax stopped
+flattening. Each such node is rewritten here to its form of operator set 18 with the same meaning; all others mean the
+same as they stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+from onnx import NodeProto, helper, numpy_helper
+
+from explainserve.onnx_vjp.registry import canonical_domain
+
+FLOOR = 18
+OLDEST = 7
+
+
+def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of `model` without local functions and in operator set 18 or newer; tensors keep their names.
+
+    Raises ValueError for operator sets older than 7, whose broadcasting was different.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(onnx.inliner.inline_local_functions(model) if model.functions else model)
+    _drop_overridable_inputs(copy)
+    _lift_constants(copy.graph)
+    raise_opset(copy)
+    return copy
+
+
+def raise_opset(model: onnx.ModelProto) -> None:
+    """Rewrite `model` in place to operator set 18 where it is older."""
+    imports = next((entry for entry in model.opset_import if canonical_domain(entry.domain) == ""), None)
+    if imports is None:
+        model.opset_import.append(helper.make_opsetid("", FLOOR))
+        return
+    if imports.version < OLDEST:
+        raise ValueError(
+            f"the model uses operator set {imports.version}; gradients need {OLDEST} or newer: "
+            "convert it with onnx.version_converter"
+        )
+    if imports.version < FLOOR:
+        _Upgrade(model.graph, imports.version).run()
+        imports.version = FLOOR
+        model.ir_version = max(model.ir_version, 8)
+
+
+def _drop_overridable_inputs(model: onnx.ModelProto) -> None:
+    """Before IR version 4 every initializer was listed as an input too; gradients are built on the values in the
+    file.
+    """
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    kept = [value for value in model.graph.input if value.name not in initializers]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+
+
+def _lift_constants(graph: onnx.GraphProto) -> None:
+    """Constant nodes that hold a tensor become initializers."""
+    kept = []
+    for node in graph.node:
+        tensor = (
+            next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
+            if node.op_type == "Constant"
+            else None
+        )
+        if tensor is None:
+            kept.append(node)
+        else:
+            graph.initializer.add().CopyFrom(tensor)
+            graph.initializer[-1].name = node.output[0]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+class _Upgrade:
+    def __init__(self, graph: onnx.GraphProto, version: int) -> None:
+        self.graph, self.version = graph, version
+        self.taken = {name for node in graph.node for name in (*node.input, *node.output)} | {
+            t.name for t in graph.initializer
+        }
+
+    def run(self) -> None:
+        nodes = [part for node in self.graph.node for part in self._upgraded(node)]
+        del self.graph.node[:]
+        self.graph.node.extend(nodes)
+
+    def _upgraded(self, node: NodeProto) -> Iterator[NodeProto]:
+        for attribute in node.attribute:
+            for subgraph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                nested = _Upgrade(subgraph, self.version)
+                nested.taken |= self.taken
+                nested.run()
+        for until, rewrite in _REWRITES.get(node.op_type, ()) if canonical_domain(node.domain) == "" else ():
+            if self.version < until:
+                yield from rewrite(self, node)
+                return
+        yield node
+
+    def constant(self, value: np.ndarray, hint: str) -> str:
+        name = self.fresh(hint)
+        self.graph.initializer.append(numpy_helper.from_array(value, name))
+        return name
+
+    def fresh(self, hint: str) -> str:
+        name, serial = hint, 0
+        while name in self.taken:
+            serial += 1
+            name = f"{hint}_{serial}"
+        self.taken.add(name)
+        return name
+
+
+Rewrite = Callable[[_Upgrade, NodeProto], list[NodeProto]]
+
+
+def _taken_attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+    """Remove an attribute and return its value."""
+    for position, attribute in enumerate(node.attribute):
+        if attribute.name == name:
+            value = helper.get_attribute_value(attribute)
+            del node.attribute[position]
+            return value
+    return default
+
+
+def _set_input(node: NodeProto, position: int, name: str) -> None:
+    while len(node.input) <= position:
+        node.input.append("")
+    node.input[position] = name
+
+
+def _integers_to_input(attribute: str, position: int) -> Rewrite:
+    """An integer-list attribute becomes an int64 input."""
+
+    def rewrite(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
+        values = _taken_attribute(node, attribute)
+        if values is not None:
+            _set_input(
+                node,
+                position,
+                upgrade.constant(np.atleast_1d(np.array(values, np.int64)), f"{node.output[0]}/{attribute}"),
+            )
+        return [node]
+
+    return rewrite
+
+
+def _slice_1(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    for position, name in enumerate(("starts", "ends", "axes"), 1):
+        _integers_to_input(name, position)(upgrade, node)
+    return [node]
+
+
+def _split_2(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    if len(node.input) < 2:
+        _integers_to_input("split", 1)(upgrade, node)
+    return _split_13(upgrade, node)
+
+
+def _split_13(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    if len(node.input) < 2:
+        node.attribute.append(helper.make_attribute("num_outputs", len(node.output)))
+    return [node]
+
+
+def _clip_6(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    for position, name in enumerate(("min", "max"), 1):
+        bound = _taken_attribute(node, name)
+        if bound is not None:
+            # Clip has no implicit casts, and the input's type is not known here: CastLike of a constant
+            # is folded by every runtime.
+            plain = upgrade.constant(np.array(bound, np.float32), f"{node.output[0]}/{name}")
+            cast = helper.make_node("CastLike", [plain, node.input[0]], [upgrade.fresh(f"{plain}/cast")])
+            _set_input(node, position, cast.output[0])
+            return [cast, *_clip_6(upgrade, node)]
+    return [node]
+
+
+def _pad_2(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    value = _taken_attribute(node, "value", 0.0)
+    _integers_to_input("pads", 1)(upgrade, node)
+    if value == 0.0:
+        return [node]
+    plain = upgrade.constant(np.array(value, np.float32), f"{node.output[0]}/value")
+    cast = helper.make_node("CastLike", [plain, node.input[0]], [upgrade.fresh(f"{plain}/cast")])
+    _set_input(node, 2, cast.output[0])
+    return [cast, node]
+
+
+def _flattened(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    """Softmax before 13 works on the input flattened to a matrix at `axis`."""
+    axis = _taken_attribute(node, "axis", 1)
+    if axis == -1:
+        node.attribute.append(helper.make_attribute("axis", -1))
+        return [node]
+    source, result = node.input[0], node.output[0]
+    flat, soft, shape = (upgrade.fresh(f"{result}/{part}") for part in ("flat", "soft", "shape"))
+    return [
+        helper.make_node("Flatten", [source], [flat], axis=axis),
+        helper.make_node(node.op_type, [flat], [soft], axis=1, name=node.name),
+        helper.make_node("Shape", [source], [shape]),
+        helper.make_node("Reshape", [soft, shape], [result]),
+    ]
+
+
+def _dropout_7(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    _taken_attribute(node, "ratio")
+    return [node]
+
+
+def _batch_normalization_7(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    _taken_attribute(node, "spatial")
+    return [node]
+
+
+def _upsample(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    if upgrade.version < 9:
+        scales = _taken_attribute(node, "scales")
+        _set_input(node, 1, upgrade.constant(np.array(scales, np.float32), f"{node.output[0]}/scales"))
+    return _resize_10(upgrade, node)
+
+
+def _resize_10(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    mode = _taken_attribute(node, "mode", b"nearest")
+    attributes = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    return [
+        helper.make_node(
+            "Resize", [node.input[0], "", node.input[1]], node.output, name=node.name, mode=mode, **attributes
+        )
+    ]
+
+
+def _roi_align_10(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    node.attribute.append(helper.make_attribute("coordinate_transformation_mode", "output_half_pixel"))
+    return [node]
+
+
+# Per operator: (first operator set in which this rewriting is not needed, the rewriting), oldest form first.
+_REWRITES: dict[str, tuple[tuple[int, Rewrite], ...]] = {
+    "BatchNormalization": ((9, _batch_normalization_7),),
+    "Clip": ((11, _clip_6),),
+    "Dropout": ((12, _dropout_7),),
+    "Hardmax": ((13, _flattened),),
+    "LogSoftmax": ((13, _flattened),),
+    "Pad": ((11, _pad_2),),
+    "ReduceSum": ((13, _integers_to_input("axes", 1)),),
+    "Resize": ((11, _resize_10),),
+    "RoiAlign": ((16, _roi_align_10),),
+    "Slice": ((10, _slice_1),),
+    "Softmax": ((13, _flattened),),
+    "Split": ((13, _split_2), (18, _split_13)),
+    "Squeeze": ((13, _integers_to_input("axes", 1)),),
+    "TopK": ((10, _integers_to_input("k", 1)),),
+    "Unsqueeze": ((13, _integers_to_input("axes", 1)),),
+    "Upsample": ((10, _upsample),),
+} | {
+    operator: ((18, _integers_to_input("axes", 1)),)
+    for operator in (
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceLogSum",
+        "ReduceLogSumExp",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceSumSquare",
+    )
+}

@@ -1,0 +1,52 @@
+"""Which part of a graph a gradient passes through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from onnx import NodeProto
+
+from explainserve.onnx_vjp.graph import Graph, consumed
+from explainserve.onnx_vjp.registry import Refused, State, Table, ZeroGradient, canonical_domain, lookup
+
+
+@dataclass(frozen=True)
+class LivePath:
+    """The nodes between `wrt` and `of` in topological order, and the tensors that carry a cotangent."""
+
+    nodes: tuple[NodeProto, ...]
+    tensors: frozenset[str]
+
+
+def version_of(graph: Graph, node: NodeProto) -> int:
+    """The operator set version that the graph imports for the node's domain."""
+    return graph.opsets.get(canonical_domain(node.domain), 1)
+
+
+def live_path(graph: Graph, wrt: Sequence[str], of: str, table: Table) -> LivePath:
+    """Everything that depends on a `wrt` and on which `of` depends, through float tensors and operators whose
+    gradient is not zero.
+    """
+    dependent = set(wrt)
+    for node in graph.nodes:
+        if dependent.intersection(consumed(node)) and not _is_flat(graph, node, table):
+            # Quantized values are integers and must not end the path silently: what is refused carries it on.
+            through = isinstance(_state(graph, node, table), Refused)
+            dependent.update(name for name in node.output if name and (through or graph.is_float(name)))
+    needed = {of} & dependent
+    nodes: list[NodeProto] = []
+    for node in reversed(graph.nodes):
+        sources = dependent.intersection(consumed(node))
+        if needed.intersection(node.output) and sources and not _is_flat(graph, node, table):
+            nodes.append(node)
+            needed.update(sources)
+    return LivePath(tuple(reversed(nodes)), frozenset(needed))
+
+
+def _is_flat(graph: Graph, node: NodeProto, table: Table) -> bool:
+    return isinstance(_state(graph, node, table), ZeroGradient)
+
+
+def _state(graph: Graph, node: NodeProto, table: Table) -> State | None:
+    return lookup(table, node.domain, node.op_type, version_of(graph, node))

@@ -1,0 +1,29 @@
+"""The derivative table, one module per family of operators. Importing it fills the registry."""
+
+from explainserve.onnx_vjp.rules import (
+    arithmetic,
+    convolution,
+    elementwise,
+    flat,
+    indexing,
+    linear,
+    normalization,
+    pooling,
+    reductions,
+    resizing,
+    shape,
+)
+
+__all__ = [
+    "arithmetic",
+    "convolution",
+    "elementwise",
+    "flat",
+    "indexing",
+    "linear",
+    "normalization",
+    "pooling",
+    "reductions",
+    "resizing",
+    "shape",
+]

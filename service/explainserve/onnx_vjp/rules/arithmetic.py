@@ -1,0 +1,124 @@
+"""Functions of several tensors that broadcast. Each formula returns the broadcast shape; the walk sums it down."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+from explainserve.onnx_vjp.emitter import Emitter, Node
+from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
+
+
+@rule("Add", broadcasts=True)
+def add(op: Emitter, node: Node, g: str) -> Gradients:
+    return g, g
+
+
+@rule("Sub", broadcasts=True)
+def sub(op: Emitter, node: Node, g: str) -> Gradients:
+    return g, op.Neg(g)
+
+
+@rule("Mul", broadcasts=True)
+def mul(op: Emitter, node: Node, g: str) -> Gradients:
+    a, b = node.inputs
+    return op.Mul(g, b), op.Mul(g, a)
+
+
+@rule("Div", broadcasts=True)
+def div(op: Emitter, node: Node, g: str) -> Gradients:
+    b, y = node.inputs[1], node.outputs[0]
+    da = op.Mul(g, op.Reciprocal(b)) if op.constant(b) is not None else op.Div(g, b)
+    return da, op.Neg(op.Mul(da, y))
+
+
+@rule("Pow", broadcasts=True)
+def pow_(op: Emitter, node: Node, g: str) -> Gradients:
+    """dx = g p x^(p-1), zero where p is; dp = g y log(x), taken as zero where x is not positive."""
+    x, exponent = node.inputs
+    p = op.constant(exponent)
+    if p is not None and p.size == 1:
+        power = float(p.item())
+        factor = op.Mul(x, 2) if power == 2 else op.Mul(op.Pow(x, power - 1), power)
+        return op.Mul(g, factor) if power else op.Mul(g, op.zeros_like(x)), None
+    p_float = op.cast_like(exponent, x)
+    slope = op.Where(op.Equal(p_float, 0), 0, op.Mul(p_float, op.Pow(x, op.Sub(p_float, 1))))
+    positive = op.Greater(x, 0)
+    logarithm = op.Where(positive, op.Log(op.Where(positive, x, 1)), 0)
+    return op.Mul(g, slope), op.cast_like(op.Mul(op.Mul(g, node.outputs[0]), logarithm), exponent)
+
+
+@rule("Mod", broadcasts=True)
+def mod(op: Emitter, node: Node, g: str) -> Gradients:
+    """fmod(a, b) = a - trunc(a/b) b, where the quotient is piecewise constant."""
+    a, b = node.inputs
+    quotient = op.Div(op.Sub(a, node.outputs[0]), b)
+    return g, op.Neg(op.Mul(g, op.Round(quotient)))
+
+
+@rule("Sum", broadcasts=True)
+def sum_(op: Emitter, node: Node, g: str) -> Gradients:
+    return [g] * len(node.inputs)
+
+
+@rule("Mean", broadcasts=True)
+def mean(op: Emitter, node: Node, g: str) -> Gradients:
+    return [op.Mul(g, 1 / len(node.inputs))] * len(node.inputs)
+
+
+@rule("Max", "Min", broadcasts=True)
+def extremum(op: Emitter, node: Node, g: str) -> Gradients:
+    """Tied operands share the gradient evenly, as in torch.maximum."""
+    if len(node.inputs) == 1:
+        return (g,)
+    hits = [op.mask(op.Equal(x, node.outputs[0]), g) for x in node.inputs]
+    share = op.Div(g, reduce(op.Add, hits))
+    return [op.Mul(share, hit) for hit in hits]
+
+
+@rule("Where", broadcasts=True)
+def where(op: Emitter, node: Node, g: str) -> Gradients:
+    condition = node.inputs[0]
+    return None, op.Where(condition, g, 0), op.Where(condition, 0, g)
+
+
+@rule("Expand", broadcasts=True)
+def expand(op: Emitter, node: Node, g: str) -> Gradients:
+    """A dynamic dimension may be what is expanded, which only the run tells."""
+    x, shape = node.inputs[0], op.shape(node.inputs[0])
+    static = shape is not None and all(isinstance(size, int) for size in shape)
+    return g if static or op.constant(node.inputs[1]) is not None else op.sum_to_dynamic(g, x), None
+
+
+@rule("Einsum", broadcasts=True)
+def einsum(op: Emitter, node: Node, g: str) -> Gradients:
+    """The gradient of an operand is the einsum of the cotangent and the other operands, with the operand's subscripts
+    as output.
+    """
+    terms, result = _subscripts(node)
+    return [_einsum_operand(op, node, g, terms, result, index) for index in range(len(terms))]
+
+
+def _subscripts(node: Node) -> tuple[list[str], str]:
+    equation = node.attribute("equation").replace(" ", "")
+    left, _, right = equation.partition("->")
+    terms = left.split(",")
+    if "." in equation or any(len(set(term)) != len(term) for term in terms):
+        raise Refusal(
+            f"Einsum '{equation}' has an ellipsis or a repeated subscript", "write every subscript once per operand"
+        )
+    if "->" not in equation:
+        letters = left.replace(",", "")
+        right = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
+    return terms, right
+
+
+def _einsum_operand(op: Emitter, node: Node, g: str, terms: list[str], result: str, index: int) -> str | None:
+    if not node.differentiates(index):
+        return None
+    others = [i for i in range(len(terms)) if i != index]
+    known = set(result).union(*(terms[i] for i in others))
+    kept = "".join(letter for letter in terms[index] if letter in known)
+    equation = ",".join([result, *(terms[i] for i in others)]) + "->" + kept
+    value = op.Einsum(g, *(node.inputs[i] for i in others), equation=equation)
+    summed_alone = [axis for axis, letter in enumerate(terms[index]) if letter not in known]
+    return op.expand_like(op.Unsqueeze(value, summed_alone), node.inputs[index]) if summed_alone else value

@@ -1,0 +1,294 @@
+"""Functions of one tensor, element by element: dx = g f'(x)."""
+
+from __future__ import annotations
+
+from functools import reduce
+from math import pi, sqrt
+
+from explainserve.onnx_vjp.emitter import Emitter, Node
+from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
+
+
+@rule("Identity")
+def identity(op: Emitter, node: Node, g: str) -> Gradients:
+    return (g,)
+
+
+@rule("Dropout")
+def dropout(op: Emitter, node: Node, g: str) -> Gradients:
+    """The identity, except in training."""
+    training = node.input(2)
+    if training and ((constant := op.constant(training)) is None or constant.any()):
+        raise Refusal("Dropout is in training mode", "export the model in evaluation mode")
+    return g, None, None
+
+
+@rule("Neg")
+def neg(op: Emitter, node: Node, g: str) -> Gradients:
+    return (op.Neg(g),)
+
+
+@rule("Abs")
+def absolute(op: Emitter, node: Node, g: str) -> Gradients:
+    return (op.Mul(g, op.Sign(node.inputs[0])),)
+
+
+@rule("Reciprocal")
+def reciprocal(op: Emitter, node: Node, g: str) -> Gradients:
+    y = node.outputs[0]
+    return (op.Mul(g, op.Neg(op.Mul(y, y))),)
+
+
+@rule("Sqrt")
+def sqrt_(op: Emitter, node: Node, g: str) -> Gradients:
+    return (op.Div(op.Mul(g, 0.5), node.outputs[0]),)
+
+
+@rule("Exp")
+def exp(op: Emitter, node: Node, g: str) -> Gradients:
+    return (op.Mul(g, node.outputs[0]),)
+
+
+@rule("Log")
+def log(op: Emitter, node: Node, g: str) -> Gradients:
+    return (op.Div(g, node.inputs[0]),)
+
+
+@rule("Sin")
+def sin(op: Emitter, node: Node, g: str) -> Gradients:
+    return (op.Mul(g, op.Cos(node.inputs[0])),)
+
+
+@rule("Cos")
+def cos(op: Emitter, node: Node, g: str) -> Gradients:
+    return (op.Neg(op.Mul(g, op.Sin(node.inputs[0]))),)
+
+
+@rule("Tan")
+def tan(op: Emitter, node: Node, g: str) -> Gradients:
+    y = node.outputs[0]
+    return (op.Mul(g, op.Add(op.Mul(y, y), 1)),)
+
+
+@rule("Asin")
+def asin(op: Emitter, node: Node, g: str) -> Gradients:
+    x = node.inputs[0]
+    return (op.Div(g, op.Sqrt(op.Sub(1, op.Mul(x, x)))),)
+
+
+@rule("Acos")
+def acos(op: Emitter, node: Node, g: str) -> Gradients:
+    x = node.inputs[0]
+    return (op.Neg(op.Div(g, op.Sqrt(op.Sub(1, op.Mul(x, x))))),)
+
+
+@rule("Atan")
+def atan(op: Emitter, node: Node, g: str) -> Gradients:
+    x = node.inputs[0]
+    return (op.Div(g, op.Add(op.Mul(x, x), 1)),)
+
+
+@rule("Sinh")
+def sinh(op: Emitter, node: Node, g: str) -> Gradients:
+    return (op.Mul(g, op.Cosh(node.inputs[0])),)
+
+
+@rule("Cosh")
+def cosh(op: Emitter, node: Node, g: str) -> Gradients:
+    return (op.Mul(g, op.Sinh(node.inputs[0])),)
+
+
+@rule("Asinh")
+def asinh(op: Emitter, node: Node, g: str) -> Gradients:
+    x = node.inputs[0]
+    return (op.Div(g, op.Sqrt(op.Add(op.Mul(x, x), 1))),)
+
+
+@rule("Acosh")
+def acosh(op: Emitter, node: Node, g: str) -> Gradients:
+    x = node.inputs[0]
+    return (op.Div(g, op.Sqrt(op.Sub(op.Mul(x, x), 1))),)
+
+
+@rule("Atanh")
+def atanh(op: Emitter, node: Node, g: str) -> Gradients:
+    x = node.inputs[0]
+    return (op.Div(g, op.Sub(1, op.Mul(x, x))),)
+
+
+@rule("Erf")
+def erf(op: Emitter, node: Node, g: str) -> Gradients:
+    x = node.inputs[0]
+    return (op.Mul(g, op.Mul(op.Exp(op.Neg(op.Mul(x, x))), 2 / sqrt(pi))),)
+
+
+# -- rectifiers
+# -------------------------------------------------------------------------------------------------------------
+
+
+@rule("Relu")
+def relu(op: Emitter, node: Node, g: str) -> Gradients:
+    return (op.Mul(g, op.mask(op.Greater(node.outputs[0], 0), g)),)
+
+
+@rule("LeakyRelu")
+def leaky_relu(op: Emitter, node: Node, g: str) -> Gradients:
+    return (op.Where(op.Greater(node.inputs[0], 0), g, op.Mul(g, node.attribute("alpha", 0.01))),)
+
+
+@rule("ThresholdedRelu")
+def thresholded_relu(op: Emitter, node: Node, g: str) -> Gradients:
+    return (op.Mul(g, op.mask(op.Greater(node.inputs[0], node.attribute("alpha", 1.0)), g)),)
+
+
+@rule("PRelu", broadcasts=True)
+def prelu(op: Emitter, node: Node, g: str) -> Gradients:
+    x, slope = node.inputs
+    positive = op.Greater(x, 0)
+    return op.Where(positive, g, op.Mul(g, slope)), op.Where(positive, 0, op.Mul(g, x))
+
+
+@rule("Elu")
+def elu(op: Emitter, node: Node, g: str) -> Gradients:
+    y, alpha = node.outputs[0], node.attribute("alpha", 1.0)
+    return (op.Where(op.Greater(node.inputs[0], 0), g, op.Mul(g, op.Add(y, alpha))),)
+
+
+@rule("Selu")
+def selu(op: Emitter, node: Node, g: str) -> Gradients:
+    y, alpha, gamma = (
+        node.outputs[0],
+        node.attribute("alpha", 1.67326319217681884765625),
+        node.attribute("gamma", 1.05070102214813232421875),
+    )
+    return (op.Where(op.Greater(node.inputs[0], 0), op.Mul(g, gamma), op.Mul(g, op.Add(y, alpha * gamma))),)
+
+
+@rule("Celu")
+def celu(op: Emitter, node: Node, g: str) -> Gradients:
+    x = node.inputs[0]
+    return (op.Mul(g, op.Exp(op.Div(op.Min(x, 0), node.attribute("alpha", 1.0)))),)
+
+
+@rule("Clip")
+def clip(op: Emitter, node: Node, g: str) -> Gradients:
+    """y = min(max(x, low), high).
+
+    The bounds themselves pass the gradient to x, as torch's clamp does; outside, it goes to the bound.
+    """
+    x, low, high = node.inputs[0], node.input(1), node.input(2)
+    inside = [op.GreaterOrEqual(x, low)] if low else []
+    inside += [op.LessOrEqual(x, high)] if high else []
+    dx = op.Mul(g, op.mask(reduce(op.And, inside), g)) if inside else g
+    above = op.Greater(op.Max(x, low) if low else x, high) if high else None
+    below = op.Less(x, low) if low else None
+    below = op.And(below, op.Not(above)) if below and above else below
+    return dx, _total(op, g, below), _total(op, g, above)
+
+
+def _total(op: Emitter, g: str, condition: str | None) -> str | None:
+    return op.ReduceSum(op.Where(condition, g, 0), keepdims=0) if condition else None
+
+
+@rule("Shrink")
+def shrink(op: Emitter, node: Node, g: str) -> Gradients:
+    return (op.Mul(g, op.mask(op.Greater(op.Abs(node.inputs[0]), node.attribute("lambd", 0.5)), g)),)
+
+
+# -- smooth activations
+# -----------------------------------------------------------------------------------------------------
+
+
+@rule("Sigmoid")
+def sigmoid(op: Emitter, node: Node, g: str) -> Gradients:
+    y = node.outputs[0]
+    return (op.Mul(g, op.Mul(y, op.Sub(1, y))),)
+
+
+@rule("Tanh")
+def tanh(op: Emitter, node: Node, g: str) -> Gradients:
+    y = node.outputs[0]
+    return (op.Mul(g, op.Sub(1, op.Mul(y, y))),)
+
+
+@rule("Softplus")
+def softplus(op: Emitter, node: Node, g: str) -> Gradients:
+    return (op.Mul(g, op.Sigmoid(node.inputs[0])),)
+
+
+@rule("Softsign")
+def softsign(op: Emitter, node: Node, g: str) -> Gradients:
+    scale = op.Add(op.Abs(node.inputs[0]), 1)
+    return (op.Div(g, op.Mul(scale, scale)),)
+
+
+@rule("HardSigmoid")
+def hard_sigmoid(op: Emitter, node: Node, g: str) -> Gradients:
+    """Zero at both corners, as in torch: y is inside (0, 1) exactly where the line is."""
+    y = node.outputs[0]
+    inside = op.mask(op.And(op.Greater(y, 0), op.Less(y, 1)), g)
+    return (op.Mul(op.Mul(g, node.attribute("alpha", 0.2)), inside),)
+
+
+@rule("HardSwish")
+def hard_swish(op: Emitter, node: Node, g: str) -> Gradients:
+    """y = x h with h = clip(x/6 + 1/2, 0, 1), so y' = h + x h'."""
+    x = node.inputs[0]
+    h = op.HardSigmoid(x, alpha=1 / 6, beta=0.5)
+    slope = op.mask(op.Less(op.Abs(x), 3.0), g)
+    return (op.Mul(g, op.Add(h, op.Mul(op.Mul(x, 1 / 6), slope))),)
+
+
+@rule("Swish", since=24)
+def swish(op: Emitter, node: Node, g: str) -> Gradients:
+    """y = x s with s = sigmoid(alpha x), so y' = s + alpha y (1 - s)."""
+    alpha, y = node.attribute("alpha", 1.0), node.outputs[0]
+    s = op.Sigmoid(op.Mul(node.inputs[0], alpha))
+    return (op.Mul(g, op.Add(s, op.Mul(op.Mul(y, alpha), op.Sub(1, s)))),)
+
+
+@rule("Mish")
+def mish(op: Emitter, node: Node, g: str) -> Gradients:
+    """y = x t with t = tanh(softplus(x)), so y' = t + x (1 - t^2) sigmoid(x)."""
+    x = node.inputs[0]
+    t = op.Tanh(op.Softplus(x))
+    return (op.Mul(g, op.Add(t, op.Mul(op.Mul(x, op.Sigmoid(x)), op.Sub(1, op.Mul(t, t))))),)
+
+
+@rule("Gelu", since=20)
+def gelu(op: Emitter, node: Node, g: str) -> Gradients:
+    derivative = _gelu_tanh if node.attribute("approximate", "none") == "tanh" else _gelu_erf
+    return (op.Mul(g, derivative(op, node.inputs[0])),)
+
+
+def _gelu_erf(op: Emitter, x: str) -> str:
+    """Phi(x) + x phi(x), the normal distribution and its density."""
+    distribution = op.Add(op.Mul(op.Erf(op.Mul(x, sqrt(0.5))), 0.5), 0.5)
+    density = op.Mul(op.Exp(op.Mul(op.Mul(x, x), -0.5)), 1 / sqrt(2 * pi))
+    return op.Add(distribution, op.Mul(x, density))
+
+
+def _gelu_tanh(op: Emitter, x: str) -> str:
+    """y = x (1 + t) / 2 with t = tanh(u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    scale, square = sqrt(2 / pi), op.Mul(x, x)
+    t = op.Tanh(op.Mul(x, op.Add(op.Mul(square, 0.044715 * scale), scale)))
+    slope = op.Mul(op.Sub(1, op.Mul(t, t)), op.Add(op.Mul(square, 3 * 0.044715 * scale), scale))
+    return op.Mul(op.Add(op.Add(t, 1), op.Mul(x, slope)), 0.5)
+
+
+@rule("Cast")
+@rule("CastLike")
+def cast(op: Emitter, node: Node, g: str) -> Gradients:
+    return op.cast_like(g, node.inputs[0]), *[None] * (len(node.inputs) - 1)
+
+
+@rule("CumSum")
+def cumsum(op: Emitter, node: Node, g: str) -> Gradients:
+    """Every element sums those before it; its gradient sums those after it."""
+    attributes = {"exclusive": node.attribute("exclusive", 0), "reverse": 1 - node.attribute("reverse", 0)}
+    return op.CumSum(g, node.inputs[1], **attributes), None
+
+
+@rule("Trilu")
+def trilu(op: Emitter, node: Node, g: str) -> Gradients:
+    return op.Trilu(g, node.input(1), upper=node.attribute("upper", 1)), None

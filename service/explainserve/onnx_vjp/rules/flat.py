@@ -1,0 +1,43 @@
+"""Operators that carry no gradient on purpose, and those that are refused for a lasting reason."""
+
+from explainserve.onnx_vjp.registry import refused, zero_gradient
+
+zero_gradient("Ceil", "Floor", "Round", "Sign", reason="piecewise constant")
+zero_gradient(
+    "And",
+    "Equal",
+    "Greater",
+    "GreaterOrEqual",
+    "IsInf",
+    "IsNaN",
+    "Less",
+    "LessOrEqual",
+    "Not",
+    "Or",
+    "Xor",
+    reason="the output is boolean",
+)
+zero_gradient("ArgMax", "ArgMin", "NonZero", "Shape", "Size", reason="the output is integer")
+zero_gradient("Hardmax", "OneHot", reason="the position of the ones is piecewise constant")
+zero_gradient("Constant", "ConstantOfShape", "EyeLike", "Range", reason="the output depends on sizes only")
+zero_gradient(
+    "Bernoulli",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+    reason="random, whatever the input is",
+)
+
+refused(
+    "ConvInteger",
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+    "MatMulInteger",
+    "QLinearConv",
+    "QLinearMatMul",
+    "QuantizeLinear",
+    reason="quantization is a staircase whose true gradient is zero",
+    remedy="explain the float model that this one was quantized from",
+)

@@ -1,0 +1,198 @@
+"""Operators that read or write elements by position: the gradient of a read is a write that adds, and the other way
+round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from explainserve.onnx_vjp.emitter import Emitter, Node
+from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
+
+
+@rule("Slice")
+def slice_(op: Emitter, node: Node, g: str) -> Gradients:
+    """Steps of 1 at known places are a padding with zeros; anything else is a write by position, one axis after the
+    other.
+    """
+    x = node.inputs[0]
+    absent = [None] * (len(node.inputs) - 1)
+    pads = _static_pads(op, node)
+    if pads is not None:
+        return op.Pad(g, pads), *absent
+    axes = _slice_axes(op, node)
+    for order, axis in reversed(list(enumerate(axes))):
+        g = _place(op, g, x, axis, _slice_positions(op, node, order, axis))
+    return g, *absent
+
+
+def _slice_axes(op: Emitter, node: Node) -> list[int]:
+    rank, axes = op.rank(node.inputs[0]), node.input(3)
+    if not axes:
+        starts = op.shape(node.inputs[1])
+        if starts is None or not isinstance(starts[0], int):
+            raise Refusal("Slice over an unknown number of axes", "store the axes in the file")
+        return list(range(starts[0]))
+    constant = op.constant(axes)
+    if constant is None:
+        raise Refusal("Slice over axes that are computed from the input", "store the axes in the file")
+    return [int(axis) % rank for axis in constant]
+
+
+def _static_pads(op: Emitter, node: Node) -> np.ndarray | None:
+    """The padding that undoes a slice of step 1 with constant bounds over axes of known size, else None."""
+    x, shape = node.inputs[0], op.shape(node.inputs[0])
+    starts, ends, steps = op.constant(node.inputs[1]), op.constant(node.inputs[2]), op.constant(node.input(4))
+    if shape is None or starts is None or ends is None or (node.input(4) and (steps is None or np.any(steps != 1))):
+        return None
+    rank = op.rank(x)
+    pads = np.zeros(2 * rank, np.int64)
+    for axis, start, end in zip(_slice_axes(op, node), starts, ends, strict=True):
+        size = shape[axis]
+        if not isinstance(size, int):
+            return None
+        begin, stop, _ = slice(int(start), int(end)).indices(size)
+        if stop <= begin:
+            return None
+        pads[axis], pads[rank + axis] = begin, size - stop
+    return pads
+
+
+def _slice_positions(op: Emitter, node: Node, order: int, axis: int) -> str:
+    """Which positions of one axis the slice read, as an int64 vector: the same slice of 0, 1, 2, ..."""
+    bounds = [
+        op.Slice(op.Cast(name, to=7), [order], [order + 1]) if name else None
+        for name in (node.inputs[1], node.inputs[2], node.input(4))
+    ]
+    start, end, step = bounds
+    return op.Slice(_counted(op, op.dim(node.inputs[0], axis)), start, end, [0], step)
+
+
+def _counted(op: Emitter, size: str) -> str:
+    """0, 1, ..., size - 1."""
+    zero, one = (op.array(np.array(value, np.int64)) for value in (0, 1))
+    return op.Range(zero, op.Squeeze(size, [0]), one)
+
+
+def _place(op: Emitter, g: str, x: str, axis: int, positions: str) -> str:
+    """Add the rows of `g` along `axis` into zeros at `positions`; all other axes of `g` are as they are, the axis is
+    as long as in `x`.
+    """
+    rank = op.rank(g)
+    perm = [axis, *(other for other in range(rank) if other != axis)]
+    front = op.Transpose(g, perm=perm) if axis else g
+    dims = op.Concat(op.dim(x, axis), op.Slice(op.Shape(front), [1], [rank]), axis=0)
+    placed = op.ScatterND(op.zeros(dims, g), op.Unsqueeze(positions, [1]), front, reduction="add")
+    return op.Transpose(placed, perm=[int(other) for other in np.argsort(perm)]) if axis else placed
+
+
+@rule("Gather")
+def gather(op: Emitter, node: Node, g: str) -> Gradients:
+    x, indices = node.inputs
+    axis = node.attribute("axis", 0) % op.rank(x)
+    rank = op.rank(indices)
+    run = _consecutive(op, indices, x, axis)
+    if run is not None:
+        lined = g if rank == 1 else op.Unsqueeze(g, [axis])
+        return _padded(op, lined, axis, *run), None
+    if rank == 1:
+        return _place(op, g, x, axis, _positive(op, indices, op.dim(x, axis))), None
+    merged = op.Reshape(
+        g, op.Concat(op.Slice(op.dims(x), [0], [axis]), [-1], op.Slice(op.dims(x), [axis + 1], [op.rank(x)]), axis=0)
+    )
+    return _place(op, merged, x, axis, _positive(op, op.Reshape(indices, [-1]), op.dim(x, axis))), None
+
+
+def _consecutive(op: Emitter, indices: str, x: str, axis: int) -> tuple[int, int] | None:
+    """(elements before, elements after) when constant indices read a run of neighbours in order."""
+    values, shape = op.constant(indices), op.shape(x)
+    if (
+        values is None
+        or values.ndim > 1
+        or not values.size
+        or shape is None
+        or not isinstance(size := shape[axis], int)
+    ):
+        return None
+    run = values.reshape(-1) % size
+    if np.any(np.diff(run) != 1):
+        return None
+    return int(run[0]), size - 1 - int(run[-1])
+
+
+def _padded(op: Emitter, g: str, axis: int, before: int, after: int) -> str:
+    rank = op.rank(g)
+    pads = np.zeros(2 * rank, np.int64)
+    pads[axis], pads[rank + axis] = before, after
+    return op.Pad(g, pads) if before or after else g
+
+
+def _positive(op: Emitter, indices: str, size: str) -> str:
+    """Indices counted from the end, turned to counts from the start."""
+    wide = op.Cast(indices, to=7)
+    return op.Where(op.Less(wide, np.array(0, np.int64)), op.Add(wide, size), wide)
+
+
+@rule("GatherElements")
+def gather_elements(op: Emitter, node: Node, g: str) -> Gradients:
+    x, indices = node.inputs
+    return op.ScatterElements(op.zeros_like(x), indices, g, axis=node.attribute("axis", 0), reduction="add"), None
+
+
+@rule("GatherND")
+def gather_nd(op: Emitter, node: Node, g: str) -> Gradients:
+    x, indices = node.inputs
+    if batch := node.attribute("batch_dims", 0):
+        indices = _with_batch_indices(op, indices, batch)
+    return op.ScatterND(op.zeros_like(x), indices, g, reduction="add"), None
+
+
+def _with_batch_indices(op: Emitter, indices: str, batch: int) -> str:
+    """Index tuples with the batch position in front, so that they index the whole tensor."""
+    rank = op.rank(indices)
+    lead = op.Concat(op.Slice(op.dims(indices), [0], [rank - 1]), [1], axis=0)
+    coordinates = []
+    for axis in range(batch):
+        line = op.Reshape(_counted(op, op.dim(indices, axis)), [-1 if other == axis else 1 for other in range(rank)])
+        coordinates.append(op.Expand(line, lead))
+    return op.Concat(*coordinates, indices, axis=rank - 1)
+
+
+@rule("ScatterElements")
+def scatter_elements(op: Emitter, node: Node, g: str) -> Gradients:
+    _, indices, updates = node.inputs
+    axis = node.attribute("axis", 0)
+    taken = op.GatherElements(g, indices, axis=axis)
+    if _reduction(node) == "add":
+        return g, None, taken
+    return op.ScatterElements(g, indices, op.zeros_like(updates), axis=axis), None, taken
+
+
+@rule("ScatterND")
+def scatter_nd(op: Emitter, node: Node, g: str) -> Gradients:
+    _, indices, updates = node.inputs
+    taken = op.GatherND(g, indices)
+    if _reduction(node) == "add":
+        return g, None, taken
+    return op.ScatterND(g, indices, op.zeros_like(updates)), None, taken
+
+
+def _reduction(node: Node) -> str:
+    reduction = str(node.attribute("reduction", "none"))
+    if reduction not in ("none", "add"):
+        raise Refusal(f"reduction '{reduction}' while scattering", "scatter with reduction 'none' or 'add'")
+    return reduction
+
+
+def axis_map(op: Emitter, g: str, axis: int, matrix: str) -> str:
+    """The transpose of a linear map along one axis: `matrix` (in, out) times the cotangent along `axis`."""
+    rank = op.rank(g)
+    if axis == rank - 2:
+        return op.MatMul(matrix, g)
+    if axis == rank - 1:
+        return op.MatMul(g, op.Transpose(matrix, perm=[1, 0]))
+    perm: Sequence[int] = [*(other for other in range(rank) if other != axis), axis]
+    moved = op.MatMul(op.Transpose(g, perm=perm), op.Transpose(matrix, perm=[1, 0]))
+    return op.Transpose(moved, perm=[int(other) for other in np.argsort(perm)])

@@ -1,0 +1,43 @@
+"""Matrix products."""
+
+from __future__ import annotations
+
+from explainserve.onnx_vjp.emitter import Emitter, Node
+from explainserve.onnx_vjp.registry import Gradients, rule
+
+
+@rule("MatMul", broadcasts=True)
+def matmul(op: Emitter, node: Node, g: str) -> Gradients:
+    """dA = g B^T, dB = A^T g. A vector is a row on the left and a column on the right, as MatMul itself reads it."""
+    a, b = node.inputs
+    rank_a, rank_b = op.rank(a), op.rank(b)
+    if rank_a == 1 and rank_b == 1:
+        return op.Mul(g, b), op.Mul(g, a)
+    g = op.Unsqueeze(g, [-2]) if rank_a == 1 else op.Unsqueeze(g, [-1]) if rank_b == 1 else g
+    da = db = None
+    if node.differentiates(0):
+        row = op.MatMul(g, op.Unsqueeze(b, [0]) if rank_b == 1 else op.transposed(b))
+        da = op.Squeeze(row, [-2]) if rank_a == 1 else row
+    if node.differentiates(1):
+        column = op.MatMul(op.Unsqueeze(a, [1]) if rank_a == 1 else op.transposed(a), g)
+        db = op.Squeeze(column, [-1]) if rank_b == 1 else column
+    return da, db
+
+
+@rule("Gemm", broadcasts=True)
+def gemm(op: Emitter, node: Node, g: str) -> Gradients:
+    """Y = alpha A' B' + beta C, with A' and B' transposed as the attributes say."""
+    a, b = node.inputs[:2]
+    trans_a, trans_b = node.attribute("transA", 0), node.attribute("transB", 0)
+    alpha, beta = node.attribute("alpha", 1.0), node.attribute("beta", 1.0)
+    da = (
+        op.Gemm(b, g, alpha=alpha, transA=trans_b, transB=1)
+        if trans_a
+        else op.Gemm(g, b, alpha=alpha, transB=1 - trans_b)
+    )
+    db = (
+        op.Gemm(g, a, alpha=alpha, transA=1, transB=trans_a)
+        if trans_b
+        else op.Gemm(a, g, alpha=alpha, transA=1 - trans_a)
+    )
+    return da, db, g if beta == 1.0 else op.Mul(g, beta)

@@ -1,0 +1,129 @@
+"""Softmax and the normalizations."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from explainserve.onnx_vjp.emitter import Emitter, Node
+from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
+
+
+@rule("Softmax", since=13)
+def softmax(op: Emitter, node: Node, g: str) -> Gradients:
+    """dx = y (g - sum(g y))."""
+    y, axis = node.outputs[0], node.attribute("axis", -1)
+    return (op.Mul(y, op.Sub(g, op.ReduceSum(op.Mul(g, y), [axis], keepdims=1))),)
+
+
+@rule("LogSoftmax", since=13)
+def log_softmax(op: Emitter, node: Node, g: str) -> Gradients:
+    """dx = g - exp(y) sum(g)."""
+    y, axis = node.outputs[0], node.attribute("axis", -1)
+    return (op.Sub(g, op.Mul(op.Exp(y), op.ReduceSum(g, [axis], keepdims=1))),)
+
+
+@rule("BatchNormalization")
+def batch_normalization(op: Emitter, node: Node, g: str) -> Gradients:
+    """Inference: an affine map per channel, y = scale (x - mean) / sqrt(var + epsilon) + bias."""
+    if node.attribute("training_mode", 0):
+        raise Refusal(
+            "BatchNormalization is in training mode, which mixes the rows of a batch",
+            "export the model in evaluation mode",
+        )
+    x, scale, _, mean, variance = node.inputs
+    inverse = op.Reciprocal(op.Sqrt(op.Add(variance, node.attribute("epsilon", 1e-5))))
+    slope = op.Mul(scale, inverse)
+    dx = op.Mul(g, _per_channel(op, slope, x))
+    if not any(node.differentiates(index) for index in range(1, 5)):
+        return dx, None, None, None, None
+    others = [axis for axis in range(op.rank(x)) if axis != 1]
+    total = op.ReduceSum(g, others, keepdims=0)
+    moment = op.ReduceSum(op.Mul(g, op.Sub(x, _per_channel(op, mean, x))), others, keepdims=0)
+    dvariance = op.Mul(op.Mul(op.Mul(moment, slope), op.Mul(inverse, inverse)), -0.5)
+    return dx, op.Mul(moment, inverse), total, op.Neg(op.Mul(total, slope)), dvariance
+
+
+def _per_channel(op: Emitter, vector: str, x: str) -> str:
+    """A vector over channels, broadcastable to x of shape (N, C, ...)."""
+    trailing = op.rank(x) - 2
+    return op.Unsqueeze(vector, list(range(1, trailing + 1))) if trailing > 0 else vector
+
+
+def _standardized(op: Emitter, g: str, normal: str, inverse: str, axes: list[int]) -> str:
+    """The gradient through normal = (x - mean(x)) / sqrt(var(x) + epsilon): inverse (g - mean(g) - normal mean(g
+    normal)).
+    """
+    mean = op.ReduceMean(g, axes, keepdims=1)
+    along = op.ReduceMean(op.Mul(g, normal), axes, keepdims=1)
+    return op.Mul(op.Sub(op.Sub(g, mean), op.Mul(normal, along)), inverse)
+
+
+def _statistics(op: Emitter, x: str, axes: list[int], epsilon: float) -> tuple[str, str]:
+    """x standardized over the axes, and the inverse standard deviation."""
+    centered = op.Sub(x, op.ReduceMean(x, axes, keepdims=1))
+    variance = op.ReduceMean(op.Mul(centered, centered), axes, keepdims=1)
+    inverse = op.Reciprocal(op.Sqrt(op.Add(variance, epsilon)))
+    return op.Mul(centered, inverse), inverse
+
+
+@rule("LayerNormalization", since=17)
+def layer_normalization(op: Emitter, node: Node, g: str) -> Gradients:
+    """The operator's own mean and inverse deviation are switched on as outputs and used again."""
+    x, scale = node.inputs[:2]
+    rank = op.rank(x)
+    axis = node.attribute("axis", -1) % rank
+    axes = list(range(axis, rank))
+    mean, inverse = (op.cast_like(op.output(node, index), x) for index in (1, 2))
+    normal = op.Mul(op.Sub(x, mean), inverse)
+    dx = _standardized(op, op.Mul(g, scale), normal, inverse, axes)
+    dscale = op.sum_to(op.Mul(g, normal), scale) if node.differentiates(1) else None
+    dbias = op.sum_to(g, node.inputs[2]) if node.differentiates(2) else None
+    return dx, dscale, dbias
+
+
+@rule("InstanceNormalization")
+def instance_normalization(op: Emitter, node: Node, g: str) -> Gradients:
+    x, scale, _ = node.inputs
+    axes = list(range(2, op.rank(x)))
+    normal, inverse = _statistics(op, x, axes, node.attribute("epsilon", 1e-5))
+    dx = _standardized(op, op.Mul(g, _per_channel(op, scale, x)), normal, inverse, axes)
+    return dx, op.ReduceSum(op.Mul(g, normal), [0, *axes], keepdims=0), op.ReduceSum(g, [0, *axes], keepdims=0)
+
+
+@rule("GroupNormalization", since=18)
+def group_normalization_18(op: Emitter, node: Node, g: str) -> Gradients:
+    """Scale and bias per group (deprecated form)."""
+    return _group_normalization(op, node, g, per_group=True)
+
+
+@rule("GroupNormalization", since=21)
+def group_normalization_21(op: Emitter, node: Node, g: str) -> Gradients:
+    """Scale and bias per channel."""
+    return _group_normalization(op, node, g, per_group=False)
+
+
+def _group_normalization(op: Emitter, node: Node, g: str, per_group: bool) -> Gradients:
+    x, scale, _ = node.inputs
+    groups = node.attribute("num_groups")
+    grouped = np.array([0, groups, -1], np.int64)
+    rows, cotangent = op.Reshape(x, grouped), op.Reshape(g, grouped)
+    normal, inverse = _statistics(op, rows, [2], node.attribute("epsilon", 1e-5))
+    if per_group:
+        weighted = op.Mul(cotangent, op.Unsqueeze(scale, [1]))
+        dscale, dbias = (op.ReduceSum(value, [0, 2], keepdims=0) for value in (op.Mul(cotangent, normal), cotangent))
+    else:
+        weighted = op.Reshape(op.Mul(g, _per_channel(op, scale, x)), grouped)
+        others = [axis for axis in range(op.rank(x)) if axis != 1]
+        dscale = op.ReduceSum(op.Mul(g, op.reshape_like(normal, x)), others, keepdims=0)
+        dbias = op.ReduceSum(g, others, keepdims=0)
+    return op.reshape_like(_standardized(op, weighted, normal, inverse, [2]), x), dscale, dbias
+
+
+@rule("LpNormalization")
+def lp_normalization(op: Emitter, node: Node, g: str) -> Gradients:
+    """y = x / |x|_p along an axis, so dx = (g - u sum(g y)) / |x|_p with u the gradient of the norm: sign(x) or y."""
+    x, y, axis = node.inputs[0], node.outputs[0], node.attribute("axis", -1)
+    euclidean = node.attribute("p", 2) == 2
+    norm = (op.ReduceL2 if euclidean else op.ReduceL1)(x, [axis], keepdims=1)
+    along = op.ReduceSum(op.Mul(g, y), [axis], keepdims=1)
+    return (op.Div(op.Sub(g, op.Mul(y if euclidean else op.Sign(x), along)), norm),)

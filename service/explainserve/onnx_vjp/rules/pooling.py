@@ -1,0 +1,145 @@
+"""Pooling: each window hands its cotangent back to what it chose or averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import numpy as np
+
+from explainserve.onnx_vjp.emitter import Emitter, Node
+from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
+from explainserve.onnx_vjp.rules.windows import Windows, static, windows
+
+
+@rule("MaxPool")
+def max_pool(op: Emitter, node: Node, g: str) -> Gradients:
+    """Indices count over the whole tensor and name the first maximum of each window, as in torch; windows that share
+    one add up.
+    """
+    x = node.inputs[0]
+    positions = op.Reshape(_indices(op, node), [-1])
+    blank = op.zeros(op.Reshape(op.Size(x), [1]), x)
+    return (op.reshape_like(op.ScatterElements(blank, positions, op.Reshape(g, [-1]), axis=0, reduction="add"), x),)
+
+
+def _indices(op: Emitter, node: Node) -> str:
+    """The operator's own indices; where they count in column-major order, those of a second pooling that does not."""
+    if not node.attribute("storage_order", 0):
+        return op.output(node, 1)
+    names = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
+    return op.emit("MaxPool", node.inputs[0], outputs=2, **{name: node.attribute(name) for name in names})[1]
+
+
+@rule("AveragePool")
+def average_pool(op: Emitter, node: Node, g: str) -> Gradients:
+    view = windows(op, node, node.attribute("kernel_shape"))
+    return (_spread_windows(op, _shares(op, node, g, view), node.inputs[0], view),)
+
+
+def _shares(op: Emitter, node: Node, g: str, view: Windows) -> str:
+    """The cotangent divided by how many elements each window averaged."""
+    counted = node.attribute("count_include_pad", 0)
+    if (counted and not node.attribute("ceil_mode", 0)) or (
+        not any(view.before + view.after) and not node.attribute("ceil_mode", 0)
+    ):
+        return op.Mul(g, 1 / float(np.prod(view.kernel)))
+    sizes, counts = _known(view)
+    lengths = [
+        _lengths(*axis, counted=bool(counted))
+        for axis in zip(sizes, counts, view.kernel, view.strides, view.dilations, view.before, view.after, strict=True)
+    ]
+    return op.Mul(g, 1 / reduce(np.multiply.outer, lengths).astype(float))
+
+
+def _known(view: Windows) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if view.sizes is None or view.counts is None:
+        raise Refusal("pooling over an unknown spatial size", "fix the spatial sizes of the model's inputs")
+    return view.sizes, view.counts
+
+
+def _lengths(
+    size: int, count: int, kernel: int, stride: int, dilation: int, before: int, after: int, *, counted: bool
+) -> np.ndarray:
+    """Per window of one axis, how many of its positions are inside the input (or inside the padded input)."""
+    positions = np.arange(count)[:, None] * stride + np.arange(kernel) * dilation - before
+    low, high = (-before, size + after) if counted else (0, size)
+    return np.asarray(((positions >= low) & (positions < high)).sum(axis=1))
+
+
+def _spread_windows(op: Emitter, shares: str, x: str, view: Windows) -> str:
+    """Add each window's share to all of its positions: a transposed convolution with ones, one channel at a time."""
+    sizes, counts = _known(view)
+    images = op.Reshape(shares, [-1, 1, *counts])
+    reached = [
+        (count - 1) * stride + span for count, stride, span in zip(counts, view.strides, view.spans, strict=True)
+    ]
+    if view.kernel == view.strides and max(view.dilations) == 1:
+        full = _tiled(op, images, counts, view.kernel)
+    else:
+        ones = np.ones((1, 1, *view.kernel), op.numpy_dtype(x))
+        full = op.ConvTranspose(images, ones, strides=view.strides, dilations=view.dilations, kernel_shape=view.kernel)
+    after = [size + before - reach for size, before, reach in zip(sizes, view.before, reached, strict=True)]
+    if any(view.before) or any(after):
+        full = op.Pad(full, [0, 0, *(-before for before in view.before), 0, 0, *after])
+    return op.reshape_like(full, x)
+
+
+def _tiled(op: Emitter, images: str, counts: Sequence[int], kernel: Sequence[int]) -> str:
+    """Windows that neither overlap nor leave gaps: every share is repeated over its window."""
+    spaced = op.Reshape(images, [-1, 1, *(size for count in counts for size in (count, 1))])
+    repeated = op.Expand(spaced, [1, 1, *(size for pair in zip(counts, kernel, strict=True) for size in pair)])
+    return op.Reshape(repeated, [-1, 1, *(count * size for count, size in zip(counts, kernel, strict=True))])
+
+
+@rule("GlobalAveragePool")
+def global_average_pool(op: Emitter, node: Node, g: str) -> Gradients:
+    x, y = node.inputs[0], node.outputs[0]
+    shape = op.shape(x)
+    sizes = static(shape[2:]) if shape is not None else None
+    if sizes is not None:
+        share = op.Mul(g, 1 / float(np.prod(sizes)))
+    else:
+        share = op.Div(g, op.cast_like(op.Div(op.Size(x), op.Size(y)), g))
+    return (op.expand_like(share, x),)
+
+
+@rule("GlobalMaxPool")
+def global_max_pool(op: Emitter, node: Node, g: str) -> Gradients:
+    """The first maximum of each channel takes the whole cotangent."""
+    x = node.inputs[0]
+    rows = op.Reshape(x, [0, 0, -1])
+    first = op.ArgMax(rows, axis=2, keepdims=1)
+    flat = op.Reshape(g, [0, 0, 1])
+    return (op.reshape_like(op.ScatterElements(op.zeros_like(rows), first, flat, axis=2), x),)
+
+
+@rule("GlobalLpPool")
+def global_lp_pool(op: Emitter, node: Node, g: str) -> Gradients:
+    x, y = node.inputs[0], node.outputs[0]
+    return (
+        op.Mul(
+            _power_slope(op, x, float(node.attribute("p", 2))),
+            op.Mul(g, _norm_slope(op, y, float(node.attribute("p", 2)))),
+        ),
+    )
+
+
+@rule("LpPool")
+def lp_pool(op: Emitter, node: Node, g: str) -> Gradients:
+    """y = (sum |x|^p)^(1/p), so dx = sign(x) |x|^(p-1) * (sum over windows of g y^(1-p))."""
+    x, p = node.inputs[0], float(node.attribute("p", 2))
+    view = windows(op, node, node.attribute("kernel_shape"))
+    shares = op.Mul(g, _norm_slope(op, node.outputs[0], p))
+    return (op.Mul(_power_slope(op, x, p), _spread_windows(op, shares, x, view)),)
+
+
+def _power_slope(op: Emitter, x: str, p: float) -> str:
+    """sign(x) |x|^(p-1)."""
+    return x if p == 2 else op.Sign(x) if p == 1 else op.Mul(op.Sign(x), op.Pow(op.Abs(x), p - 1))
+
+
+def _norm_slope(op: Emitter, y: str, p: float) -> str:
+    """y^(1-p), zero where y is."""
+    safe = op.Where(op.Equal(y, 0), 1, y)
+    return op.Where(op.Equal(y, 0), 0, op.Pow(safe, 1 - p))

@@ -1,0 +1,190 @@
+"""Types and shapes of all tensors, with dynamic dimensions told apart exactly.
+
+ONNX's shape inference loses track of symbols (the product of two, their way through Shape, Gather, Mul, Concat,
+Reshape), but it computes with numbers well. So it runs twice, with two different numbers for each symbol: a dimension
+that comes out equal is static, one that differs is dynamic, and two dynamic dimensions are the same when both pairs
+of numbers agree. Where the numbers contradict the model (two symbols that broadcast against each other must be
+equal), the symbolic inference of ONNX answers instead. A dynamic dimension is taken not to be broadcast itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, TypeProto, ValueInfoProto, defs, helper, numpy_helper
+
+Dimension = int | str | None
+Shape = tuple[Dimension, ...]
+
+# Longer constants are no shapes. Inference writes out integer arithmetic element by element, so it must not see them.
+SHAPE_ELEMENTS = 16
+
+# Divisible by what windows, patches and heads divide sizes by, and small: inference writes out a Range of them.
+_DIVISIBLE = 672
+_PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
+
+
+# Operators whose schemas infer nothing, and others with the same answer.
+_STAND_INS = {"GroupNormalization": "Identity", "MeanVarianceNormalization": "Identity"}
+
+
+class Shapes:
+    """What is known about each tensor of a growing graph: element type and shape."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._imports, self._ir_version = model.opset_import, model.ir_version
+        symbols = _symbols(model)
+        numbers = [
+            {symbol: _number(index, probe, len(symbols)) for index, symbol in enumerate(symbols)} for probe in (0, 1)
+        ]
+        self._symbols = {pair: symbol for symbol in symbols for pair in [(numbers[0][symbol], numbers[1][symbol])]}
+        self._probes = [_inferred(model, assignment) for assignment in numbers]
+        self._symbolic = _inferred(model, None)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._symbolic or name in self._probes[0]
+
+    def dtype(self, name: str) -> int:
+        """The TensorProto data type, UNDEFINED where inference did not find it."""
+        kind = self._symbolic.get(name) or self._probes[0].get(name)
+        return kind.tensor_type.elem_type if kind is not None else TensorProto.UNDEFINED
+
+    def shape(self, name: str) -> Shape | None:
+        """Dimensions as int, symbol or None (unknown), or None where even the rank is unknown."""
+        if all(name in probe and probe[name].tensor_type.HasField("shape") for probe in self._probes):
+            dims = [probe[name].tensor_type.shape.dim for probe in self._probes]
+            return tuple(self._dimension(*pair) for pair in zip(*dims, strict=True))
+        if name in self._symbolic and self._symbolic[name].tensor_type.HasField("shape"):
+            return tuple(_symbol(dim) for dim in self._symbolic[name].tensor_type.shape.dim)
+        return None
+
+    def _dimension(self, one: onnx.TensorShapeProto.Dimension, two: onnx.TensorShapeProto.Dimension) -> Dimension:
+        if not one.HasField("dim_value") or not two.HasField("dim_value"):
+            return None
+        if one.dim_value == two.dim_value:
+            return int(one.dim_value)
+        return self._symbols.get((one.dim_value, two.dim_value), f"{one.dim_value}|{two.dim_value}")
+
+    def type_proto(self, name: str) -> TypeProto:
+        """The type as ONNX writes it, with the model's own symbols."""
+        own = set(self._symbols.values())
+        shape = self.shape(name)
+        dims = (
+            None
+            if shape is None
+            else [d if isinstance(d, int) or (d in own and not str(d).startswith("?")) else None for d in shape]
+        )
+        return helper.make_tensor_type_proto(self.dtype(name), dims)
+
+    @property
+    def _all(self) -> list[dict[str, TypeProto]]:
+        return [*self._probes, self._symbolic]
+
+    def assign(self, name: str, like: str) -> None:
+        """State that a tensor has the type and shape of another one."""
+        for types in self._all:
+            if like in types:
+                types[name] = types[like]
+            else:
+                types.pop(name, None)
+
+    def add_constant(self, name: str, data_type: int, dims: Iterable[int]) -> None:
+        """Make the type of a new initializer known."""
+        kind = helper.make_tensor_type_proto(data_type, list(dims))
+        for types in self._all:
+            types[name] = kind
+
+    def add_node(self, node: NodeProto, version: int, constants: Mapping[str, np.ndarray]) -> None:
+        """Infer the types of a new node's outputs, as far as its inputs and the constants among them tell."""
+        data = {
+            name: numpy_helper.from_array(value, name)
+            for name, value in constants.items()
+            if value.size <= SHAPE_ELEMENTS
+        }
+        node = _stand_in(node)
+        for types in self._all:
+            inputs = {name: types[name] for name in node.input if name in types}
+            try:
+                schema = defs.get_schema(node.op_type, version, node.domain)
+                found = onnx.shape_inference.infer_node_outputs(
+                    schema, node, inputs, data, {}, list(self._imports), self._ir_version
+                )
+            except (onnx.shape_inference.InferenceError, defs.SchemaError, KeyError):
+                continue
+            types.update((name, kind) for name, kind in found.items() if name and kind.tensor_type.elem_type)
+
+
+def _stand_in(node: NodeProto) -> NodeProto:
+    if node.domain or node.op_type not in _STAND_INS:
+        return node
+    return helper.make_node(_STAND_INS[node.op_type], node.input[:1], node.output)
+
+
+def _symbols(model: onnx.ModelProto) -> list[str]:
+    """Every symbol of the inputs; a dimension without a name gets one of its own, starting with '?'."""
+    found: dict[str, None] = {}
+    for value in model.graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if not dim.HasField("dim_value"):
+                found[dim.dim_param or f"?{value.name}:{axis}"] = None
+    return list(found)
+
+
+def _symbol(dim: onnx.TensorShapeProto.Dimension) -> Dimension:
+    return int(dim.dim_value) if dim.HasField("dim_value") else str(dim.dim_param) or None
+
+
+def _number(index: int, probe: int, count: int) -> int:
+    position = index + probe * count
+    return _DIVISIBLE * (_PRIMES[position] if position < len(_PRIMES) else 2 * position + 1)
+
+
+def _inferred(model: onnx.ModelProto, numbers: Mapping[str, int] | None) -> dict[str, TypeProto]:
+    """Types with symbols replaced by numbers, or left as they are.
+
+    Weights enter as types only, so that models above protobuf's 2 GB pass too.
+    """
+    skeleton = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    graph = skeleton.graph
+    graph.name = model.graph.name
+    graph.node.extend(_stand_in(node) for node in model.graph.node)
+    foreign = {name for node in model.graph.node if not _has_schema(node, model) for name in node.output}
+    graph.value_info.extend(_numeric(value, numbers) for value in model.graph.value_info if value.name in foreign)
+    graph.output.extend(ValueInfoProto(name=value.name) for value in model.graph.output)
+    graph.input.extend(_numeric(value, numbers) for value in model.graph.input)
+    for tensor in model.graph.initializer:
+        if int(np.prod(tensor.dims, dtype=np.int64)) <= SHAPE_ELEMENTS and not tensor.external_data:
+            graph.initializer.append(tensor)
+        else:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    try:
+        result = onnx.shape_inference.infer_shapes(skeleton, strict_mode=False, data_prop=True).graph
+    except onnx.shape_inference.InferenceError as error:
+        if numbers is None:
+            raise ValueError(f"the graph is malformed: {error}") from error
+        return {}
+    types = {value.name: value.type for value in (*result.value_info, *result.output, *result.input)}
+    types.update((t.name, helper.make_tensor_type_proto(t.data_type, list(t.dims))) for t in model.graph.initializer)
+    return {name: kind for name, kind in types.items() if kind.tensor_type.elem_type}
+
+
+def _has_schema(node: NodeProto, model: onnx.ModelProto) -> bool:
+    version = next((entry.version for entry in model.opset_import if entry.domain == node.domain), 1)
+    return bool(defs.has(node.op_type, version, node.domain))
+
+
+def _numeric(value: ValueInfoProto, numbers: Mapping[str, int] | None) -> ValueInfoProto:
+    """The value with numbers in place of symbols; an unknown symbol becomes an unknown dimension."""
+    if numbers is None:
+        return value
+    copy = ValueInfoProto()
+    copy.CopyFrom(value)
+    for axis, dim in enumerate(copy.type.tensor_type.shape.dim):
+        if not dim.HasField("dim_value"):
+            number = numbers.get(dim.dim_param or f"?{value.name}:{axis}")
+            dim.Clear()
+            if number is not None:
+                dim.dim_value = number
+    return copy

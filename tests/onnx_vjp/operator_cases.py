@@ -1,0 +1,247 @@
+"""Cases by operator: those of onnx's own backend suite, and ours for what it leaves out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from statistics import NormalDist
+
+import numpy as np
+from onnx import TensorProto
+
+from onnx_vjp.vjp_oracle import Case, Function, frozen, single
+
+_rng = np.random.default_rng(3)
+
+
+def _x(*shape: int) -> np.ndarray:
+    return _rng.standard_normal(shape).astype(np.float32)
+
+
+def _i(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def suite_cases(operators: set[str]) -> list[Case]:
+    """Single-node cases of the backend suite with float32 in and out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from onnx.backend.test.case.node import collect_testcases
+
+        collected = collect_testcases(None)
+    return [case for entry in collected if (case := _single_float_case(entry, operators)) is not None]
+
+
+def _single_float_case(entry: object, operators: set[str]) -> Case | None:
+    model = getattr(entry, "model", None)
+    sets = getattr(entry, "data_sets", None)
+    if model is None or not sets or len(model.graph.node) != 1 or model.graph.node[0].op_type not in operators:
+        return None
+    feeds = {value.name: np.asarray(data) for value, data in zip(model.graph.input, sets[0][0], strict=False)}
+    kinds = {value.type.tensor_type.elem_type for value in model.graph.output[:1]}
+    floats = [data for data in feeds.values() if data.dtype == np.float32]
+    odd = any(data.dtype.kind not in "fiub" or data.dtype in (np.float16, np.float64) for data in feeds.values())
+    empty = any(data.size == 0 for data in floats)
+    if kinds != {TensorProto.FLOAT} or not floats or odd or empty:
+        return None
+    node = model.graph.node[0]
+    exact = node.op_type == "Gelu" and not node.attribute  # the reference evaluates erf in float32
+    return frozen(Case(str(getattr(entry, "name", "")), model, feeds, _gelu if exact else None))
+
+
+def _gelu(x: np.ndarray) -> np.ndarray:
+    return x * np.vectorize(NormalDist().cdf)(x)
+
+
+def _global_norm(p: int) -> Function:
+    return lambda x: (np.abs(x) ** p).sum(axis=(2, 3), keepdims=True) ** (1 / p)
+
+
+def own_cases() -> Iterator[Case]:
+    """What the suite lacks: groups, dilations, odd paddings, dynamic shapes, negative steps, ranks and broadcasts."""
+    yield from _convolutions()
+    yield from _pooling()
+    yield from _shapes()
+    yield from _indexing()
+    yield from _rest()
+
+
+def _convolutions() -> Iterator[Case]:
+    image, kernel = _x(2, 4, 9, 8), _x(6, 2, 3, 2)
+    for dynamic in (None, ("s", "e", "i", "r")):
+        yield single(
+            "Conv",
+            {"x": image, "w": kernel, "b": _x(6)},
+            group=2,
+            strides=[2, 3],
+            dilations=[2, 1],
+            pads=[1, 0, 2, 1],
+            kernel_shape=[3, 2],
+            dynamic=dynamic,
+        )
+        yield single(
+            "Conv",
+            {"x": image, "w": kernel, "b": _x(6)},
+            group=2,
+            pads=[3, 1, 0, 2],
+            kernel_shape=[3, 2],
+            dynamic=dynamic,
+        )
+        yield single(
+            "Conv", {"x": _x(2, 4, 11), "w": _x(4, 1, 3)}, group=4, pads=[1, 1], kernel_shape=[3], dynamic=dynamic
+        )
+        yield single(
+            "Conv",
+            {"x": _x(1, 2, 5, 6, 4), "w": _x(3, 2, 2, 3, 2)},
+            strides=[1, 2, 2],
+            kernel_shape=[2, 3, 2],
+            dynamic=dynamic,
+        )
+    for mode in ("SAME_UPPER", "SAME_LOWER", "VALID"):
+        yield single("Conv", {"x": image, "w": _x(3, 4, 4, 3)}, auto_pad=mode, strides=[2, 3], kernel_shape=[4, 3])
+        yield single("Conv", {"x": image, "w": _x(3, 4, 4, 3)}, auto_pad=mode, kernel_shape=[4, 3])
+    small = {"x": _x(2, 4, 4, 5), "w": _x(4, 3, 3, 2), "b": _x(3)}
+    for dynamic in (None, ()):
+        yield single(
+            "ConvTranspose",
+            small,
+            strides=[2, 3],
+            pads=[1, 0, 0, 1],
+            output_padding=[1, 2],
+            kernel_shape=[3, 2],
+            dynamic=dynamic,
+        )
+
+
+def _pooling() -> Iterator[Case]:
+    image = _x(2, 3, 8, 7)
+    for name in ("MaxPool", "AveragePool", "LpPool"):
+        yield single(name, {"x": image}, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+        yield single(name, {"x": image}, kernel_shape=[2, 2], strides=[2, 2])
+        yield single(name, {"x": image}, kernel_shape=[3, 2], strides=[1, 2], auto_pad="SAME_UPPER")
+        yield single(name, {"x": _x(2, 3, 9)}, kernel_shape=[3], strides=[2])
+        yield single(name, {"x": _x(1, 2, 5, 6, 4)}, kernel_shape=[2, 3, 2], strides=[2, 2, 1])
+    for name in ("MaxPool", "AveragePool"):
+        yield single(name, {"x": image}, kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)
+    yield single(
+        "AveragePool", {"x": image}, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1], count_include_pad=1
+    )
+    yield single("AveragePool", {"x": image}, kernel_shape=[2, 2], strides=[3, 3])
+    yield single("GlobalLpPool", {"x": image}, p=2, function=_global_norm(2))
+    yield single("GlobalLpPool", {"x": image}, p=3, function=_global_norm(3))
+    yield single("GlobalAveragePool", {"x": image}, dynamic=())
+    yield single("GlobalMaxPool", {"x": image}, dynamic=())
+    yield single("MaxPool", {"x": image}, kernel_shape=[3, 3], strides=[2, 2], dynamic=())
+
+
+def _shapes() -> Iterator[Case]:
+    x = _x(2, 3, 4)
+    for dynamic in (None, ("s", "e", "i", "r")):
+        yield single("Reshape", {"x": x, "s": _i(0, -1)}, dynamic=dynamic)
+        yield single("Transpose", {"x": x}, perm=[1, 2, 0], dynamic=dynamic)
+        yield single("Concat", {"a": x, "b": _x(2, 1, 4), "c": _x(2, 2, 4)}, axis=1, dynamic=dynamic)
+        yield single("Split", {"x": x, "s": _i(1, 2)}, outputs=2, axis=1, dynamic=dynamic)
+        yield single("Tile", {"x": x, "r": _i(2, 1, 3)}, dynamic=dynamic)
+        yield single("Expand", {"x": _x(3, 1), "s": _i(2, 1, 4)}, dynamic=dynamic)
+        yield single("Flatten", {"x": x}, axis=2, dynamic=dynamic)
+        yield single("Add", {"a": _x(3, 1), "b": _x(2, 1, 4)}, dynamic=dynamic, name="broadcast")
+        yield single("Where", {"c": np.array([True, False, True, False]), "a": x, "b": _x(3, 1)}, dynamic=dynamic)
+        for reduction in ("ReduceSum", "ReduceMean", "ReduceL2", "ReduceMax", "ReduceLogSumExp", "ReduceProd"):
+            yield single(reduction, {"x": x, "a": _i(0, -1)}, keepdims=0, dynamic=dynamic)
+            yield single(reduction, {"x": x}, keepdims=0, dynamic=dynamic)
+        yield single(
+            "Pad",
+            {"x": x, "p": _i(1, 0, 2, 0, -1, 1)},
+            dynamic=dynamic,
+            function=lambda x: np.pad(x[:, :2], ((1, 0), (0, 0), (2, 1))),
+        )
+        for mode in ("reflect", "edge", "wrap"):
+            yield single("Pad", {"x": x, "p": _i(0, 2, 1, 0, 0, 2)}, mode=mode, dynamic=dynamic)
+    yield single("DepthToSpace", {"x": _x(1, 8, 2, 3)}, blocksize=2, mode="CRD", dynamic=())
+    yield single("DepthToSpace", {"x": _x(1, 8, 2, 3)}, blocksize=2, mode="DCR")
+    yield single("SpaceToDepth", {"x": _x(1, 2, 4, 6)}, blocksize=2)
+
+
+def _indexing() -> Iterator[Case]:
+    x = _x(5, 6, 4)
+    for dynamic in (None, ("s", "e", "i", "r")):
+        yield single("Slice", {"x": x, "s": _i(1, -3), "e": _i(4, 100), "a": _i(0, 2)}, dynamic=dynamic)
+        yield single(
+            "Slice", {"x": x, "s": _i(-1, 1), "e": _i(-100, 6), "a": _i(0, 1), "t": _i(-1, 2)}, dynamic=dynamic
+        )
+        yield single("Slice", {"x": x, "s": _i(0), "e": _i(3)}, dynamic=dynamic, name="no axes")
+        yield single("Gather", {"x": x, "i": np.array([[0, -1], [2, 2]])}, axis=1, dynamic=dynamic)
+        yield single("Gather", {"x": x, "i": _i(3, 0, 0)}, axis=0, dynamic=dynamic)
+        yield single("Gather", {"x": x, "i": np.array(-2)}, axis=2, dynamic=dynamic)
+        yield single(
+            "GatherElements", {"x": _x(3, 4), "i": np.array([[0, 1, 1, 2], [2, 2, 2, 0]])}, axis=0, dynamic=dynamic
+        )
+        yield single("GatherND", {"x": x, "i": np.array([[0, 1], [4, -1], [0, 1]])}, dynamic=dynamic)
+        yield single(
+            "GatherND", {"x": _x(2, 3, 4), "i": np.array([[[1], [0]], [[2], [2]]])}, batch_dims=1, dynamic=dynamic
+        )
+        yield single("ScatterND", {"x": x, "i": np.array([[0, 1], [4, 5]]), "u": _x(2, 4)}, dynamic=dynamic)
+        yield single(
+            "ScatterND", {"x": x, "i": np.array([[0], [0]]), "u": _x(2, 6, 4)}, reduction="add", dynamic=dynamic
+        )
+        yield single(
+            "ScatterElements", {"x": _x(3, 4), "i": np.array([[0, 1, 1, 2]]), "u": _x(1, 4)}, axis=0, dynamic=dynamic
+        )
+    yield single("TopK", {"x": _x(3, 7), "k": _i(3)}, outputs=2, axis=1)
+    yield single("TopK", {"x": _x(3, 7), "k": _i(2)}, outputs=2, axis=0, largest=0)
+
+
+def _rest() -> Iterator[Case]:
+    row, matrix, stack = _x(4), _x(4, 5), _x(2, 3, 4, 5)
+    for dynamic in (None, ("s", "e", "i", "r")):
+        for name, feeds in {
+            "row": {"a": row, "b": matrix},
+            "column": {"a": matrix, "b": _x(5)},
+            "inner": {"a": row, "b": _x(4)},
+            "batched row": {"a": row, "b": stack},
+            "batched column": {"a": stack, "b": _x(5)},
+            "broadcast": {"a": _x(3, 2, 4), "b": _x(2, 1, 4, 5)},
+        }.items():
+            yield single("MatMul", feeds, dynamic=dynamic, name=name)
+        yield single(
+            "Gemm",
+            {"a": _x(4, 3), "b": _x(5, 4), "c": _x(1, 5)},
+            transA=1,
+            transB=1,
+            alpha=0.5,
+            beta=2.0,
+            dynamic=dynamic,
+        )
+        yield single("Gemm", {"a": _x(3, 4), "b": _x(4, 5), "c": _x(3, 1)}, dynamic=dynamic)
+        yield single("PRelu", {"x": _x(2, 3, 4), "s": _x(3, 1)}, dynamic=dynamic)
+        yield single("LayerNormalization", {"x": _x(2, 3, 4), "s": _x(3, 4), "b": _x(4)}, axis=1, dynamic=dynamic)
+        yield single(
+            "BatchNormalization",
+            {"x": _x(2, 3, 4), "s": _x(3), "b": _x(3), "m": _x(3), "v": np.abs(_x(3)) + 1},
+            dynamic=dynamic,
+        )
+        yield single(
+            "Resize",
+            {"x": _x(1, 2, 3, 4), "_roi": _x(1), "s": np.array([1, 1, 2, 1.5], np.float32)},
+            mode="linear",
+            dynamic=dynamic,
+        )
+    yield single("GroupNormalization", {"x": _x(2, 4, 3), "s": _x(2), "b": _x(2)}, num_groups=2, version=18)
+    yield single("GroupNormalization", {"x": _x(2, 4, 3, 2), "s": _x(4), "b": _x(4)}, num_groups=2)
+    yield single("Einsum", {"a": _x(2, 3, 4), "b": _x(2, 5, 4)}, equation="bij,bkj->bik")
+    yield single("Einsum", {"a": _x(3, 4), "b": _x(4)}, equation="ij,k->k")
+    yield single("Pow", {"x": np.abs(_x(3, 2)) + 1, "p": _x(2)}, name="live exponent")
+    yield single("Mod", {"a": _x(3, 4) * 5, "b": np.abs(_x(4)) + 1}, fmod=1)
+    yield single("Max", {"a": _x(3, 4), "b": _x(4), "c": _x(3, 1)})
+    yield single("Clip", {"x": _x(9), "low": np.array(-0.5, np.float32), "high": np.array(0.7, np.float32)})
+    yield single("HardSigmoid", {"x": 4 * _x(20)}, alpha=1 / 6, beta=0.5)
+    yield single("HardSwish", {"x": 3 * _x(20)})
+    yield single(
+        "LpNormalization", {"x": _x(3, 4)}, axis=0, p=1, function=lambda x: x / np.abs(x).sum(axis=0, keepdims=True)
+    )
+    yield single("Swish", {"x": _x(9)}, alpha=1.5, version=24)
+    yield single("Cast", {"x": _x(5)}, to=TensorProto.FLOAT)
+    yield single("CastLike", {"x": _x(5), "like": _x(1)})
+    yield single("Celu", {"x": _x(9)}, alpha=2.0)
+    yield single("CumSum", {"x": _x(3, 4), "a": np.array(1, np.int64)}, exclusive=1)
+    yield single("Trilu", {"x": _x(3, 4)}, upper=0)

@@ -1,0 +1,82 @@
+"""Raising old operator sets keeps the meaning of every node."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from explainserve.onnx_vjp import input_gradient
+from explainserve.onnx_vjp.opset import FLOOR, prepared
+from onnx_vjp.vjp_oracle import run
+
+_rng = np.random.default_rng(0)
+X = _rng.standard_normal((2, 3, 4)).astype(np.float32)
+IMAGE = _rng.standard_normal((1, 2, 4, 4)).astype(np.float32)
+
+FORMS: list[tuple[int, str, np.ndarray, dict[str, object], dict[str, np.ndarray]]] = [
+    (9, "Slice", X, {"starts": [1, 0], "ends": [3, -1], "axes": [1, 2]}, {}),
+    (7, "Clip", X, {"min": -0.5, "max": 0.5}, {}),
+    (7, "Clip", X, {"max": 0.5}, {}),
+    (7, "Pad", X, {"pads": [0, 1, 0, 0, 0, 2], "value": 1.5}, {}),
+    (7, "Pad", X, {"pads": [0, 1, 0, 0, 0, 2], "mode": "edge"}, {}),
+    (7, "Unsqueeze", X, {"axes": [0, 4]}, {}),
+    (7, "Squeeze", X[:1], {"axes": [0]}, {}),
+    (11, "ReduceSum", X, {"axes": [0, 2], "keepdims": 0}, {}),
+    (17, "ReduceMean", X, {"axes": [-1]}, {}),
+    (12, "ReduceL2", X, {"axes": [1]}, {}),
+    (11, "Softmax", X, {}, {}),
+    (11, "Softmax", X, {"axis": -1}, {}),
+    (8, "LogSoftmax", X, {"axis": 2}, {}),
+    (9, "Split", X, {"split": [1, 3], "axis": 2}, {}),
+    (13, "Split", X, {"axis": 2}, {}),
+    (7, "Dropout", X, {"ratio": 0.3}, {}),
+    (9, "TopK", X, {"k": 2, "axis": 1}, {}),
+    (7, "Upsample", IMAGE, {"scales": [1.0, 1.0, 2.0, 3.0]}, {}),
+    (9, "Upsample", IMAGE, {"mode": "linear"}, {"s": np.array([1, 1, 2, 2], np.float32)}),
+    (10, "Resize", IMAGE, {"mode": "nearest"}, {"s": np.array([1, 1, 2, 2], np.float32)}),
+    (
+        7,
+        "BatchNormalization",
+        X,
+        {"spatial": 1},
+        {name: np.abs(_rng.standard_normal(3)).astype(np.float32) for name in "sbmv"},
+    ),
+]
+
+
+def old_model(
+    version: int, operator: str, x: np.ndarray, attributes: dict[str, object], more: dict[str, np.ndarray]
+) -> onnx.ModelProto:
+    outputs = ["y", "z"] if operator in ("Split", "TopK") else ["y"]
+    graph = helper.make_graph(
+        [helper.make_node(operator, ["x", *more], outputs, **attributes)],
+        "old",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in more.items()],
+    )
+    old = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)], ir_version=7)
+    return onnx.shape_inference.infer_shapes(old, data_prop=True)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form[1]}-{form[0]}-{'-'.join(form[3])}")
+def test_an_old_form_computes_what_it_did_and_has_a_gradient(
+    form: tuple[int, str, np.ndarray, dict[str, object], dict[str, np.ndarray]],
+) -> None:
+    _, _, x, *_ = form
+    old = old_model(*form)
+    new = prepared(old)
+    assert new.opset_import[0].version == FLOOR
+    onnx.checker.check_model(new)
+    (before,), (after,) = run(old, {"x": x}, ["y"]), run(new, {"x": x}, ["y"])
+    np.testing.assert_allclose(after, before, rtol=1e-6)
+    gradient = input_gradient(old, ["x"], "y")
+    (dx,) = run(gradient.model, {"x": x, gradient.cotangent: np.ones_like(before)}, [gradient.gradients["x"]])
+    assert dx.shape == x.shape
+
+
+def test_a_model_without_broadcasting_rules_is_refused() -> None:
+    with pytest.raises(ValueError, match="operator set 6"):
+        prepared(old_model(6, "Neg", X, {}, {}))

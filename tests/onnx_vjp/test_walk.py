@@ -1,0 +1,267 @@
+"""The walk: what is differentiated, what is refused, and what comes back."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from explainserve.onnx_vjp import GRADIENT_RULES, UnsupportedOperators, find_gaps, input_gradient, overridden, standard
+from explainserve.onnx_vjp.registry import Rule
+from onnx_vjp.vjp_oracle import run
+
+F = TensorProto.FLOAT
+IMPORTS = [helper.make_opsetid("", 21), helper.make_opsetid("elsewhere", 1)]
+
+
+def model(
+    nodes: list[onnx.NodeProto],
+    inputs: dict[str, list[int | str]],
+    outputs: list[str],
+    constants: dict[str, np.ndarray] | None = None,
+) -> onnx.ModelProto:
+    declared = [helper.make_tensor_value_info(name, F, shape) for name, shape in inputs.items()]
+    results = [helper.make_tensor_value_info(name, F, None) for name in outputs]
+    stored = [numpy_helper.from_array(value, name) for name, value in (constants or {}).items()]
+    graph = helper.make_graph(nodes, "test", declared, results, stored)
+    plain = helper.make_model(graph, opset_imports=IMPORTS, ir_version=10)
+    return onnx.shape_inference.infer_shapes(plain)
+
+
+def gradients(
+    graph: onnx.ModelProto,
+    wrt: list[str],
+    of: str,
+    cotangent: np.ndarray,
+    feeds: dict[str, np.ndarray],
+    table: str = "standard",
+) -> list[np.ndarray]:
+    result = input_gradient(graph, wrt, of, rules=GRADIENT_RULES[table])
+    onnx.checker.check_model(result.model)
+    return run(result.model, {**feeds, result.cotangent: cotangent}, [result.gradients[name] for name in wrt])
+
+
+def node(operator: str, inputs: str, outputs: str, **attributes: object) -> onnx.NodeProto:
+    return helper.make_node(
+        operator, inputs.split(), outputs.split(), name=f"{operator}_{outputs.split()[0]}", **attributes
+    )
+
+
+def f32(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+def test_repeated_uses_are_summed() -> None:
+    graph = model([node("Mul", "x x", "square"), node("Add", "square x", "y")], {"x": [3]}, ["y"])
+    (dx,) = gradients(graph, ["x"], "y", f32(1, 1, 1), {"x": f32(1, 2, 3)})
+    np.testing.assert_array_equal(dx, f32(3, 5, 7))
+
+
+def test_an_intermediate_tensor_can_be_differentiated_by_and_of() -> None:
+    nodes = [node("Exp", "x", "h"), node("Mul", "h h", "s"), node("Neg", "s", "y")]
+    feeds = {"x": f32(0.0, 1.0)}
+    graph = model(nodes, {"x": [2]}, ["y"])
+    h = np.exp(feeds["x"])
+    dx, dh = gradients(graph, ["x", "h"], "y", f32(1, 1), feeds)
+    np.testing.assert_allclose(dh, -2 * h, rtol=1e-6)
+    np.testing.assert_allclose(dx, -2 * h * h, rtol=1e-6)
+    (inner,) = gradients(graph, ["x"], "s", f32(1, 1), feeds)
+    np.testing.assert_allclose(inner, 2 * h * h, rtol=1e-6)
+
+
+def test_an_unrelated_tensor_gets_zeros_of_its_own_shape() -> None:
+    graph = model([node("Neg", "x", "y"), node("Exp", "z", "w")], {"x": ["n", 2], "z": ["n", 3]}, ["y", "w"])
+    feeds = {"x": np.ones((4, 2), np.float32), "z": np.ones((4, 3), np.float32)}
+    dx, dz = gradients(graph, ["x", "z"], "y", np.ones((4, 2), np.float32), feeds)
+    assert dx.shape == (4, 2)
+    np.testing.assert_array_equal(dz, np.zeros((4, 3), np.float32))
+
+
+def test_the_gradient_of_a_tensor_by_itself_is_the_cotangent() -> None:
+    graph = model([node("Neg", "x", "y")], {"x": [2]}, ["y"])
+    (dy,) = gradients(graph, ["y"], "y", f32(2, 3), {"x": f32(0, 0)})
+    np.testing.assert_array_equal(dy, f32(2, 3))
+
+
+def test_original_outputs_and_dynamic_batch_survive() -> None:
+    graph = model([node("Relu", "x", "y")], {"x": ["batch", 2]}, ["y"])
+    result = input_gradient(graph, ["x"], "y")
+    assert [output.name for output in result.model.graph.output] == ["y", result.gradients["x"]]
+    shapes = {value.name: value.type.tensor_type.shape.dim[0].dim_param for value in result.model.graph.input}
+    assert shapes == {"x": "batch", result.cotangent: "batch"}
+    for batch in (1, 5):
+        x = np.full((batch, 2), 2, np.float32)
+        assert run(result.model, {"x": x, result.cotangent: x}, [result.gradients["x"]])[0].shape == (batch, 2)
+
+
+def test_nodes_beside_the_path_are_never_asked_for_a_rule() -> None:
+    aside = helper.make_node("Unknown", ["z"], ["w"], domain="elsewhere")
+    graph = model([aside, node("Neg", "x", "y")], {"x": [2], "z": [2]}, ["y", "w"])
+    assert find_gaps(graph, ["x"], "y") == []
+
+
+def test_all_gaps_are_listed_at_once() -> None:
+    nodes = [
+        helper.make_node("Mystery", ["x"], ["a"], name="first", domain="elsewhere"),
+        node("QuantizeLinear", "a scale", "q"),
+        node("DequantizeLinear", "q scale", "b"),
+        helper.make_node("Mystery", ["a"], ["c"], name="second", domain="elsewhere"),
+        node("Add", "b c", "y"),
+    ]
+    graph = model(nodes, {"x": [2]}, ["y"], {"scale": np.array(0.1, np.float32)})
+    gaps = find_gaps(graph, ["x"], "y")
+    assert [gap.node for gap in gaps if gap.domain == "elsewhere"] == ["second", "first"]
+    assert {gap.operator for gap in gaps if not gap.domain} == {"QuantizeLinear", "DequantizeLinear"}
+    with pytest.raises(UnsupportedOperators, match="first") as error:
+        input_gradient(graph, ["x"], "y")
+    assert set(error.value.gaps) == set(gaps)
+
+
+def test_a_quantized_graph_is_refused_although_integers_carry_no_gradient() -> None:
+    nodes = [node("QuantizeLinear", "x scale", "q"), node("DequantizeLinear", "q scale", "y")]
+    graph = model(nodes, {"x": [2]}, ["y"], {"scale": np.array(0.1, np.float32)})
+    gaps = find_gaps(graph, ["x"], "y")
+    assert {gap.operator for gap in gaps} == {"QuantizeLinear", "DequantizeLinear"}
+    assert all("quantiz" in gap.reason for gap in gaps)
+
+
+def test_a_branch_that_captures_a_differentiated_tensor_is_a_gap() -> None:
+    branch = helper.make_graph([node("Neg", "h", "o")], "branch", [], [helper.make_tensor_value_info("o", F, [2])])
+    choice = helper.make_node("If", ["c"], ["y"], name="choice", then_branch=branch, else_branch=branch)
+    graph = model([node("Exp", "x", "h"), choice], {"x": [2]}, ["y"], {"c": np.array(True)})
+    assert [gap.node for gap in find_gaps(graph, ["x"], "y")] == ["choice"]
+
+
+def test_a_malformed_graph_is_an_error_that_says_so() -> None:
+    graph = model([node("Neg", "x", "y")], {"x": [2]}, ["y"])
+    graph.graph.node[0].domain = "never imported"
+    with pytest.raises(ValueError, match="never imported"):
+        input_gradient(graph, ["x"], "y")
+
+
+@pytest.mark.parametrize(("name", "reason"), [("nothing", "no tensor 'nothing'"), ("indices", "INT64")])
+def test_a_tensor_that_cannot_be_differentiated_is_named(name: str, reason: str) -> None:
+    graph = model([node("ArgMax", "x", "indices"), node("Neg", "x", "y")], {"x": [2]}, ["y"])
+    with pytest.raises(ValueError, match=reason):
+        input_gradient(graph, [name], "y")
+
+
+def test_nothing_flows_through_operators_with_zero_gradient() -> None:
+    nodes = [node("Floor", "x", "f"), node("Mul", "x f", "y")]
+    (dx,) = gradients(model(nodes, {"x": [2]}, ["y"]), ["x"], "y", f32(1, 1), {"x": f32(1.5, 2.5)})
+    np.testing.assert_array_equal(dx, f32(1, 2))
+
+
+def test_an_operator_without_a_rule_is_expanded_to_its_function_body() -> None:
+    nodes = [node("MeanVarianceNormalization", "x", "m", axes=[0]), node("Reshape", "m all", "y")]
+    graph = model(nodes, {"x": [4]}, ["y"], {"all": np.array([4])})
+    x, g = f32(1, 2, 4, 8), f32(1, 0, 0, -1)
+    (dx,) = gradients(graph, ["x"], "y", g, {"x": x})
+    normal = (x - x.mean()) / x.std()
+    np.testing.assert_allclose(dx, (g - g.mean() - normal * (g * normal).mean()) / x.std(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_function_of_the_model_itself_is_inlined() -> None:
+    body = [node("Mul", "a a", "b")]
+    square = helper.make_function("elsewhere", "Square", ["a"], ["b"], body, [helper.make_opsetid("", 21)])
+    graph = model([helper.make_node("Square", ["x"], ["y"], domain="elsewhere")], {"x": [2]}, ["y"])
+    graph.functions.append(square)
+    graph = onnx.shape_inference.infer_shapes(graph)
+    (dx,) = gradients(graph, ["x"], "y", f32(1, 1), {"x": f32(3, 4)})
+    np.testing.assert_array_equal(dx, f32(6, 8))
+
+
+def test_a_rule_that_forgets_an_input_is_a_bug() -> None:
+    broken = overridden(standard(), {("", "Add", 1): Rule(lambda op, node, g: (g,))})
+    graph = model([node("Add", "x x", "y")], {"x": [2]}, ["y"])
+    with pytest.raises(AssertionError, match="1 gradients for 2 inputs"):
+        input_gradient(graph, ["x"], "y", rules=broken)
+
+
+def test_pieces_of_one_tensor_are_joined_without_padding() -> None:
+    nodes = [node("Split", "x", "a b c", axis=0, num_outputs=3), node("Mul", "a b", "ab"), node("Mul", "ab c", "y")]
+    slices = [
+        node("Slice", "x zero one", "a"),
+        node("Slice", "x one two", "b"),
+        node("Slice", "x two three", "c"),
+        *nodes[1:],
+    ]
+    bounds = {name: np.array([value]) for name, value in {"zero": 0, "one": 1, "two": 2, "three": 3}.items()}
+    graph = model(slices, {"x": [3, 2]}, ["y"], bounds)
+    x = np.arange(1, 7, dtype=np.float32).reshape(3, 2)
+    cotangent = np.ones((1, 2), np.float32)
+    (dx,) = gradients(graph, ["x"], "y", cotangent, {"x": x})
+    np.testing.assert_array_equal(dx, x.prod(axis=0) / x)
+    assert "Pad" not in {part.op_type for part in input_gradient(graph, ["x"], "y").model.graph.node}
+
+
+def test_a_shared_weight_listed_as_input_does_not_stay_overridable() -> None:
+    graph = model([node("Mul", "x w", "y")], {"x": [2], "w": [2]}, ["y"], {"w": f32(2, 3)})
+    assert "w" not in {value.name for value in input_gradient(graph, ["x"], "y").model.graph.input}
+
+
+# -- points where the derivative jumps ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "x", "expected"),
+    [
+        ("Relu", {}, [-1, 0, 1], [0, 0, 1]),
+        ("LeakyRelu", {"alpha": 0.5}, [-1, 0, 1], [0.5, 0.5, 1]),
+        ("Abs", {}, [-1, 0, 1], [-1, 0, 1]),
+        ("HardSigmoid", {"alpha": 0.5, "beta": 0.5}, [-1, 0, 1], [0, 0.5, 0]),
+        ("HardSwish", {}, [-3, 0, 3], [0, 0.5, 1]),
+        ("ReduceMax", {"keepdims": 0}, [2, 1, 2], [0.5, 0, 0.5]),
+        ("ReduceL2", {"keepdims": 0}, [0, 0, 0], [0, 0, 0]),
+    ],
+)
+def test_kinks_agree_with_torch(
+    operator: str, attributes: dict[str, object], x: list[float], expected: list[float]
+) -> None:
+    graph = model([node(operator, "x", "y", **attributes)], {"x": [3]}, ["y"])
+    cotangent = np.ones((), np.float32) if attributes.get("keepdims") == 0 else f32(1, 1, 1)
+    (dx,) = gradients(graph, ["x"], "y", cotangent, {"x": f32(*x)})
+    np.testing.assert_allclose(dx, f32(*expected))
+
+
+def test_clip_passes_the_gradient_at_its_bounds() -> None:
+    constants = {"low": np.array(0, np.float32), "high": np.array(6, np.float32)}
+    graph = model([node("Clip", "x low high", "y")], {"x": [5]}, ["y"], constants)
+    (dx,) = gradients(graph, ["x"], "y", f32(1, 1, 1, 1, 1), {"x": f32(-1, 0, 3, 6, 7)})
+    np.testing.assert_array_equal(dx, f32(0, 1, 1, 1, 0))
+
+
+@pytest.mark.parametrize("operator", ["Max", "Min"])
+def test_tied_operands_share_evenly(operator: str) -> None:
+    graph = model([node(operator, "a b", "y")], {"a": [1], "b": [1]}, ["y"])
+    da, db = gradients(graph, ["a", "b"], "y", f32(1), {"a": f32(2), "b": f32(2)})
+    assert (da.item(), db.item()) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("operator", ["MaxPool", "GlobalMaxPool"])
+def test_a_tied_window_gives_everything_to_its_first_maximum(operator: str) -> None:
+    attributes = {"kernel_shape": [2, 2]} if operator == "MaxPool" else {}
+    graph = model([node(operator, "x", "y", **attributes)], {"x": [1, 1, 2, 2]}, ["y"])
+    (dx,) = gradients(graph, ["x"], "y", np.ones((1, 1, 1, 1), np.float32), {"x": np.ones((1, 1, 2, 2), np.float32)})
+    np.testing.assert_array_equal(dx.ravel(), f32(1, 0, 0, 0))
+
+
+# -- gradient rules ----------------------------------------------------------------------------------------------------
+
+
+def test_gradient_rules_change_rectifiers_only() -> None:
+    graph = model([node("Relu", "x", "r"), node("Mul", "r w", "y")], {"x": [4]}, ["y"], {"w": f32(1, -1, 1, -1)})
+    feeds, ones = {"x": f32(1, 1, -1, -1)}, f32(1, 1, 1, 1)
+    expected = {"standard": (1, -1, 0, 0), "guided_backpropagation": (1, 0, 0, 0), "deconvnet": (1, 0, 1, 0)}
+    for table, values in expected.items():
+        (dx,) = gradients(graph, ["x"], "y", ones, feeds, table)
+        np.testing.assert_array_equal(dx, f32(*values), err_msg=table)
+
+
+@pytest.mark.parametrize(("low", "guided"), [(0.0, True), (-1.0, False)])
+def test_clip_is_a_rectifier_where_its_lower_bound_is_zero(low: float, guided: bool) -> None:
+    constants = {"low": np.array(low, np.float32), "high": np.array(6, np.float32)}
+    graph = model([node("Clip", "x low high", "y")], {"x": [1]}, ["y"], constants)
+    (dx,) = gradients(graph, ["x"], "y", f32(-1), {"x": f32(2)}, "guided_backpropagation")
+    assert dx.item() == (0 if guided else -1)
