@@ -1,0 +1,81 @@
+"""What every backend provides: a loaded model that evaluates rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from explainserve.model_config import ModelConfig
+from explainserve.plan import Rows, SegmentEvaluation
+from explainserve.signature import Signature
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Where and how models are evaluated.
+
+    Attributes:
+        device: "cpu", "cuda" or "cuda:N".
+        allow_fallback: evaluate on the CPU where the device is missing, instead of refusing the model.
+        thread_count: threads of one evaluation; 0 means all cores.
+    """
+
+    device: str = "cpu"
+    allow_fallback: bool = False
+    thread_count: int = 0
+
+
+@dataclass(frozen=True)
+class OperatorGap:
+    """An operator on the way from an output to an input that has no gradient rule."""
+
+    operator: str
+    node: str
+    reason: str
+    remedy: str
+
+
+class LoadedModel(Protocol):
+    """A model in memory. Used by one thread at a time.
+
+    Attributes:
+        backend: "onnxruntime", "torch.export" or "torchscript".
+        gradient_mode: "gradient_graph", "autograd" or "black_box".
+        device: where it really runs, such as "cpu" or "cuda:0".
+        signature: inputs and outputs, from the file and its configuration.
+        fixed_batch: the file accepts one row at a time only.
+        gaps: operators without a gradient; where there are any, only forward-only rows are evaluated.
+        library_versions: of the libraries that compute, by name.
+    """
+
+    backend: str
+    gradient_mode: str
+    device: str
+    signature: Signature
+    fixed_batch: bool
+    gaps: tuple[OperatorGap, ...]
+    library_versions: Mapping[str, str]
+
+    def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
+        """Interpolates the rows, runs them in one batch, and sums weighted gradients per segment.
+
+        Returns:
+            One evaluation per segment of `rows`, in order: scores and gradient sums where the segment has a
+            selector, score tensors otherwise. Rows of weight 0 are selected out of sums, never multiplied by zero.
+            Sums are accumulated in float32 or better.
+
+        Raises:
+            EvaluationFailed: the model raised.
+            Unsupported: a gradient is asked of a model with gaps (NOT_DIFFERENTIABLE).
+        """
+        ...
+
+
+Loader = Callable[[Path, ModelConfig, LoadOptions], LoadedModel]
+"""Reads a model file.
+
+Raises:
+    ModelRefused: the file cannot be served; the reason says why.
+"""

@@ -1,0 +1,106 @@
+"""How many rows an ONNX model takes at a time: found by trying, since files state it wrongly both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from explainserve.backends import onnx_graph
+from explainserve.backends.contract import LoadOptions
+from explainserve.backends.onnx_session import open_session
+from explainserve.errors import ModelRefused
+from explainserve.signature import InputSpec, Signature
+
+Array = NDArray[np.generic]
+
+TRIAL_EXTENT = 32
+"""Stands for a free extent while a model is tried."""
+
+
+def with_rows(model: onnx.ModelProto, declared: Signature, options: LoadOptions) -> tuple[onnx.ModelProto, bool]:
+    """The model, or a copy of it, that accepts any batch, and True; or the model as it is, and False.
+
+    Exporters bake a batch of one into files, and declare a free batch where a Reshape holds one. Each candidate is
+    tried on two rows, and copies must return what the file returns for each row alone.
+    """
+    trial = _Trial(declared)
+    original = open_session(model, options)
+    batched = [spec.name for spec in declared.inputs if spec.batched]
+    stated_free = bool(batched) and all(spec.axes[0].size is None for spec in declared.inputs if spec.batched)
+    alone = trial.alone(original)
+    if alone is None:  # nothing can be tried: believe what the file states
+        return model, stated_free
+    if stated_free and trial.keeps_rows(original):
+        return model, True
+    for reshapes in (False, True) if batched else ():
+        candidate = onnx_graph.with_free_batch(model, batched, reshapes=reshapes)
+        try:
+            if trial.agrees(open_session(candidate, options), alone):
+                return candidate, True
+        except ModelRefused:
+            continue
+    return model, False
+
+
+class _Trial:
+    """Two rows of made-up values: normal numbers, and zeros or the stated range where the input holds integers."""
+
+    def __init__(self, declared: Signature) -> None:
+        self._declared = declared
+        generator = np.random.default_rng(0)
+        self._rows = {spec.name: _made_up(spec, generator) for spec in declared.inputs}
+
+    def alone(self, session: onnxruntime.InferenceSession) -> list[list[Array]] | None:
+        """All outputs of each row by itself, or None where the model does not run on them."""
+        results = [_tried(session, self._feeds(i, i + 1)) for i in range(2)]
+        first, second = results
+        return None if first is None or second is None else [first, second]
+
+    def keeps_rows(self, session: onnxruntime.InferenceSession) -> bool:
+        """Whether two rows go in and two come out."""
+        results = _tried(session, self._feeds(0, 2))
+        return results is not None and all(self._is_batch(array) for array in results)
+
+    def agrees(self, session: onnxruntime.InferenceSession, alone: list[list[Array]]) -> bool:
+        """Whether two rows together give what each gives alone, up to rounding."""
+        results = _tried(session, self._feeds(0, 2))
+        return results is not None and all(
+            self._is_batch(both) and _close(both, np.concatenate([first, second]))
+            for both, first, second in zip(results, *alone, strict=True)
+        )
+
+    def _is_batch(self, array: Array) -> bool:
+        return array.ndim > 0 and len(array) == 2
+
+    def _feeds(self, first: int, last: int) -> Mapping[str, Array]:
+        return {
+            spec.name: self._rows[spec.name][first:last] if spec.batched else self._rows[spec.name][0]
+            for spec in self._declared.inputs
+        }
+
+
+def _tried(session: onnxruntime.InferenceSession, feeds: Mapping[str, Array]) -> list[Array] | None:
+    try:
+        return [np.asarray(array) for array in session.run(None, feeds)]
+    except Exception:  # that it raises, whatever it raises, is the answer
+        return None
+
+
+def _close(found: Array, expected: Array) -> bool:
+    if found.shape != expected.shape:
+        return False
+    found, expected = found.astype(np.float64), expected.astype(np.float64)
+    tolerance = 1e-4 * np.abs(expected).max(initial=0.0) + 1e-30
+    return bool(np.allclose(found, expected, rtol=0.0, atol=tolerance, equal_nan=True))
+
+
+def _made_up(spec: InputSpec, generator: np.random.Generator) -> Array:
+    shape = (2, *(TRIAL_EXTENT if axis.size is None else axis.size for axis in spec.instance_axes))
+    if spec.differentiable:
+        return generator.standard_normal(shape).astype(spec.dtype)
+    low, high = spec.value_range or (0, 0)
+    return generator.integers(int(low), int(high), shape, endpoint=True).astype(spec.dtype)

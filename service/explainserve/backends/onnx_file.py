@@ -1,0 +1,141 @@
+"""Reading an ONNX file that is not trusted: what it refers to is checked before anything reads it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from explainserve.errors import ModelRefused
+
+PROTOBUF_BYTES = 2**31 - 1
+"""Largest message that protobuf serializes; onnxruntime receives models as one message."""
+
+
+def read(path: Path) -> onnx.ModelProto:
+    """Reads a model with all its weights, and checks it against the ONNX specification.
+
+    Raises:
+        ModelRefused: the file is truncated or no ONNX model (MODEL_FILE_CORRUPT), violates the specification
+            (MODEL_INVALID), refers to data outside its folder (EXTERNAL_DATA_ESCAPES), to data that is not there or too
+            short (EXTERNAL_DATA_MISSING), or exceeds 2 GiB (MODEL_TOO_LARGE).
+    """
+    model = _parsed(path)
+    external = [tensor for tensor in _tensors(model) if _is_external(tensor)]
+    located = [_located(tensor, path.parent) for tensor in external]
+    for tensor, (file, start, size) in zip(external, located, strict=True):
+        _embed(tensor, file, start, size)
+    if model.ByteSize() > PROTOBUF_BYTES:
+        raise ModelRefused("MODEL_TOO_LARGE", f"{path.name} holds more than 2 GiB of weights", file=path.name)
+    _check(model, path)
+    return model
+
+
+def files(path: Path) -> tuple[Path, ...]:
+    """The model file, then the files of its external data in the order of their names. Raises what `read` raises."""
+    model = _parsed(path)
+    external = {_located(tensor, path.parent)[0] for tensor in _tensors(model) if _is_external(tensor)}
+    return (path, *sorted(external))
+
+
+def _parsed(path: Path) -> onnx.ModelProto:
+    if path.stat().st_size > PROTOBUF_BYTES:
+        raise ModelRefused("MODEL_TOO_LARGE", f"{path.name} exceeds 2 GiB", file=path.name)
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's DecodeError derives from Exception directly
+        raise _corrupt(path, "it cannot be decoded") from error
+    if not model.HasField("graph") or not model.opset_import or not model.graph.output:
+        raise _corrupt(path, "it holds no graph")
+    return model
+
+
+def _corrupt(path: Path, why: str) -> ModelRefused:
+    return ModelRefused("MODEL_FILE_CORRUPT", f"{path.name} is truncated or not an ONNX model: {why}", file=path.name)
+
+
+def _check(model: onnx.ModelProto, path: Path) -> None:
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelRefused("MODEL_INVALID", f"{path.name} violates the ONNX specification: {first}") from error
+
+
+def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
+    """Every tensor anywhere in a message: initializers, attributes, subgraphs, functions, sparse tensors."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for child in [value] if hasattr(value, "ListFields") else value:
+            if isinstance(child, onnx.TensorProto):
+                yield child
+            else:
+                yield from _tensors(child)
+
+
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_location == onnx.TensorProto.EXTERNAL or bool(tensor.external_data)
+
+
+def _located(tensor: onnx.TensorProto, folder: Path) -> tuple[Path, int, int]:
+    """File, first byte and byte count of a tensor's data, all known to exist inside `folder`."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    file = _inside(folder, entries.get("location", ""), tensor.name)
+    start, size = _span(entries, tensor)
+    available = file.stat().st_size
+    if start + size > available:
+        raise ModelRefused(
+            "EXTERNAL_DATA_MISSING",
+            f"tensor {tensor.name!r} ends at byte {start + size} of {file.name}, which has {available}",
+            tensor=tensor.name,
+            expected_bytes=start + size,
+            actual_bytes=available,
+        )
+    return file, start, size
+
+
+def _inside(folder: Path, location: str, tensor: str) -> Path:
+    root = folder.resolve()
+    # resolve() follows symbolic links, so a link inside the folder that leads out of it is seen as what it is.
+    file = (root / location).resolve() if location and "\0" not in location else root
+    if Path(location).is_absolute() or ".." in Path(location).parts or not file.is_relative_to(root):
+        raise ModelRefused(
+            "EXTERNAL_DATA_ESCAPES",
+            f"tensor {tensor!r} refers to {location!r}, which is not inside the model's folder",
+            tensor=tensor,
+            location=location,
+        )
+    if not file.is_file():
+        raise ModelRefused(
+            "EXTERNAL_DATA_MISSING",
+            f"tensor {tensor!r} refers to {location!r}, which is no file of the model's folder",
+            tensor=tensor,
+            location=location,
+        )
+    return file
+
+
+def _span(entries: dict[str, str], tensor: onnx.TensorProto) -> tuple[int, int]:
+    """First byte and byte count, which default to the start of the file and to what the tensor's shape needs."""
+    try:
+        item_size = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        start = int(entries.get("offset", 0))
+        size = int(entries.get("length", math.prod(tensor.dims) * item_size))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ModelRefused("MODEL_INVALID", f"tensor {tensor.name!r}: external data is malformed: {error}") from error
+    if start < 0 or size < 0:
+        raise ModelRefused("MODEL_INVALID", f"tensor {tensor.name!r}: negative offset or length of external data")
+    return start, size
+
+
+def _embed(tensor: onnx.TensorProto, file: Path, start: int, size: int) -> None:
+    with file.open("rb") as data:
+        data.seek(start)
+        tensor.raw_data = data.read(size)
+    del tensor.external_data[:]
+    tensor.data_location = onnx.TensorProto.DEFAULT

@@ -1,0 +1,193 @@
+"""What an ONNX graph declares, and the edits that make its batch axis free."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx
+from onnx import TensorProto, numpy_helper
+
+from explainserve.errors import ModelRefused
+from explainserve.model_config import ModelConfig
+from explainserve.signature import Axis, InputSpec, OutputSpec, Signature
+
+BATCH = "batch"
+
+LAYER_OPERATORS = frozenset(
+    {
+        *("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Concat"),
+        *("Relu", "LeakyRelu", "Clip", "Gelu", "HardSwish", "Mish", "Sigmoid", "Tanh"),
+        *("BatchNormalization", "LayerNormalization", "MaxPool", "AveragePool", "GlobalAveragePool"),
+    }
+)
+"""Operators whose outputs are offered as layers."""
+
+_DTYPES: dict[int, str] = {
+    TensorProto.BOOL: "bool",
+    TensorProto.UINT8: "uint8",
+    TensorProto.INT8: "int8",
+    TensorProto.UINT16: "uint16",
+    TensorProto.INT16: "int16",
+    TensorProto.UINT32: "uint32",
+    TensorProto.INT32: "int32",
+    TensorProto.UINT64: "uint64",
+    TensorProto.INT64: "int64",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.FLOAT: "float32",
+    TensorProto.DOUBLE: "float64",
+}
+
+
+def inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """The inputs that a caller feeds; older files list their weights among the inputs too."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in weights]
+
+
+def signature(model: onnx.ModelProto, config: ModelConfig) -> tuple[Signature, frozenset[str]]:
+    """What the graph says of its inputs and outputs, with the value ranges that `config` states.
+
+    Returns:
+        The signature, and the names of the outputs to which a leading batch axis of extent one has to be added.
+
+    Raises:
+        ModelRefused: an element type that is not supported (UNSUPPORTED_TYPE).
+    """
+    ranges = {table.name: table.value_range for table in config.inputs}
+    bare: set[str] = set()
+    input_specs, output_specs = [], []
+    for value in inputs(model):
+        dtype, axes = _dtype("input", value), _axes(value)
+        spec = InputSpec(value.name, dtype, _named(axes), batched=_has_batch(axes))
+        input_specs.append(replace(spec, value_range=ranges.get(value.name)))
+    for value in model.graph.output:
+        dtype, axes = _dtype("output", value), _axes(value)
+        if not _has_batch(axes):
+            bare.add(value.name)
+            axes = (Axis(BATCH, 1), *axes)
+        output_specs.append(OutputSpec(value.name, dtype, _named(axes)))
+    return Signature(tuple(input_specs), tuple(output_specs)), frozenset(bare)
+
+
+def operators(model: onnx.ModelProto) -> dict[str, int]:
+    """How often each operator occurs, the most frequent first; domains other than ONNX's own are written out."""
+    names = (f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph.node)
+    return dict(Counter(names).most_common())
+
+
+def layers(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Floating-point tensors that layer methods can explain: what LAYER_OPERATORS compute from the inputs."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    floats = {value.name for value in (*inferred.value_info, *inferred.output) if _is_float(value)}
+    nodes = _dependent_nodes(model, [value.name for value in inputs(model)])
+    return tuple(node.output[0] for node in nodes if node.op_type in LAYER_OPERATORS and node.output[0] in floats)
+
+
+def last_activations(model: onnx.ModelProto) -> dict[str, str]:
+    """Outputs that are computed by a Softmax or Sigmoid, with its name in lower case."""
+    last = {name: node.op_type.lower() for node in model.graph.node for name in node.output}
+    names = [value.name for value in model.graph.output]
+    return {name: last[name] for name in names if last.get(name) in ("softmax", "sigmoid")}
+
+
+def with_free_batch(model: onnx.ModelProto, batched: Sequence[str], *, reshapes: bool) -> onnx.ModelProto:
+    """A copy whose `batched` inputs and whose outputs accept any batch.
+
+    `reshapes` also frees the first extent of constant Reshape targets, into which exporters bake a batch of one.
+    Whether the result computes the same is for the caller to check: a graph can depend on its batch in other ways.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.value_info[:]  # shapes inferred with a batch of one
+    for value in copy.graph.input:
+        if value.name in batched:
+            value.type.tensor_type.shape.dim[0].dim_param = BATCH
+    for value in copy.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    if reshapes:
+        _free_reshapes(copy, batched)
+    return copy
+
+
+def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """`model`, changed in place, with only these tensors as outputs; onnxruntime then drops what they do not need."""
+    known = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
+    outputs = [known.get(name, onnx.ValueInfoProto(name=name)) for name in names]
+    del model.graph.output[:]
+    model.graph.output.extend(outputs)
+    return model
+
+
+def _free_reshapes(model: onnx.ModelProto, batched: Sequence[str]) -> None:
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    constants |= {node.output[0]: node.attribute[0].t for node in graph.node if _is_constant(node)}
+    for node in _dependent_nodes(model, batched):
+        if node.op_type == "Reshape" and len(node.input) > 1 and node.input[1] in constants:
+            target = _free_target(numpy_helper.to_array(constants[node.input[1]]))
+            name = f"{node.output[0]}/free_shape"
+            graph.initializer.append(numpy_helper.from_array(target, name))
+            node.input[1] = name
+
+
+def _dependent_nodes(model: onnx.ModelProto, sources: Sequence[str]) -> Iterator[onnx.NodeProto]:
+    """The nodes that read a source or what was computed from one, in topological order."""
+    dependent = set(sources)
+    for node in model.graph.node:
+        if dependent.intersection(node.input):
+            dependent.update(node.output)
+            yield node
+
+
+def _is_float(value: onnx.ValueInfoProto) -> bool:
+    return _DTYPES.get(value.type.tensor_type.elem_type, "").startswith("float")
+
+
+def _is_constant(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Constant" and node.attribute[0].name == "value"
+
+
+def _free_target(target: np.ndarray) -> np.ndarray:
+    """The first extent becomes what is left over; where another one is that already, an extent of one is copied."""
+    freed = target.copy()
+    if len(freed) and -1 not in freed:
+        freed[0] = -1
+    elif len(freed) and freed[0] == 1:
+        freed[0] = 0
+    return freed
+
+
+def _dtype(what: str, value: onnx.ValueInfoProto) -> np.dtype[np.generic]:
+    kind = value.type.WhichOneof("value") or "no type"
+    if kind != "tensor_type":
+        found = kind.removesuffix("_type")
+    elif value.type.tensor_type.elem_type in _DTYPES:
+        return np.dtype(_DTYPES[value.type.tensor_type.elem_type])
+    else:
+        found = TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
+    raise ModelRefused(
+        "UNSUPPORTED_TYPE",
+        f"{what} {value.name!r} is {found}; supported are {', '.join(_DTYPES.values())}",
+        name=value.name,
+        type=found,
+    )
+
+
+def _axes(value: onnx.ValueInfoProto) -> tuple[Axis, ...]:
+    """Some exporters write 0 or -1 for an extent that is open."""
+    dims = value.type.tensor_type.shape.dim
+    return tuple(Axis("", dim.dim_value) if dim.dim_value > 0 else Axis(dim.dim_param) for dim in dims)
+
+
+def _has_batch(axes: tuple[Axis, ...]) -> bool:
+    return bool(axes) and axes[0].size in (None, 1)
+
+
+def _named(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    """A first axis of extent one is the batch axis, and files give it no name."""
+    if axes and not axes[0].name and axes[0].size in (None, 1):
+        return (Axis(BATCH, axes[0].size), *axes[1:])
+    return axes

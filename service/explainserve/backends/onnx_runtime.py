@@ -1,0 +1,298 @@
+"""ONNX models on onnxruntime; gradients come from graphs that `onnx_vjp` builds, so no torch is needed.
+
+Each pair of score head and differentiated inputs is a session of its own, built when it is first asked for: rows
+without a gradient never pay for the backward part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import DTypeLike, NDArray
+
+from explainserve.backends import onnx_file, onnx_graph
+from explainserve.backends.contract import LoadOptions, OperatorGap
+from explainserve.backends.onnx_batch import with_rows
+from explainserve.backends.onnx_session import available_device, first_line, open_session
+from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported
+from explainserve.model_config import ModelConfig
+from explainserve.onnx_vjp import Gap, UnsupportedOperators, append_score_head, find_gaps, input_gradient
+from explainserve.onnx_vjp.opset import OLDEST as OLDEST_OPSET
+from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector
+from explainserve.signature import Axis, InputSpec, Signature, element_count
+
+Array = NDArray[np.generic]
+Blocks = Mapping[str, Array]
+"""Arrays by input name with one leading entry per row."""
+
+NAMED_GAPS = 3
+"""Gaps that an error lists; the model's metadata has all of them."""
+
+
+def load(path: Path, config: ModelConfig, options: LoadOptions) -> OnnxModel:
+    """Reads an .onnx file.
+
+    Raises:
+        ModelRefused: see `onnx_file.read` and `onnx_graph.signature`; also where onnxruntime cannot build the graph
+            (MODEL_NOT_RUNNABLE, OPSET_TOO_OLD), the configuration contradicts it (CONFIG_MISMATCH), or the device is
+            missing (DEVICE_UNAVAILABLE).
+    """
+    device = available_device(options)
+    options = replace(options, device=device)
+    model = onnx_file.read(path)
+    _check_opset(model)
+    declared, bare_outputs = onnx_graph.signature(model, config)
+    model, free = with_rows(model, declared, options)
+    signature = config.signature(_with_batch_extent(declared, None if free else 1))
+    unbatched = bare_outputs | {spec.name for spec in signature.inputs if not spec.batched}
+    return OnnxModel(model, signature, frozenset(unbatched), bool(unbatched) or not free, options)
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A session that computes scores, and gradients where it has a cotangent input."""
+
+    session: onnxruntime.InferenceSession
+    cotangent: str = ""
+
+    def __call__(self, feeds: Blocks) -> list[Array]:
+        try:
+            outputs: list[Array] = self.session.run(None, feeds)
+        except Exception as error:  # onnxruntime's own exceptions derive from Exception directly
+            raise EvaluationFailed("MODEL_RAISED", f"onnxruntime raised: {first_line(error)}") from error
+        return outputs
+
+
+class OnnxModel:
+    """A loaded ONNX model; see `contract.LoadedModel`."""
+
+    backend = "onnxruntime"
+
+    def __init__(
+        self,
+        graph: onnx.ModelProto,
+        signature: Signature,
+        unbatched: frozenset[str],
+        fixed_batch: bool,
+        options: LoadOptions,
+    ) -> None:
+        """`unbatched` names the inputs and outputs whose arrays in the graph lack the batch axis."""
+        self.signature = signature
+        self.fixed_batch = fixed_batch
+        self.device = options.device
+        self.library_versions: Mapping[str, str] = {
+            "onnxruntime": onnxruntime.__version__,
+            "onnx": onnx.__version__,
+        }
+        self._graph = graph
+        self._unbatched = unbatched
+        self._options = options
+        self._functions: dict[Differentiation, _Function] = {}
+        self._score_shapes: dict[tuple[object, ...], tuple[int, ...]] = {}
+        self.gaps = _gaps(graph, signature)
+        self.gradient_mode = "gradient_graph" if self._has_gradient else "black_box"
+
+    def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
+        """See `contract.LoadedModel`. Rows are interpolated on the host, which onnxruntime reads or copies once."""
+        function = self._function(rows.function)
+        blocks = {spec.name: _block(spec, rows) for spec in self.signature.inputs}
+        if rows.function.wrt:
+            blocks[function.cotangent] = self._cotangents(rows, blocks)
+        scores, *gradients = self._run(function, blocks, rows)
+        by_input = dict(zip(rows.function.wrt, gradients, strict=True))
+        return tuple(
+            _evaluation(segment, scores[piece], {name: array[piece] for name, array in by_input.items()})
+            for segment, piece in _pieces(rows)
+        )
+
+    @property
+    def _has_gradient(self) -> bool:
+        outputs = [spec for spec in self.signature.outputs if np.issubdtype(spec.dtype, np.floating)]
+        return bool(outputs and self.signature.differentiable_inputs and not self.gaps)
+
+    def _function(self, function: Differentiation) -> _Function:
+        if function not in self._functions:
+            self._functions[function] = self._gradient(function) if function.wrt else self._forward(function)
+        return self._functions[function]
+
+    def _forward(self, function: Differentiation) -> _Function:
+        graph, score = self._with_head(function)
+        return _Function(open_session(onnx_graph.with_outputs(graph, [score]), self._options))
+
+    def _gradient(self, function: Differentiation) -> _Function:
+        if not self._has_gradient:
+            raise _not_differentiable(self.gaps)
+        graph, score = self._with_head(function)
+        try:
+            result = input_gradient(graph, function.wrt, score)
+        except UnsupportedOperators as error:
+            raise _not_differentiable(_operator_gaps(error.gaps)) from error
+        except ValueError as error:
+            raise Unsupported("NOT_DIFFERENTIABLE", str(error)) from error
+        outputs = [score, *(result.gradients[name] for name in function.wrt)]
+        return _Function(open_session(onnx_graph.with_outputs(result.model, outputs), self._options), result.cotangent)
+
+    def _with_head(self, function: Differentiation) -> tuple[onnx.ModelProto, str]:
+        output = self.signature.output(function.output)
+        axis = output.class_axis if output.class_axis is not None else len(output.axes) - 1
+        lacking = output.name in self._unbatched
+        return append_score_head(self._graph, output.name, function.head.value, axis - lacking)
+
+    def _cotangents(self, rows: Rows, blocks: Blocks) -> Array:
+        """The selectors as dense rows, shape (rows, *score shape)."""
+        output = self.signature.output(rows.function.output)
+        shape = self._score_shape(rows, blocks)
+        dense = np.zeros((rows.row_count, element_count(shape)), output.dtype)
+        for segment, piece in _pieces(rows):
+            dense[piece] = _dense(segment.selector, dense.shape[1], output.dtype)
+        return dense.reshape(rows.row_count, *shape)
+
+    def _score_shape(self, rows: Rows, blocks: Blocks) -> tuple[int, ...]:
+        """Shape of one row's scores; where the graph leaves it open, one forward row tells it."""
+        axes = self.signature.output(rows.function.output).axes[1:]
+        extents = tuple(axis.size for axis in axes if axis.size is not None)
+        if len(extents) == len(axes):
+            return extents
+        key = (rows.function.output, *((name, block.shape[1:]) for name, block in blocks.items()))
+        if key not in self._score_shapes:
+            forward = self._function(replace(rows.function, wrt=()))
+            first = {name: block[:1] for name, block in blocks.items()}
+            self._score_shapes[key] = self._run_at_once(forward, first, rows.function)[0].shape[1:]
+        return self._score_shapes[key]
+
+    def _run(self, function: _Function, blocks: Blocks, rows: Rows) -> list[Array]:
+        """Scores and gradients, each with one leading entry per row."""
+        count = rows.row_count
+        if not self.fixed_batch:
+            results = self._run_at_once(function, blocks, rows.function)
+        else:
+            single = [
+                self._run_at_once(function, {name: block[i : i + 1] for name, block in blocks.items()}, rows.function)
+                for i in range(count)
+            ]
+            results = single[0] if count == 1 else [np.concatenate(arrays) for arrays in zip(*single, strict=True)]
+        if len(results[0]) != count:
+            raise EvaluationFailed("MODEL_RAISED", f"the model returned {len(results[0])} rows for {count}")
+        return results
+
+    def _run_at_once(self, function: _Function, blocks: Blocks, computed: Differentiation) -> list[Array]:
+        """One call of onnxruntime. Names without a batch axis lose it on the way in and get it on the way out."""
+        bare = {*self._unbatched, function.cotangent} if computed.output in self._unbatched else self._unbatched
+        results = function({name: block[0] if name in bare else block for name, block in blocks.items()})
+        names = (computed.output, *computed.wrt)
+        # A forward function has only its scores, whatever is asked of the rows it was called for.
+        return [array[None] if name in bare else array for name, array in zip(names, results, strict=False)]
+
+
+def _block(spec: InputSpec, rows: Rows) -> Array:
+    """The values of one input on all rows, shape (rows, *instance shape)."""
+    first = rows.segments[0]
+    shape = (first.fixed if spec.name in first.fixed else first.end)[spec.name].shape
+    block = np.empty((rows.row_count, *shape), spec.dtype)
+    for segment, piece in _pieces(rows):
+        if spec.name in segment.fixed:
+            block[piece] = segment.fixed[spec.name]
+        else:
+            _interpolate(segment.start[spec.name], segment.end[spec.name], segment.alphas, block[piece])
+    return block
+
+
+def _interpolate(start: Array, end: Array, alphas: NDArray[np.float64], out: NDArray[Any]) -> None:
+    """(1 - alpha) x start + alpha x end in float32 or better; exact at both ends, whatever the magnitudes."""
+    work = _work_dtype(out.dtype)
+    for row, alpha in enumerate(alphas):  # a row at a time stays in the processor's cache
+        point = np.multiply(end, alpha, dtype=work)
+        point += np.multiply(start, 1.0 - alpha, dtype=work)
+        out[row] = point
+
+
+def _pieces(rows: Rows) -> Iterator[tuple[Segment, slice]]:
+    """The segments, each with the positions of its rows in the batch."""
+    first = 0
+    for segment in rows.segments:
+        yield segment, slice(first, first + segment.row_count)
+        first += segment.row_count
+
+
+def _evaluation(segment: Segment, scores: Array, gradients: Mapping[str, Array]) -> SegmentEvaluation:
+    if segment.selector is None:
+        return SegmentEvaluation(np.empty(0, np.float64), {}, scores)
+    picked = scores.reshape(len(scores), -1)[:, segment.selector.indices].astype(np.float64)
+    values = picked @ segment.selector.weights.astype(np.float64)
+    return SegmentEvaluation(values, {name: _weighted_sum(segment.weights, array) for name, array in gradients.items()})
+
+
+def _weighted_sum(weights: NDArray[np.float64], gradients: Array) -> NDArray[np.floating]:
+    """Sum over rows, in float32 or better. Rows of weight 0 are selected out: 0 x NaN is NaN."""
+    shape = gradients.shape[1:]
+    used = np.flatnonzero(weights)
+    if len(used) < len(weights):
+        weights, gradients = weights[used], gradients[used]
+    work = _work_dtype(gradients.dtype)
+    flat = gradients.reshape(len(used), element_count(shape)).astype(work, copy=False)
+    total: NDArray[np.floating] = (weights.astype(work) @ flat).reshape(shape)
+    return total
+
+
+def _dense(selector: Selector | None, size: int, dtype: DTypeLike) -> Array:
+    row = np.zeros(size, dtype)
+    if selector is not None:
+        np.add.at(row, selector.indices, selector.weights.astype(dtype))
+    return row
+
+
+def _work_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return np.result_type(dtype, np.float32)
+
+
+def _gaps(graph: onnx.ModelProto, signature: Signature) -> tuple[OperatorGap, ...]:
+    """All that stands between any floating-point output and the floating-point inputs, each once."""
+    wrt = signature.differentiable_inputs
+    outputs = [spec.name for spec in signature.outputs if np.issubdtype(spec.dtype, np.floating)]
+    if not wrt:
+        return ()
+    found = (gap for output in outputs for gap in find_gaps(graph, wrt, output))
+    return tuple(dict.fromkeys(_operator_gaps(found)))
+
+
+def _check_opset(model: onnx.ModelProto) -> None:
+    version = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), OLDEST_OPSET)
+    if version < OLDEST_OPSET:
+        raise ModelRefused(
+            "OPSET_TOO_OLD",
+            f"the model uses operator set {version}; {OLDEST_OPSET} is the oldest that is evaluated",
+            version=version,
+        )
+
+
+def _operator_gaps(gaps: Iterable[Gap]) -> tuple[OperatorGap, ...]:
+    return tuple(
+        OperatorGap(f"{gap.domain}.{gap.operator}" if gap.domain else gap.operator, gap.node, gap.reason, gap.remedy)
+        for gap in gaps
+    )
+
+
+def _not_differentiable(gaps: tuple[OperatorGap, ...]) -> Unsupported:
+    first = "; ".join(f"{gap.operator} ({gap.node}): {gap.reason}" for gap in gaps[:NAMED_GAPS])
+    return Unsupported(
+        "NOT_DIFFERENTIABLE",
+        f"the model has no gradient: {first or 'no floating-point input or output'}",
+        gaps=first,
+        gap_count=len(gaps),
+    )
+
+
+def _with_batch_extent(declared: Signature, extent: int | None) -> Signature:
+    """States the extent of the batch axis that the loaded model accepts: 1, or None for any."""
+    inputs = tuple(
+        replace(spec, axes=(Axis(spec.axes[0].name, extent), *spec.axes[1:])) if spec.batched else spec
+        for spec in declared.inputs
+    )
+    outputs = tuple(replace(spec, axes=(Axis(spec.axes[0].name, extent), *spec.axes[1:])) for spec in declared.outputs)
+    return Signature(inputs, outputs)

@@ -1,0 +1,221 @@
+"""`.pt2` files of `torch.export.save`: autograd through the exported graph.
+
+Names. Inputs and outputs bear the names of the exported graph: the arguments of `forward`, the keys of a dict of
+outputs, or torch's own names of nodes such as "linear_1". Where model.toml uses other names and lists as many as the
+file has, its names are given in order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.export.passes import move_to_device_pass
+from torch.utils import _pytree as pytree
+
+from explainserve.backends.contract import LoadedModel, LoadOptions
+from explainserve.backends.torch_archive import require_exported_program
+from explainserve.backends.torch_folding import fold_batch_norm
+from explainserve.backends.torch_gradient import gradient_gaps
+from explainserve.backends.torch_rows import TorchModel, first_line, resolve_device, use_threads
+from explainserve.errors import ModelRefused
+from explainserve.model_config import InputConfig, ModelConfig, OutputConfig
+from explainserve.signature import Axis, InputSpec, OutputSpec, Signature
+
+_TRAINING_ARGUMENTS = {"aten.batch_norm": 5, "aten.dropout": 2, "aten.feature_dropout": 2, "aten.alpha_dropout": 2}
+_BATCH = "batch"
+
+_Spec = TypeVar("_Spec", InputSpec, OutputSpec)
+
+
+def load(path: Path, config: ModelConfig, options: LoadOptions) -> LoadedModel:
+    """Reads a `.pt2` file. Nothing in it is unpickled but plain tensors, and those by torch's restricted unpickler.
+
+    Raises:
+        ModelRefused: the file is damaged or unsafe (see `torch_archive`), does not fit model.toml (CONFIG_MISMATCH),
+            holds what is not served (UNSUPPORTED_INPUT, UNSUPPORTED_DTYPE), has a static batch of more than one row
+            or no batch axis (STATIC_BATCH), was exported in training mode (TRAINING_MODE) or without gradients
+            (NO_GRADIENT), or its device is missing (DEVICE_UNAVAILABLE).
+    """
+    device = resolve_device(options)
+    require_exported_program(path)
+    use_threads(options.thread_count)
+    program = _read(path)
+    _require_evaluation_mode(program)
+    signature = config.signature(_renamed(_found_signature(program), config))
+    _require_batch_axis(signature)
+    fixed_batch = any(spec.batched and spec.axes[0].size == 1 for spec in signature.inputs)
+    model = TorchModel("torch.export", signature, _Forward.of(program, device), device, fixed_batch)
+    model.gaps = gradient_gaps(model, _captured_no_grad(program))
+    return model
+
+
+@dataclass(frozen=True, eq=False)
+class _Forward:
+    """Calls the exported module with flat tensors.
+
+    Attributes:
+        leaves: of the call's arguments: None for a tensor, else the constant that was exported.
+        kept: positions of the outputs that are tensors.
+    """
+
+    module: torch.fx.GraphModule
+    leaves: tuple[Any, ...]
+    in_spec: pytree.TreeSpec
+    kept: tuple[int, ...]
+
+    @classmethod
+    def of(cls, program: ExportedProgram, device: torch.device) -> _Forward:
+        moved = program if device.type == "cpu" else move_to_device_pass(program, device)
+        module = moved.module(check_guards=False)
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        leaves = tuple(a.value if isinstance(a, ConstantArgument) else None for a in _user_inputs(program))
+        kept = tuple(i for i, a in enumerate(_user_outputs(program)) if isinstance(a, TensorArgument))
+        return cls(fold_batch_norm(module), leaves, program.call_spec.in_spec, kept)
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        tensors = iter(inputs)
+        leaves = [next(tensors) if leaf is None else leaf for leaf in self.leaves]
+        arguments, keywords = pytree.tree_unflatten(leaves, self.in_spec)
+        outputs = pytree.tree_leaves(self.module(*arguments, **keywords), is_leaf=lambda value: value is None)
+        return [outputs[position] for position in self.kept]
+
+
+def _read(path: Path) -> ExportedProgram:
+    try:
+        with _restricted_unpickling():
+            return torch.export.load(path)
+    except Exception as error:
+        raise ModelRefused(
+            "MODEL_FILE_CORRUPT",
+            f"{path.name} cannot be read by torch {torch.__version__}: {first_line(error)}",
+            file=path.name,
+        ) from error
+
+
+@contextmanager
+def _restricted_unpickling() -> Iterator[None]:
+    """Takes from `torch.load` the choice to unpickle freely: a second wall behind `torch_archive`."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _user_inputs(program: ExportedProgram) -> list[Any]:
+    return [spec.arg for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+
+
+def _user_outputs(program: ExportedProgram) -> list[Any]:
+    return [spec.arg for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+
+
+def _found_signature(program: ExportedProgram) -> Signature:
+    """What the file says of itself."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    inputs = [a for a in _user_inputs(program) if not isinstance(a, ConstantArgument)]
+    keys = _output_names(program)
+    outputs = [
+        (key, a) for key, a in zip(keys, _user_outputs(program), strict=True) if not isinstance(a, ConstantArgument)
+    ]
+    for argument in [*inputs, *(a for _, a in outputs)]:
+        if not isinstance(values[argument.name], torch.Tensor):
+            what = type(argument).__name__
+            raise ModelRefused("UNSUPPORTED_INPUT", f"{argument.name!r} is a {what}, not a tensor", name=argument.name)
+    return Signature(
+        tuple(_input(argument.name, values[argument.name]) for argument in inputs),
+        tuple(OutputSpec(key, _dtype(key, values[a.name]), _axes(values[a.name])) for key, a in outputs),
+    )
+
+
+def _input(name: str, value: torch.Tensor) -> InputSpec:
+    axes = _axes(value)
+    return InputSpec(name, _dtype(name, value), axes, batched=bool(axes) and axes[0].size in (None, 1))
+
+
+def _output_names(program: ExportedProgram) -> list[str]:
+    """Keys of a dict of outputs, else names of nodes; made unique where two outputs are one node."""
+    arguments = _user_outputs(program)
+    out_spec = program.call_spec.out_spec
+    if out_spec is not None and out_spec.type is dict and len(out_spec.context) == len(arguments):
+        return [str(key) for key in out_spec.context]
+    names = [argument.name for argument in arguments]
+    repeated = {name for name, count in Counter(names).items() if count > 1}
+    return [f"{name}_output{i}" if name in repeated else name for i, name in enumerate(names)]
+
+
+def _axes(value: torch.Tensor) -> tuple[Axis, ...]:
+    """Static extents, and symbols of the others; a free first axis is the batch axis."""
+    return tuple(
+        Axis("", extent) if isinstance(extent, int) else Axis(_BATCH if position == 0 else str(extent))
+        for position, extent in enumerate(value.shape)
+    )
+
+
+def _dtype(name: str, value: torch.Tensor) -> np.dtype[np.generic]:
+    try:
+        return torch.empty(0, dtype=value.dtype).numpy().dtype
+    except TypeError as error:
+        raise ModelRefused(
+            "UNSUPPORTED_DTYPE", f"{name!r} has element type {value.dtype}, which numpy lacks", name=name
+        ) from error
+
+
+def _renamed(found: Signature, config: ModelConfig) -> Signature:
+    return Signature(_in_order(found.inputs, config.inputs), _in_order(found.outputs, config.outputs))
+
+
+def _in_order(
+    found: tuple[_Spec, ...], configured: tuple[InputConfig, ...] | tuple[OutputConfig, ...]
+) -> tuple[_Spec, ...]:
+    """Gives model.toml's names in order where they are not the file's own and there are as many."""
+    names = [table.name for table in configured]
+    if set(names) <= {spec.name for spec in found} or len(names) != len(found):
+        return found
+    return tuple(replace(spec, name=name) for spec, name in zip(found, names, strict=True))
+
+
+def _require_batch_axis(signature: Signature) -> None:
+    static = [s.name for s in signature.inputs if s.batched and s.axes[0].size not in (None, 1)]
+    if static or not any(spec.batched for spec in signature.inputs):
+        raise ModelRefused(
+            "STATIC_BATCH",
+            f"the first axis of {', '.join(static) or 'every input'} is fixed at export to more than one row; export "
+            "with a torch.export.Dim for it and an example batch of 2, or with a batch of 1",
+            inputs=", ".join(static),
+        )
+
+
+def _require_evaluation_mode(program: ExportedProgram) -> None:
+    """An exported graph has no eval(): what it did in training mode it does forever."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            position = _TRAINING_ARGUMENTS.get(str(node.target).removesuffix(".default"))
+            if position is not None and len(node.args) > position and node.args[position] is True:
+                raise ModelRefused(
+                    "TRAINING_MODE",
+                    f"{node.name} was exported in training mode; call model.eval() before torch.export.export",
+                    node=node.name,
+                )
+
+
+def _captured_no_grad(program: ExportedProgram) -> bool:
+    """Whether a part of the graph runs without gradients."""
+    nodes = program.graph_module.graph.nodes
+    return any("set_grad_enabled" in str(node.target) and node.args[:1] == (False,) for node in nodes)

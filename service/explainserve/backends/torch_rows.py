@@ -1,0 +1,255 @@
+"""Rows evaluated by torch autograd: what the backends of `.pt2` and TorchScript files share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from explainserve.backends.contract import LoadOptions, OperatorGap
+from explainserve.errors import EvaluationFailed, ExplainServeError, ModelRefused, Unsupported
+from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector
+from explainserve.signature import OutputSpec, ScoreHead, Signature
+
+Forward = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Outputs of a batch, in the order of the signature, from its inputs in that order."""
+
+_Result = TypeVar("_Result")
+
+
+class TorchModel:
+    """A `contract.LoadedModel` around a differentiable torch function.
+
+    Args:
+        backend: "torch.export" or "torchscript".
+        forward: the function; none of its parameters requires a gradient.
+        fixed_batch: `forward` accepts one row at a time; several are then run one after the other.
+    """
+
+    gradient_mode = "autograd"
+
+    def __init__(
+        self,
+        backend: str,
+        signature: Signature,
+        forward: Forward,
+        device: torch.device,
+        fixed_batch: bool,
+        gaps: tuple[OperatorGap, ...] = (),
+    ) -> None:
+        self.backend = backend
+        self.signature = signature
+        self.device = str(device)
+        self.fixed_batch = fixed_batch or not all(spec.batched for spec in signature.inputs)
+        self.gaps = gaps
+        self.library_versions: Mapping[str, str] = {"torch": str(torch.__version__)}
+        self._forward = forward
+        self._device = device
+
+    def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
+        """See `contract.LoadedModel.evaluate`; one forward and one backward pass of all rows."""
+        evaluation = self._gradients if rows.function.wrt else self._scores
+        return _guarded(lambda: evaluation(rows))
+
+    def _scores(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
+        with torch.inference_mode():
+            scores = self._score_tensor(rows.function, self._points(rows))
+            host = scores.to("cpu").numpy()
+        return tuple(
+            SegmentEvaluation(np.empty(0), outputs=host[span])
+            if segment.selector is None
+            else SegmentEvaluation(np.array([segment.selector.value(row) for row in host[span]], np.float64))
+            for segment, span in zip(rows.segments, _spans(rows), strict=True)
+        )
+
+    def _gradients(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
+        if self.gaps:
+            raise Unsupported("NOT_DIFFERENTIABLE", self.gaps[0].reason, gap_count=len(self.gaps))
+        points = self._points(rows)
+        wrt = {name: points[name].requires_grad_() for name in rows.function.wrt}
+        with torch.enable_grad():
+            scores = self._score_tensor(rows.function, points).reshape(rows.row_count, -1)
+        if not scores.requires_grad:
+            raise Unsupported(
+                "NOT_DIFFERENTIABLE",
+                f"output {rows.function.output!r} has no gradient with respect to {', '.join(wrt)}",
+                output=rows.function.output,
+            )
+        cotangent = self._cotangent(rows, scores.detach())
+        gradients = torch.autograd.grad(
+            scores, list(wrt.values()), cotangent, allow_unused=True, materialize_grads=True
+        )
+        with torch.no_grad():
+            return self._reduced(rows, scores.detach(), dict(zip(wrt, gradients, strict=True)))
+
+    def _score_tensor(self, function: Differentiation, points: Mapping[str, Tensor]) -> Tensor:
+        """The scores of all rows, shape (rows, *score shape)."""
+        spec = self.signature.output(function.output)
+        position = self.signature.outputs.index(spec)
+        inputs = [points[spec.name] for spec in self.signature.inputs]
+        if not self.fixed_batch:
+            return _with_head(self._forward(inputs)[position], function.head, spec)
+        each = [self._forward(self._one_row(inputs, row))[position] for row in range(len(inputs[0]))]
+        return _with_head(torch.cat(each), function.head, spec)
+
+    def _one_row(self, inputs: Sequence[Tensor], row: int) -> list[Tensor]:
+        specs = self.signature.inputs
+        return [t[row : row + 1] if spec.batched else t[row] for spec, t in zip(specs, inputs, strict=True)]
+
+    def _points(self, rows: Rows) -> dict[str, Tensor]:
+        """The inputs of all rows, interpolated on the device."""
+        points: dict[str, Tensor] = {}
+        for spec in self.signature.inputs:
+            first = rows.segments[0].start if spec.name in rows.segments[0].start else rows.segments[0].fixed
+            shape = (rows.row_count, *first[spec.name].shape)
+            points[spec.name] = torch.empty(shape, dtype=torch_dtype(spec.dtype), device=self._device)
+            for segment, span in zip(rows.segments, _spans(rows), strict=True):
+                self._interpolate(points[spec.name][span], segment, spec.name)
+        return points
+
+    def _interpolate(self, points: Tensor, segment: Segment, name: str) -> None:
+        """Writes (1 - alpha) x start + alpha x end, which is exact at both ends."""
+        if name not in segment.start:
+            points.copy_(self._upload(segment.fixed[name]))
+            return
+        start, end = segment.start[name], segment.end[name]
+        if start is end:
+            points.copy_(self._upload(end))
+            return
+        shape = (-1, *[1] * end.ndim)
+        to_end = torch.tensor(segment.alphas, dtype=points.dtype, device=self._device).reshape(shape)
+        to_start = torch.tensor(1.0 - segment.alphas, dtype=points.dtype, device=self._device).reshape(shape)
+        torch.mul(self._upload(start), to_start, out=points)
+        points.addcmul_(self._upload(end), to_end)
+
+    def _upload(self, array: NDArray[np.generic]) -> Tensor:
+        """A copy on the device; the array may be read-only, which torch does not know."""
+        copy = torch.empty(array.shape, dtype=torch_dtype(array.dtype), pin_memory=self._device.type == "cuda")
+        copy.numpy()[...] = array
+        return copy.to(self._device, non_blocking=True)
+
+    def _cotangent(self, rows: Rows, scores: Tensor) -> Tensor:
+        """The selectors of all rows, shape (rows, elements of a score tensor)."""
+        cotangent = torch.zeros_like(scores)
+        for segment, span in zip(rows.segments, _spans(rows), strict=True):
+            if segment.selector is not None:
+                indices, weights = self._selector(segment.selector, scores.dtype)
+                part = cotangent[span]
+                part.index_add_(1, indices, weights.expand(len(part), -1))
+        return cotangent
+
+    def _selector(self, selector: Selector, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self._upload(selector.indices), self._upload(selector.weights).to(dtype)
+
+    def _reduced(self, rows: Rows, scores: Tensor, gradients: Mapping[str, Tensor]) -> tuple[SegmentEvaluation, ...]:
+        """Scores and weighted sums per segment, brought to the host with one synchronisation."""
+        host = [
+            (
+                self._download(self._selected(scores[span], segment.selector)),
+                {name: self._download(self._weighted_sum(g[span], segment)) for name, g in gradients.items()},
+            )
+            for segment, span in zip(rows.segments, _spans(rows), strict=True)
+        ]
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return tuple(SegmentEvaluation(s.numpy(), {name: t.numpy() for name, t in sums.items()}) for s, sums in host)
+
+    def _selected(self, scores: Tensor, selector: Selector | None) -> Tensor:
+        """Score of each row at the selector, float64."""
+        if selector is None:
+            return scores.new_empty(0, dtype=torch.float64)
+        indices, weights = self._selector(selector, torch.float64)
+        return scores[:, indices].double() @ weights
+
+    def _weighted_sum(self, gradients: Tensor, segment: Segment) -> Tensor:
+        """Sum over rows of weight x gradient; rows of weight 0 are left out, for 0 x NaN is NaN."""
+        kept = np.flatnonzero(segment.weights)
+        if len(kept) < len(gradients):
+            gradients = gradients[torch.from_numpy(kept).to(self._device)]
+        precise = gradients.dtype if gradients.dtype is torch.float64 else torch.float32
+        weights = torch.tensor(segment.weights[kept], dtype=precise, device=self._device)
+        return (weights @ gradients.to(precise).flatten(1)).reshape(gradients.shape[1:])
+
+    def _download(self, tensor: Tensor) -> Tensor:
+        return tensor.to("cpu", non_blocking=True)
+
+
+def resolve_device(options: LoadOptions) -> torch.device:
+    """The device of the options.
+
+    Raises:
+        ModelRefused: it is missing, and falling back to the CPU is not allowed (DEVICE_UNAVAILABLE).
+    """
+    name, _, index = options.device.partition(":")
+    if options.device == "cpu":
+        return torch.device("cpu")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cuda" and (index or "0").isdigit() and int(index or "0") < found:
+        return torch.device("cuda", int(index or "0"))
+    if options.allow_fallback:
+        return torch.device("cpu")
+    raise ModelRefused(
+        "DEVICE_UNAVAILABLE",
+        f"torch {torch.__version__} finds {found} CUDA devices here, and {options.device!r} is none of them",
+        device=options.device,
+        cuda_device_count=found,
+    )
+
+
+@functools.cache
+def use_threads(count: int) -> None:
+    """Sets torch's threads once per process; 0 keeps torch's own choice, which is all cores."""
+    if count:
+        torch.set_num_threads(count)
+
+
+def torch_dtype(dtype: np.dtype[np.generic]) -> torch.dtype:
+    """torch's name for an element type of numpy."""
+    return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, without the traces that torch appends."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith(("RuntimeError:", "torch.jit.Error:"))]
+    return (told or lines or [type(error).__name__])[0]
+
+
+def _guarded(call: Callable[[], _Result]) -> _Result:
+    """Turns whatever a model raises into EvaluationFailed."""
+    try:
+        return call()
+    except ExplainServeError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise EvaluationFailed("OUT_OF_MEMORY", f"the device has no memory left: {first_line(error)}") from error
+    except Exception as error:
+        raise EvaluationFailed("MODEL_RAISED", f"the model raised: {first_line(error)}") from error
+
+
+def _spans(rows: Rows) -> list[slice]:
+    """Where each segment's rows lie in the batch."""
+    ends = np.cumsum([segment.row_count for segment in rows.segments]).tolist()
+    return [slice(end - segment.row_count, end) for segment, end in zip(rows.segments, ends, strict=True)]
+
+
+def _with_head(output: Tensor, head: ScoreHead, spec: OutputSpec) -> Tensor:
+    axis = -1 if spec.class_axis is None else spec.class_axis
+    match head:
+        case ScoreHead.IDENTITY:
+            return output
+        case ScoreHead.SOFTMAX:
+            return output.softmax(axis)
+        case ScoreHead.LOG_SOFTMAX:
+            return output.log_softmax(axis)
+        case ScoreHead.SIGMOID:
+            return output.sigmoid()
+        case ScoreHead.LOG_SIGMOID:
+            return torch.nn.functional.logsigmoid(output)
+        case ScoreHead.LOG:
+            return output.log()

@@ -1,0 +1,455 @@
+"""The model folder: finds model versions, checks each, and holds those that can be served.
+
+    models/<name>/[model.toml]  models/<name>/<version>/model.onnx | model.pt2 | model.pt | model.ts
+
+A version's own model.toml replaces the one beside the versions; the two are never merged. A bad model is kept with its
+reason and never stops the others.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from explainserve import backends
+from explainserve.backends import LOADERS, LoadedModel, LoadOptions, probe
+from explainserve.backends.probe import ProbeResult
+from explainserve.baselines import NAMED, Data, InputBaseline
+from explainserve.errors import ExplainServeError, ModelRefused, NotFound, Unsupported
+from explainserve.model_config import BaselineConfig, ModelConfig, read_model_config
+from explainserve.signature import InputSpec, Signature
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "model.toml"
+DEFAULT_BATCH_ROWS = 16
+NO_VERSION = 0
+"""Stands in for the version of a model folder that has none."""
+
+FORMATS = {".onnx": "onnx", ".pt2": "torch_export", ".pt": "torchscript", ".ts": "torchscript"}
+"""Names of file formats, by suffix."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")
+
+Baselines = Mapping[str, Mapping[str, NDArray[np.float32]]]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """One version's folder, as found; nothing in it has been read.
+
+    Attributes:
+        version: at least 1, or NO_VERSION where the model's folder holds no version.
+        files: the model files in it; one where all is well.
+        config_path: the model.toml that applies, or None.
+    """
+
+    name: str
+    version: int
+    folder: Path
+    files: tuple[Path, ...] = ()
+    config_path: Path | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The model file, or None where there is not exactly one."""
+        return self.files[0] if len(self.files) == 1 else None
+
+    @property
+    def format(self) -> str:
+        """A value of FORMATS, or "" where there is not exactly one model file."""
+        return FORMATS[self.path.suffix] if self.path else ""
+
+    def model_file(self) -> Path:
+        """The model file.
+
+        Raises:
+            ModelRefused: NO_MODEL_FILE, AMBIGUOUS_MODEL_FILE, or BAD_MODEL_NAME.
+        """
+        if not _NAME.fullmatch(self.name):
+            raise ModelRefused(
+                "BAD_MODEL_NAME",
+                f"{self.name!r} is no model name: at most 128 of A-Z a-z 0-9 . _ -, a letter or digit first",
+                name=self.name,
+            )
+        if self.path is not None:
+            return self.path
+        names = ", ".join(path.name for path in self.files)
+        if names:
+            raise ModelRefused("AMBIGUOUS_MODEL_FILE", f"{self.folder.name} holds {names}; keep one", files=names)
+        expected = " or ".join(f"model{suffix}" for suffix in FORMATS)
+        where = "VERSION/" if self.version == NO_VERSION else ""
+        raise ModelRefused("NO_MODEL_FILE", f"{self.folder.name} holds no {where}{expected}", folder=self.folder.name)
+
+
+@dataclass(frozen=True, eq=False)
+class ServedModel:
+    """A model version that answers requests.
+
+    Attributes:
+        sha256: of the model file followed by its external data files in the order of their names, hexadecimal.
+        format: a value of FORMATS.
+        max_batch_rows: rows that may share a micro-batch; 1 where the model sees its rows together.
+        default_target: position in the class axis of the first output, or None where argmax is explained.
+        data_baselines: by name, for each input, float32 in MODEL space and in the shape of one instance.
+    """
+
+    name: str
+    version: int
+    path: Path
+    sha256: str
+    format: str
+    config: ModelConfig
+    loaded: LoadedModel
+    probe: ProbeResult
+    max_batch_rows: int
+    default_target: int | None = None
+    data_baselines: Baselines = field(default_factory=dict)
+
+    @property
+    def signature(self) -> Signature:
+        """Inputs and outputs."""
+        return self.loaded.signature
+
+    @property
+    def row_by_row(self) -> bool:
+        """Whether rows are evaluated one at a time."""
+        return self.max_batch_rows == 1
+
+    @property
+    def default_baseline(self) -> InputBaseline:
+        """The baseline where a request names none."""
+        name = self.config.default_baseline
+        return Data(name) if name in self.data_baselines else NAMED[name]
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients of the model can be taken."""
+        return not self.undifferentiable_reason
+
+    @property
+    def undifferentiable_reason(self) -> str:
+        """Why no gradient can be taken, or ""."""
+        if self.loaded.gaps:
+            first = "; ".join(f"{gap.operator} ({gap.node}): {gap.reason}" for gap in self.loaded.gaps[:3])
+            return f"{len(self.loaded.gaps)} operators have no gradient: {first}"
+        return "" if self.signature.differentiable_inputs else "no input is floating-point"
+
+    def check_differentiable(self) -> None:
+        """Raises Unsupported (NOT_DIFFERENTIABLE) where an operator has no gradient; GetModel lists all of them."""
+        if self.loaded.gaps:
+            raise Unsupported(
+                "NOT_DIFFERENTIABLE",
+                f"model {self.name!r} has no gradient: {self.undifferentiable_reason}",
+                model=self.name,
+                gap_count=len(self.loaded.gaps),
+                gaps="; ".join(f"{gap.operator} {gap.node}" for gap in self.loaded.gaps[:8]),
+            )
+
+
+class ModelState(enum.Enum):
+    """Life of a model version."""
+
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, eq=False)
+class ModelEntry:
+    """What is known of one version.
+
+    Attributes:
+        reason: a sentence why it failed; "" otherwise.
+        error_reason: the UPPER_SNAKE reason why it failed; "" otherwise.
+        served: the model, where READY.
+    """
+
+    name: str
+    version: int
+    format: str
+    state: ModelState
+    reason: str = ""
+    error_reason: str = ""
+    served: ServedModel | None = None
+
+
+def discover(root: Path) -> list[ModelFolder]:
+    """Every version of every model below `root`, by name and version. Hidden folders and plain files are passed over.
+
+    Raises:
+        NotFound: `root` is no folder (NO_MODELS_FOLDER).
+    """
+    if not root.is_dir():
+        raise NotFound("NO_MODELS_FOLDER", f"{root} is no folder", folder=root)
+    return [version for model in _subfolders(root) for version in _versions(model)]
+
+
+def open_model(folder: ModelFolder, options: LoadOptions, max_batch_rows: int = DEFAULT_BATCH_ROWS) -> ServedModel:
+    """Reads, checks and probes one version.
+
+    Args:
+        max_batch_rows: where the model states no limit of its own.
+
+    Raises:
+        ModelRefused: it cannot be served; the reason says why.
+    """
+    path = folder.model_file()
+    config = ModelConfig() if folder.config_path is None else read_model_config(folder.config_path)
+    # Before loading: a backend may run what a file holds.
+    sha256 = digest(path)
+    _check_sha256(config.sha256, sha256, path)
+    _check_default_baseline(config)
+    loaded = backends.load(path, config, options)
+    found = probe.check(loaded)
+    return ServedModel(
+        name=folder.name,
+        version=folder.version,
+        path=path,
+        sha256=sha256,
+        format=folder.format,
+        config=config,
+        loaded=loaded,
+        probe=found,
+        max_batch_rows=_batch_rows(loaded, found, config.limits.max_batch_rows or max_batch_rows),
+        default_target=_default_target(config.default_target, loaded.signature),
+        data_baselines={
+            name: _data_baseline(name, table, folder, loaded.signature) for name, table in config.baselines.items()
+        },
+    )
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a model file followed by its external data files in the order of their names, hexadecimal.
+
+    Raises:
+        ModelRefused: the file is not readable as its suffix says, or its backend is not installed.
+    """
+    total = hashlib.sha256()
+    for file in _files(path):
+        with file.open("rb") as data:
+            while block := data.read(1 << 20):
+                total.update(block)
+    return total.hexdigest()
+
+
+class Repository:
+    """The versions below a folder and what became of each.
+
+    Entries are replaced, never changed, so that readers on other threads see one state or the next.
+
+    Args:
+        root: the model folder.
+        max_batch_rows: rows of a micro-batch where a model states no limit of its own.
+    """
+
+    def __init__(self, root: Path, options: LoadOptions, max_batch_rows: int = DEFAULT_BATCH_ROWS) -> None:
+        self._root = root
+        self._options = options
+        self._max_batch_rows = max_batch_rows
+        self._entries: dict[tuple[str, int], ModelEntry] = {}
+
+    @property
+    def entries(self) -> tuple[ModelEntry, ...]:
+        """All versions, by name and version."""
+        return tuple(entry for _, entry in sorted(self._entries.copy().items()))
+
+    def load_all(self, report: Callable[[ModelEntry], None] = lambda entry: None) -> None:
+        """Loads every version that is found.
+
+        Args:
+            report: called with each new state of each version.
+
+        Raises:
+            NotFound: the model folder is not there (NO_MODELS_FOLDER).
+        """
+        folders = discover(self._root)
+        for folder in folders:
+            self._put(ModelEntry(folder.name, folder.version, folder.format, ModelState.LOADING), report)
+        for folder in folders:
+            self._put(self._loaded(folder), report)
+
+    def entry(self, model: ServedModel) -> ModelEntry:
+        """The entry of a served model."""
+        return self._entries[model.name, model.version]
+
+    def get(self, name: str, version: int | None = None) -> ServedModel:
+        """The model of that name, by default its highest version that is ready.
+
+        Raises:
+            NotFound: UNKNOWN_MODEL or UNKNOWN_VERSION; metadata tell what there is.
+            Unsupported: that version, or all of them, failed to load (MODEL_FAILED) or still load (MODEL_LOADING).
+        """
+        versions = {entry.version: entry for entry in self.entries if entry.name == name}
+        if not versions:
+            names = ", ".join(sorted({entry.name for entry in self.entries}))
+            raise NotFound("UNKNOWN_MODEL", f"no model {name!r}; there are {names or 'none'}", model=name, models=names)
+        entry = _highest_ready(versions) if version is None else versions.get(version)
+        if entry is None:
+            known = ", ".join(str(number) for number in versions)
+            raise NotFound(
+                "UNKNOWN_VERSION",
+                f"model {name!r} has no version {version}; it has {known}",
+                model=name,
+                version=version,
+                versions=known,
+            )
+        return _served(entry)
+
+    def _loaded(self, folder: ModelFolder) -> ModelEntry:
+        try:
+            served = open_model(folder, self._options, self._max_batch_rows)
+        except ExplainServeError as error:
+            return _failed(folder, error.message, error.reason)
+        except Exception as error:  # whatever a library raises on a bad file, the other models are served
+            logger.exception("model %s version %d failed to load", folder.name, folder.version)
+            return _failed(folder, f"{type(error).__name__}: {error}", "LOAD_FAILED")
+        return ModelEntry(folder.name, folder.version, folder.format, ModelState.READY, served=served)
+
+    def _put(self, entry: ModelEntry, report: Callable[[ModelEntry], None]) -> None:
+        self._entries[entry.name, entry.version] = entry
+        report(entry)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def _versions(model: Path) -> Iterator[ModelFolder]:
+    """Version folders are named by whole numbers from 1; a model without any is told of, not passed over."""
+    folders = [child for child in _subfolders(model) if _VERSION.fullmatch(child.name)]
+    if not folders:
+        yield ModelFolder(model.name, NO_VERSION, model)
+    for folder in sorted(folders, key=lambda child: int(child.name)):
+        files = sorted(folder / f"model{suffix}" for suffix in LOADERS if (folder / f"model{suffix}").is_file())
+        configs = [path for path in (folder / CONFIG_NAME, model / CONFIG_NAME) if path.is_file()]
+        yield ModelFolder(model.name, int(folder.name), folder, tuple(files), configs[0] if configs else None)
+
+
+def _files(path: Path) -> tuple[Path, ...]:
+    if path.suffix != ".onnx":
+        return (path,)
+    backends.loader(path.suffix)  # says what to install where onnx is missing
+    from explainserve.backends import onnx_file
+
+    return onnx_file.files(path)
+
+
+def _check_sha256(expected: str | None, actual: str, path: Path) -> None:
+    if expected is not None and expected != actual:
+        raise ModelRefused(
+            "SHA256_MISMATCH",
+            f"{path.name} has sha256 {actual}, model.toml expects {expected}",
+            expected=expected,
+            actual=actual,
+        )
+
+
+def _check_default_baseline(config: ModelConfig) -> None:
+    if config.default_baseline not in NAMED and config.default_baseline not in config.baselines:
+        raise ModelRefused(
+            "CONFIG_MISMATCH",
+            f"default_baseline {config.default_baseline!r} is none of {', '.join(NAMED)} and no [baselines] table",
+            default_baseline=config.default_baseline,
+        )
+
+
+def _batch_rows(loaded: LoadedModel, found: ProbeResult, limit: int) -> int:
+    batched = all(spec.batched for spec in loaded.signature.inputs)
+    return limit if batched and found.rows_independent and not loaded.fixed_batch else 1
+
+
+def _default_target(stated: int | str | None, signature: Signature) -> int | None:
+    """Resolves a label to its position; "argmax", or nothing, is None."""
+    output = signature.outputs[0]
+    if stated is None or (stated == "argmax" and stated not in output.labels):
+        return None
+    if isinstance(stated, str):
+        if stated not in output.labels:
+            raise ModelRefused(
+                "CONFIG_MISMATCH",
+                f"default_target {stated!r} is no label of output {output.name!r}",
+                default_target=stated,
+            )
+        return output.labels.index(stated)
+    size = None if output.class_axis is None else output.axes[output.class_axis].size
+    if stated < 0 or (size is not None and stated >= size):
+        raise ModelRefused(
+            "CONFIG_MISMATCH", f"default_target {stated} of {size} classes", default_target=stated, class_count=size
+        )
+    return stated
+
+
+def _data_baseline(
+    name: str, table: BaselineConfig, folder: ModelFolder, signature: Signature
+) -> dict[str, NDArray[np.float32]]:
+    """Reads the .npy files of one `[baselines.NAME]` table; they lie beside its model.toml."""
+    assert folder.config_path is not None, "a baseline is stated by a model.toml"
+    specs = {spec.name: spec for spec in signature.inputs if spec.differentiable}
+    unknown = ", ".join(sorted(table.files.keys() - specs.keys()))
+    if unknown:
+        raise ModelRefused(
+            "CONFIG_MISMATCH",
+            f"baseline {name!r} names {unknown}, no floating-point input",
+            baseline=name,
+            input=unknown,
+        )
+    return {i: _read_baseline(name, folder.config_path.parent / file, specs[i]) for i, file in table.files.items()}
+
+
+def _read_baseline(name: str, file: Path, spec: InputSpec) -> NDArray[np.float32]:
+    try:
+        values: NDArray[np.generic] = np.load(file, allow_pickle=False)
+        array = np.ascontiguousarray(values, np.float32)
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise ModelRefused(
+            "BASELINE_UNREADABLE", f"baseline {name!r}: {file.name} is no .npy file of numbers: {error}", baseline=name
+        ) from error
+    expected = tuple(axis.size for axis in spec.instance_axes)
+    fits = len(expected) == array.ndim and all(
+        size in (None, extent) for size, extent in zip(expected, array.shape, strict=True)
+    )
+    if not fits or not np.isfinite(array).all():
+        raise ModelRefused(
+            "CONFIG_MISMATCH",
+            f"baseline {name!r}: {file.name} has shape {array.shape}, "
+            f"input {spec.name!r} takes finite values of {expected}",
+            baseline=name,
+            expected=expected,
+            actual=array.shape,
+        )
+    array.setflags(write=False)
+    return array
+
+
+def _highest_ready(versions: Mapping[int, ModelEntry]) -> ModelEntry:
+    """The highest version that is ready; where none is, the highest, so that its reason is told."""
+    ready = [number for number, entry in versions.items() if entry.state is ModelState.READY]
+    return versions[max(ready or versions)]
+
+
+def _served(entry: ModelEntry) -> ServedModel:
+    if entry.served is not None:
+        return entry.served
+    state = "still loads" if entry.state is ModelState.LOADING else f"failed to load: {entry.reason}"
+    raise Unsupported(
+        "MODEL_LOADING" if entry.state is ModelState.LOADING else "MODEL_FAILED",
+        f"model {entry.name!r} version {entry.version} {state}",
+        model=entry.name,
+        version=entry.version,
+        error_reason=entry.error_reason,
+    )
+
+
+def _failed(folder: ModelFolder, reason: str, error_reason: str) -> ModelEntry:
+    logger.warning("model %s version %d is not served: %s", folder.name, folder.version, reason)
+    return ModelEntry(folder.name, folder.version, folder.format, ModelState.FAILED, reason, error_reason)

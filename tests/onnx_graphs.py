@@ -1,0 +1,64 @@
+"""Small ONNX files, built by hand for one test each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+Shape = Sequence[int | str] | None
+Value = tuple[str, Shape] | tuple[str, Shape, int]
+
+node = helper.make_node
+
+
+def model(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[Value],
+    outputs: Sequence[Value],
+    weights: Mapping[str, np.ndarray] | None = None,
+    opset: int = 18,
+    domains: Sequence[str] = (),
+) -> onnx.ModelProto:
+    """A model of IR version 9; values are float32 unless a TensorProto type stands third."""
+    graph = helper.make_graph(
+        list(nodes),
+        "test",
+        [_info(value) for value in inputs],
+        [_info(value) for value in outputs],
+        [numpy_helper.from_array(array, name) for name, array in (weights or {}).items()],
+    )
+    imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=9)
+
+
+def linear(weights: np.ndarray, batch: int | str = "batch") -> onnx.ModelProto:
+    """y = x W, with x of shape (batch, inputs) and W of shape (inputs, outputs)."""
+    inputs, outputs = weights.shape
+    return model(
+        [node("MatMul", ["x", "W"], ["y"])], [("x", [batch, inputs])], [("y", [batch, outputs])], {"W": weights}
+    )
+
+
+def save(proto: onnx.ModelProto, folder: Path, name: str = "model.onnx") -> Path:
+    """Writes a model into a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def make_external(tensor: TensorProto, **entries: object) -> None:
+    """Replaces a tensor's data by a reference; `location`, `offset` and `length` as the file states them."""
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def _info(value: Value) -> onnx.ValueInfoProto:
+    name, shape, *kind = value
+    return helper.make_tensor_value_info(name, kind[0] if kind else TensorProto.FLOAT, shape)
