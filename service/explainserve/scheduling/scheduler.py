@@ -115,6 +115,8 @@ class Scheduler:
         jobs = self._present(batch)
         for job in jobs:
             job.compute_seconds += seconds
+        for request in {job.request for job in jobs}:
+            request.compute_seconds += seconds
         done = [job for job in jobs if job.done]
         for job in done:
             self._remove(job)

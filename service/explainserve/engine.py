@@ -1,0 +1,136 @@
+"""The engine: one thread per device that pulls micro-batches from the scheduler. The only threads, futures and
+locks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+from explainserve.errors import EvaluationFailed, ExplainServeError, ShuttingDown
+from explainserve.metrics import Metrics
+from explainserve.plan import Evaluation, Plan
+from explainserve.repository import ServedModel
+from explainserve.scheduling import Batch, Job, Request, Scheduler
+
+
+class Engine:
+    """Evaluates plans on one device.
+
+    Args:
+        scheduler: decides which rows go next.
+        metrics: instruments to feed.
+    """
+
+    def __init__(self, scheduler: Scheduler, metrics: Metrics) -> None:
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._wake = threading.Condition()
+        self._futures: dict[Job, asyncio.Future[None]] = {}
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="device", daemon=True)
+
+    def start(self) -> None:
+        """Starts the device thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the device thread after the batch it is at; what waits is ended with ShuttingDown."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        self._thread.join()
+        for job in list(self._futures):
+            job.error = ShuttingDown("SHUTTING_DOWN", "the server is shutting down")
+            self._settle([job])
+
+    async def evaluate(self, model: ServedModel, plan: Plan, request: Request) -> tuple[Evaluation, float]:
+        """Evaluates all rows of a plan; also returns the seconds that its first row waited.
+
+        Cancelling this coroutine drops the rows that still wait.
+
+        Raises:
+            LimitExceeded: the queue is full (QUEUE_FULL).
+            DeadlineExceeded: `request.expires_at`, in seconds of `time.monotonic`, passed.
+            EvaluationFailed: the model raised.
+        """
+        job = Job(model, plan, request, model.max_batch_rows)
+        future = asyncio.get_running_loop().create_future()
+        with self._wake:
+            if self._stopping:
+                raise ShuttingDown("SHUTTING_DOWN", "the server is shutting down")
+            self._scheduler.submit(job, time.monotonic())
+            self._futures[job] = future
+            self._wake.notify()
+        try:
+            await future
+        finally:
+            with self._wake:
+                self._futures.pop(job, None)
+                self._scheduler.cancel(job)
+        started = job.started_at if job.started_at is not None else job.submitted_at
+        queue_seconds = started - job.submitted_at
+        self._metrics.queue_seconds.labels(model.name).observe(queue_seconds)
+        return job.evaluation, queue_seconds
+
+    def _work(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            try:
+                ended = self._evaluated(batch)
+            except Exception as error:  # a model may raise or return anything; it fails its own requests only
+                with self._wake:
+                    ended = self._scheduler.fail(batch, _as_evaluation_failure(error))
+            self._settle(ended)
+
+    def _evaluated(self, batch: Batch) -> list[Job]:
+        """Evaluates a batch and returns the jobs that are done with it."""
+        model = batch.model
+        assert isinstance(model, ServedModel)
+        started = time.monotonic()
+        parts = model.loaded.evaluate(batch.rows)
+        seconds = time.monotonic() - started
+        self._observe(model, batch, seconds)
+        with self._wake:
+            return self._scheduler.complete(batch, parts, seconds)
+
+    def _next_batch(self) -> Batch | None:
+        """Waits for rows; None when the engine stops."""
+        with self._wake:
+            while not self._stopping:
+                now = time.monotonic()
+                self._settle(self._scheduler.expire(now))
+                batch = self._scheduler.next_batch(now)
+                self._metrics.waiting_rows.set(self._scheduler.waiting_row_count)
+                if batch is not None:
+                    return batch
+                self._wake.wait()
+        return None
+
+    def _observe(self, model: ServedModel, batch: Batch, seconds: float) -> None:
+        kind = "gradient" if batch.rows.function.wrt else "forward"
+        self._metrics.compute_seconds.labels(model.name).observe(seconds)
+        self._metrics.batch_rows.labels(model.name).observe(batch.rows.row_count)
+        self._metrics.rows.labels(model.name, kind).inc(batch.rows.row_count)
+
+    def _settle(self, jobs: list[Job]) -> None:
+        """Tells the coroutines that wait for these jobs."""
+        for job in jobs:
+            future = self._futures.pop(job, None)
+            if future is not None and not future.get_loop().is_closed():
+                future.get_loop().call_soon_threadsafe(_resolve, future, job.error)
+
+
+def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
+def _as_evaluation_failure(error: Exception) -> ExplainServeError:
+    if isinstance(error, ExplainServeError):
+        return error
+    first_line = next(iter(str(error).splitlines()), "")
+    return EvaluationFailed("MODEL_RAISED", f"the model raised {type(error).__name__}: {first_line}")

@@ -1,0 +1,416 @@
+"""The explainer: from a query to raw attributions. Resolves targets and baselines, and runs a method round by round."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from explainserve.baselines import BaselineSpec
+from explainserve.engine import Engine
+from explainserve.errors import DeadlineExceeded, InvalidRequest, LimitExceeded
+from explainserve.explanation import Attribution, Baseline, Instance, Question, Target
+from explainserve.methods import Method
+from explainserve.plan import Differentiation, Evaluation, Plan, Segment, SegmentEvaluation, Tensors
+from explainserve.repository import ServedModel
+from explainserve.scheduling import Request
+from explainserve.targets import TargetSpec
+
+CONCURRENT_QUESTIONS = 32
+"""Questions of one query whose rounds are in flight together: enough to fill batches, few enough to bound memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """What a client wants explained, checked against the model's signature.
+
+    Attributes:
+        method_name: key of METHODS.
+        request: priority and hard deadline of its rows.
+        budget_ends_at: time of `time.monotonic` after which the best map so far is the answer, or None.
+    """
+
+    model: ServedModel
+    instances: tuple[Instance, ...]
+    targets: tuple[TargetSpec, ...]
+    baselines: tuple[BaselineSpec, ...]
+    method_name: str
+    method: Method
+    request: Request = field(default_factory=Request)
+    budget_ends_at: float | None = None
+
+    def targets_of(self, instance_index: int) -> list[TargetSpec]:
+        """Targets of one instance, in the order of the request."""
+        return [spec for spec in self.targets if spec.instance_index in (None, instance_index)]
+
+    def baselines_of(self, instance_index: int) -> list[Baseline]:
+        """Baselines of one instance, noise counts expanded, in the order of the request."""
+        return [
+            baseline
+            for spec in self.baselines
+            if spec.instance_index in (None, instance_index)
+            for baseline in spec.baselines(
+                self.model.signature,
+                self.instances[instance_index],
+                instance_index,
+                len(self.instances),
+                self.model.data_baselines,
+            )
+        ]
+
+    def target_count(self, instance_index: int) -> int:
+        """Number of targets of one instance."""
+        return sum(spec.target_count for spec in self.targets_of(instance_index))
+
+    def baseline_count(self, instance_index: int) -> int:
+        """Number of baselines of one instance, noise counts expanded."""
+        moving = tuple(self.instances[instance_index].moving)
+        own = [spec for spec in self.baselines if spec.instance_index in (None, instance_index)]
+        return sum(spec.baseline_count(moving) for spec in own)
+
+    @property
+    def question_count(self) -> int:
+        """Number of (instance, target, baseline)."""
+        return sum(self.target_count(index) * self.baseline_count(index) for index in range(len(self.instances)))
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of all baselines and maps."""
+        baselines = sum(self.baseline_count(index) for index in range(len(self.instances)))
+        of_one = sum(array.nbytes for array in self.instances[0].moving.values())
+        return (baselines + self.question_count) * of_one
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """One attribution and its place in the answer."""
+
+    instance_index: int
+    target_index: int
+    baseline_index: int
+    question: Question
+    attribution: Attribution
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Rows of a query on an idle server.
+
+    Attributes:
+        question_count: attributions before baselines are folded.
+        end_point_rows: forward-only rows.
+    """
+
+    question_count: int
+    end_point_rows: int
+    min_gradient_rows: int
+    max_gradient_rows: int
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows."""
+        return self.end_point_rows + self.max_gradient_rows
+
+
+@dataclass(eq=False)
+class Usage:
+    """What a query used, summed over its rounds."""
+
+    forward_rows: int = 0
+    gradient_rows: int = 0
+    saved_rows: int = 0
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+    def add(self, plan: Plan, queue_seconds: float) -> None:
+        """Counts one evaluated plan."""
+        gradient_rows = sum(segment.row_count for segment in plan.segments if segment.function.wrt)
+        self.gradient_rows += gradient_rows
+        self.forward_rows += plan.row_count - gradient_rows
+        self.queue_seconds += queue_seconds
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """All attributions of a query, ordered by instance, target, baseline.
+
+    Attributes:
+        baselines: per instance.
+    """
+
+    query: Query
+    explanations: tuple[Explanation, ...]
+    baselines: tuple[tuple[Baseline, ...], ...]
+    usage: Usage
+
+
+@dataclass(frozen=True, eq=False)
+class EndPoints:
+    """Forward-only rows of all instances and baselines, each distinct one once.
+
+    Attributes:
+        plan: one segment per row.
+        positions: in the plan, by (function, instance, baseline or None for the instance itself).
+    """
+
+    plan: Plan
+    positions: dict[tuple[Differentiation, int, int | None], int]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A query with its baselines, per instance, its end points and its cost."""
+
+    query: Query
+    baselines: tuple[tuple[Baseline, ...], ...]
+    end_points: EndPoints
+    cost: Cost
+
+
+class Explainer:
+    """Answers queries with an engine.
+
+    Args:
+        max_request_rows: cap of rows of one query.
+        max_request_bytes: cap of memory for the baselines and maps of one query.
+    """
+
+    def __init__(self, engine: Engine, max_request_rows: int, max_request_bytes: int) -> None:
+        self._engine = engine
+        self._max_request_rows = max_request_rows
+        self._max_request_bytes = max_request_bytes
+
+    def cost(self, query: Query) -> Cost:
+        """Rows of a query. Where it would be refused, every end point counts as distinct.
+
+        Raises:
+            InvalidRequest: as `prepare`.
+        """
+        refused = _cost(query, 0).max_rows > self._max_request_rows or query.held_bytes > self._max_request_bytes
+        if refused:
+            return _cost(query, _end_point_bound(query))
+        baselines = _all_baselines(query)
+        return _cost(query, _end_points(query, baselines).plan.row_count)
+
+    def prepare(self, query: Query) -> Prepared:
+        """Makes the baselines, finds the distinct end points and states the cost, without evaluating anything.
+
+        Raises:
+            InvalidRequest: a baseline does not fit, or an instance has no target or no baseline.
+            LimitExceeded: more rows (REQUEST_ROWS_EXCEEDED) or memory (REQUEST_BYTES_EXCEEDED) than a request may have.
+        """
+        self._admit(query, _cost(query, 0))  # before baselines take memory
+        baselines = _all_baselines(query)
+        end_points = _end_points(query, baselines)
+        cost = _cost(query, end_points.plan.row_count)
+        self._admit(query, cost)
+        return Prepared(query, baselines, end_points, cost)
+
+    async def explain(self, prepared: Prepared) -> Answer:
+        """Computes all attributions.
+
+        Raises:
+            LimitExceeded: the queue is full (QUEUE_FULL).
+            DeadlineExceeded: the deadline passed, or not even the first round fits into the time budget
+                (TIME_BUDGET_TOO_SHORT).
+            EvaluationFailed: the model raised.
+        """
+        query, usage = prepared.query, Usage()
+        scores = await self._scores(query, prepared.end_points, usage)
+        questions = list(_questions(query, prepared.baselines, scores))
+        usage.saved_rows = 2 * len(questions) - usage.forward_rows
+        gate = asyncio.Semaphore(CONCURRENT_QUESTIONS)
+        explanations = await _all([self._explanation(query, *question, usage, gate) for question in questions])
+        return Answer(query, explanations, prepared.baselines, usage)
+
+    async def outputs(
+        self, model: ServedModel, instances: Sequence[Instance], functions: Sequence[Differentiation], request: Request
+    ) -> tuple[dict[Differentiation, list[NDArray[np.generic]]], Usage]:
+        """Score tensors of instances, forward-only: per function one array per instance."""
+        usage = Usage()
+        segments = [_point(i.moving, i.fixed, function) for function in functions for i in instances]
+        evaluation = await self._evaluate(model, Plan(tuple(segments)), request, usage)
+        arrays = [_only_output(segment) for segment in evaluation.segments]
+        count = len(instances)
+        return {f: arrays[k * count : (k + 1) * count] for k, f in enumerate(functions)}, usage
+
+    def _admit(self, query: Query, cost: Cost) -> None:
+        if cost.max_rows > self._max_request_rows:
+            raise LimitExceeded(
+                "REQUEST_ROWS_EXCEEDED",
+                f"the request needs up to {cost.max_rows} rows, the limit is {self._max_request_rows}; ask for fewer "
+                "instances, targets, baselines or steps",
+                rows=cost.max_rows,
+                limit=self._max_request_rows,
+            )
+        if query.held_bytes > self._max_request_bytes:
+            raise LimitExceeded(
+                "REQUEST_BYTES_EXCEEDED",
+                f"baselines and maps of the request need {query.held_bytes} bytes of memory, the limit is "
+                f"{self._max_request_bytes}; ask for fewer instances, targets or baselines",
+                bytes=query.held_bytes,
+                limit=self._max_request_bytes,
+            )
+
+    async def _scores(self, query: Query, end_points: EndPoints, usage: Usage) -> _Scores:
+        try:
+            async with asyncio.timeout_at(query.budget_ends_at):
+                evaluation = await self._evaluate(query.model, end_points.plan, query.request, usage)
+        except TimeoutError:
+            raise _too_short() from None
+        return _Scores(end_points, [_only_output(segment) for segment in evaluation.segments])
+
+    async def _explanation(
+        self, query: Query, place: tuple[int, int, int], question: Question, usage: Usage, gate: asyncio.Semaphore
+    ) -> Explanation:
+        async with gate:
+            attribution = await self._rounds(query, question, usage)
+        return Explanation(*place, question, attribution)
+
+    async def _rounds(self, query: Query, question: Question, usage: Usage) -> Attribution:
+        """Evaluates plans until the method answers or the time budget ends."""
+        plan = await asyncio.to_thread(query.method.plan, question)
+        answered: tuple[Plan, Evaluation] | None = None
+        while True:
+            try:
+                async with asyncio.timeout_at(query.budget_ends_at):
+                    evaluation = await self._evaluate(query.model, plan, query.request, usage)
+            except TimeoutError:
+                if answered is None:
+                    raise _too_short() from None
+                return await asyncio.to_thread(_best, query.method, question, *answered)
+            answered = plan, evaluation
+            result = await asyncio.to_thread(query.method.attribution, question, *answered, final=False)
+            if isinstance(result, Attribution):
+                return result
+            plan = result
+
+    async def _evaluate(self, model: ServedModel, plan: Plan, request: Request, usage: Usage) -> Evaluation:
+        evaluation, queue_seconds = await self._engine.evaluate(model, plan, request)
+        usage.add(plan, queue_seconds)
+        usage.compute_seconds = request.compute_seconds  # plans share batches, so theirs do not add up
+        return evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    """Score tensors at the end points."""
+
+    end_points: EndPoints
+    tensors: list[NDArray[np.generic]]
+
+    def at(self, function: Differentiation, instance_index: int, baseline_index: int | None) -> NDArray[np.generic]:
+        return self.tensors[self.end_points.positions[function, instance_index, baseline_index]]
+
+
+def _all_baselines(query: Query) -> tuple[tuple[Baseline, ...], ...]:
+    baselines = tuple(tuple(query.baselines_of(index)) for index in range(len(query.instances)))
+    for index, own in enumerate(baselines):
+        if not own:
+            text = f"instance {index} has no baseline: each of them names another instance"
+            raise InvalidRequest("INSTANCE_WITHOUT_BASELINES", text, instance=index)
+        if not query.targets_of(index):
+            text = f"instance {index} has no target: each of them names another instance"
+            raise InvalidRequest("INSTANCE_WITHOUT_TARGETS", text, instance=index)
+    return baselines
+
+
+def _end_points(query: Query, baselines: tuple[tuple[Baseline, ...], ...]) -> EndPoints:
+    points: dict[tuple[Differentiation, bytes], Segment] = {}
+    wanted: dict[tuple[Differentiation, int, int | None], tuple[Differentiation, bytes]] = {}
+    for i, instance in enumerate(query.instances):
+        functions = dict.fromkeys(spec.function(query.model.signature) for spec in query.targets_of(i))
+        ends: dict[int | None, Tensors] = {None: instance.moving, **{b: e.moving for b, e in enumerate(baselines[i])}}
+        for b, moving in ends.items():
+            identity = _identity(moving, instance.fixed)
+            for function in functions:
+                wanted[function, i, b] = function, identity
+                points.setdefault((function, identity), _point(moving, instance.fixed, function))
+    place = {key: position for position, key in enumerate(points)}
+    return EndPoints(Plan(tuple(points.values())), {end: place[key] for end, key in wanted.items()})
+
+
+def _questions(
+    query: Query, baselines: tuple[tuple[Baseline, ...], ...], scores: _Scores
+) -> Iterator[tuple[tuple[int, int, int], Question]]:
+    """Every question with its place: (instance, target, baseline)."""
+    for i, instance in enumerate(query.instances):
+        for t, (function, target) in enumerate(_resolved(query, i, scores)):
+            at_instance = target.selector.value(scores.at(function, i, None))
+            for b, baseline in enumerate(baselines[i]):
+                at_baseline = target.selector.value(scores.at(function, i, b))
+                yield (i, t, b), Question(instance, target, baseline, at_instance, at_baseline)
+
+
+def _resolved(query: Query, instance_index: int, scores: _Scores) -> Iterator[tuple[Differentiation, Target]]:
+    for spec in query.targets_of(instance_index):
+        function = spec.function(query.model.signature)
+        for target in spec.resolve(query.model.signature, scores.at(function, instance_index, None)):
+            yield function, target
+
+
+def _end_point_bound(query: Query) -> int:
+    """End points if all were distinct."""
+    return sum(
+        len({spec.function(query.model.signature) for spec in query.targets_of(index)})
+        * (1 + query.baseline_count(index))
+        for index in range(len(query.instances))
+    )
+
+
+def _cost(query: Query, end_point_rows: int) -> Cost:
+    per_question = query.method.cost()
+    questions = query.question_count
+    return Cost(
+        questions,
+        end_point_rows,
+        questions * per_question.min_gradient_rows,
+        questions * per_question.max_gradient_rows,
+    )
+
+
+async def _all(coroutines: Sequence[Coroutine[object, object, Explanation]]) -> tuple[Explanation, ...]:
+    """Runs them together; the first error cancels the others and is raised alone."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return tuple(task.result() for task in tasks)
+
+
+def _best(method: Method, question: Question, plan: Plan, evaluation: Evaluation) -> Attribution:
+    attribution = method.attribution(question, plan, evaluation, final=True)
+    assert isinstance(attribution, Attribution), "A method asked for more rows after its final round. This is a bug."
+    return attribution
+
+
+def _point(moving: Tensors, fixed: Tensors, function: Differentiation) -> Segment:
+    """One forward-only row."""
+    return Segment(moving, moving, fixed, function, np.ones(1), np.zeros(1))
+
+
+def _identity(moving: Tensors, fixed: Tensors) -> bytes:
+    """Digest of all inputs of one row."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name, array in sorted({**fixed, **moving}.items()):
+        hashed.update(f"{name}{array.dtype.str}{array.shape}".encode())
+        hashed.update(np.ascontiguousarray(array).data)
+    return hashed.digest()
+
+
+def _only_output(evaluation: SegmentEvaluation) -> NDArray[np.generic]:
+    """The score tensor of a one-row forward-only segment."""
+    assert evaluation.outputs is not None, "A forward-only segment came back without outputs. This is a bug."
+    output: NDArray[np.generic] = evaluation.outputs[0]
+    return output
+
+
+def _too_short() -> DeadlineExceeded:
+    return DeadlineExceeded(
+        "TIME_BUDGET_TOO_SHORT", "not even the first round of rows fits into time_budget; allow more time"
+    )

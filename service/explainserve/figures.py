@@ -1,0 +1,382 @@
+"""The figures that go with the maps of an answer: statistics per view, recipes, regions, and joint figures of
+groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from explainserve.errors import InvalidRequest
+from explainserve.explainer import Answer, Explanation
+from explainserve.explanation import StopReason, Target
+from explainserve.normalization import Normalization, normalizations
+from explainserve.regions import Box, RegionSum, check_box, check_mask, region_sums
+from explainserve.signature import InputSpec, Signature
+from explainserve.statistics import Range, Statistics, View, joint_range, pooled_statistics, reduce_to_view, statistics
+
+Map = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A part of one input; `input` is "" for the only one that fits."""
+
+    name: str
+    area: Box | NDArray[np.bool_]
+    input: str = ""
+    instance_index: int | None = None
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Selects maps by position; None means all."""
+
+    method_index: int | None = None
+    instance_index: int | None = None
+    target_index: int | None = None
+    baseline_index: int | None = None
+
+    def matches(self, entry: Entry) -> bool:
+        """Whether the map is selected."""
+        wanted = (self.method_index, self.instance_index, self.target_index, self.baseline_index)
+        place = (0, entry.instance_index, entry.target_index, entry.baseline_index)
+        return all(w is None or w == p for w, p in zip(wanted, place, strict=True))
+
+
+@dataclass(frozen=True)
+class Group:
+    """A named group of maps."""
+
+    name: str
+    selectors: tuple[Selector, ...]
+    pairwise: bool = False
+
+
+@dataclass(frozen=True)
+class FigureOptions:
+    """What is computed beside the maps.
+
+    Attributes:
+        views: wanted views; () means ELEMENTS, and CHANNEL_SUM where the input has a channel axis.
+    """
+
+    statistics: bool = True
+    joint: bool = True
+    regions: bool = True
+    views: tuple[View, ...] = ()
+
+    def views_of(self, spec: InputSpec) -> tuple[View, ...]:
+        """The views of one input: without a channel axis ELEMENTS only."""
+        if spec.channel_axis is None:
+            return (View.ELEMENTS,)
+        return self.views or (View.ELEMENTS, View.CHANNEL_SUM)
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One map of the response: an explanation, or the mean of several over their baselines.
+
+    Attributes:
+        baseline_index: None for a mean over baselines.
+        spread: population standard deviation over baselines, by input.
+    """
+
+    instance_index: int
+    target_index: int
+    baseline_index: int | None
+    target: Target
+    tensors: dict[str, Map]
+    spread: dict[str, Map]
+    instance_output_value: float
+    baseline_output_value: float
+    step_count: int
+    stop_reason: StopReason
+    map_error: float | None
+    alphas: NDArray[np.float64]
+    scores: NDArray[np.float64]
+
+    @property
+    def attribution_sum(self) -> float:
+        """Sum over all elements of all inputs, in float64 from the float32 tensors."""
+        return float(sum(tensor.sum(dtype=np.float64) for tensor in self.tensors.values()))
+
+    @property
+    def abs_sum(self) -> float:
+        """Sum of |v| over all elements of all inputs, in float64."""
+        return float(sum(np.abs(tensor.astype(np.float64)).sum() for tensor in self.tensors.values()))
+
+    @property
+    def output_change(self) -> float:
+        """F(x) - F(x')."""
+        return self.instance_output_value - self.baseline_output_value
+
+
+@dataclass(frozen=True, eq=False)
+class InputFigures:
+    """Figures of one input of one map."""
+
+    statistics: tuple[Statistics, ...] = ()
+    normalizations: tuple[Normalization, ...] = ()
+    regions: tuple[RegionSum, ...] = ()
+
+
+@dataclass(frozen=True)
+class PairRange:
+    """Joint range of two maps, by position in the answer."""
+
+    first: int
+    second: int
+    input: str
+    view: View
+    range: Range
+
+
+@dataclass(frozen=True, eq=False)
+class JointFigures:
+    """Figures of a group from the pooled values of its members, by position in the answer."""
+
+    group: str
+    members: tuple[int, ...]
+    inputs: dict[str, InputFigures]
+    pairs: tuple[PairRange, ...] = ()
+
+
+def entries(answer: Answer, fold_baselines: bool) -> list[Entry]:
+    """The maps of the response, ordered by instance, target, baseline."""
+    if not fold_baselines:
+        return [_entry(explanation) for explanation in answer.explanations]
+    groups: dict[tuple[int, int], list[Explanation]] = {}
+    for explanation in answer.explanations:
+        groups.setdefault((explanation.instance_index, explanation.target_index), []).append(explanation)
+    return [_mean(members) for members in groups.values()]
+
+
+def check_regions(regions: Sequence[Region], signature: Signature, shapes: dict[str, tuple[int, ...]]) -> list[Region]:
+    """Names the input of every region and checks that it lies inside.
+
+    Args:
+        shapes: of one instance, by explained input.
+
+    Raises:
+        InvalidRequest: REGION_OUT_OF_BOUNDS, REGION_INPUT_REQUIRED, REGION_NAME_REPEATED.
+    """
+    named = [_named(region, signature, shapes) for region in regions]
+    keys = [(region.name, region.input, region.instance_index) for region in named]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise InvalidRequest("REGION_NAME_REPEATED", f"two regions are named {key[0]!r}", region=key[0])
+    for region in named:
+        _check_area(region, signature.input(region.input), shapes[region.input])
+    return named
+
+
+def input_figures(entry: Entry, spec: InputSpec, options: FigureOptions, regions: Sequence[Region]) -> InputFigures:
+    """Figures of one input of one map."""
+    tensor = entry.tensors[spec.name]
+    figures = [
+        statistics(reduce_to_view(tensor, view, spec.channel_axis), view)
+        for view in (options.views_of(spec) if options.statistics else ())
+    ]
+    sums = [
+        found
+        for region in regions
+        if options.regions and region.input == spec.name and region.instance_index in (None, entry.instance_index)
+        for found in region_sums(tensor, spec.channel_axis, spec.spatial_axes, region.area, region.name)
+    ]
+    return InputFigures(tuple(figures), _recipes(figures), tuple(sums))
+
+
+def joint_figures(
+    maps: Sequence[Entry], signature: Signature, options: FigureOptions, groups: Sequence[Group]
+) -> list[JointFigures]:
+    """Figures of the default group, split by unit, and of the named groups.
+
+    Raises:
+        InvalidRequest: a group selects nothing (EMPTY_GROUP), or maps of different units (INCOMMENSURABLE_GROUP).
+    """
+    everything = _by_unit(maps) if options.joint else {}
+    joint = [_joint(name, members, maps, signature, options, pairwise=False) for name, members in everything.items()]
+    for group in groups:
+        joint.append(_joint(group.name, _members(group, maps), maps, signature, options, pairwise=group.pairwise))
+    return joint
+
+
+def _entry(explanation: Explanation) -> Entry:
+    question, attribution = explanation.question, explanation.attribution
+    return Entry(
+        instance_index=explanation.instance_index,
+        target_index=explanation.target_index,
+        baseline_index=explanation.baseline_index,
+        target=question.target,
+        tensors=dict(attribution.tensors),
+        spread={},
+        instance_output_value=question.instance_output_value,
+        baseline_output_value=question.baseline_output_value,
+        step_count=attribution.step_count,
+        stop_reason=attribution.stop_reason,
+        map_error=attribution.map_error,
+        alphas=attribution.alphas,
+        scores=attribution.scores,
+    )
+
+
+_WORST_FIRST = (
+    StopReason.NON_FINITE,
+    StopReason.NON_CONVERGENT,
+    StopReason.TIME_BUDGET,
+    StopReason.MAX_STEPS,
+    StopReason.CONVERGED,
+    StopReason.FIXED_STEPS,
+)
+
+
+def _mean(members: list[Explanation]) -> Entry:
+    """The mean over baselines with spread; the error is bounded by the mean of errors weighted by norms."""
+    parts = [_entry(member) for member in members]
+    stacked = {name: np.stack([p.tensors[name].astype(np.float64) for p in parts]) for name in parts[0].tensors}
+    means = {name: maps.mean(axis=0).astype(np.float32) for name, maps in stacked.items()}
+    empty = np.empty(0)
+    return replace(
+        parts[0],
+        baseline_index=None,
+        tensors=means,
+        spread={name: maps.std(axis=0).astype(np.float32) for name, maps in stacked.items()},
+        baseline_output_value=float(np.mean([p.baseline_output_value for p in parts])),
+        step_count=sum(p.step_count for p in parts),
+        stop_reason=min((p.stop_reason for p in parts), key=_WORST_FIRST.index),
+        map_error=_mean_error(parts, means),
+        alphas=empty,
+        scores=empty,
+    )
+
+
+def _mean_error(parts: Sequence[Entry], means: dict[str, Map]) -> float | None:
+    """Relative error of the mean by the triangle inequality; None where a part has none or the mean is zero."""
+    norm = _norm(means)
+    if norm == 0 or any(part.map_error is None for part in parts):
+        return None
+    errors = [cast(float, part.map_error) * _norm(part.tensors) for part in parts]
+    return float(np.mean(errors)) / norm
+
+
+def _norm(tensors: dict[str, Map]) -> float:
+    return float(np.sqrt(sum(np.square(tensor.astype(np.float64)).sum() for tensor in tensors.values())))
+
+
+def _recipes(figures: Sequence[Statistics]) -> tuple[Normalization, ...]:
+    return tuple(recipe for figure in figures for recipe in normalizations(figure))
+
+
+def _named(region: Region, signature: Signature, shapes: dict[str, tuple[int, ...]]) -> Region:
+    if region.input:
+        if region.input not in shapes:
+            raise InvalidRequest(
+                "REGION_INPUT_REQUIRED",
+                f"region {region.name!r}: {region.input!r} is no explained input; those are {', '.join(shapes)}",
+                region=region.name,
+                input=region.input,
+            )
+        return region
+    boxed = isinstance(region.area, Box)
+    fitting = [name for name in shapes if not boxed or signature.input(name).spatial_axes is not None]
+    if len(fitting) != 1:
+        raise InvalidRequest(
+            "REGION_INPUT_REQUIRED",
+            f"region {region.name!r} fits {len(fitting)} explained inputs"
+            + (" with H and W axes" if boxed else "")
+            + "; name its input",
+            region=region.name,
+        )
+    return replace(region, input=fitting[0])
+
+
+def _check_area(region: Region, spec: InputSpec, shape: tuple[int, ...]) -> None:
+    try:
+        if isinstance(region.area, Box):
+            check_box(region.area, shape, spec.spatial_axes)
+        else:
+            check_mask(region.area, shape, spec.channel_axis)
+    except ValueError as error:
+        raise InvalidRequest(
+            "REGION_OUT_OF_BOUNDS", f"region {region.name!r}: {error}", region=region.name, input=region.input
+        ) from error
+
+
+def _by_unit(maps: Sequence[Entry]) -> dict[str, list[int]]:
+    """Positions of the default group "all", or of "all/<output>/<score>" where units differ."""
+    units: dict[tuple[str, str], list[int]] = {}
+    for position, entry in enumerate(maps):
+        units.setdefault(_unit(entry), []).append(position)
+    if len(units) == 1:
+        return {"all": list(range(len(maps)))}
+    return {f"all/{output}/{score}": members for (output, score), members in units.items()}
+
+
+def _unit(entry: Entry) -> tuple[str, str]:
+    return entry.target.output, entry.target.score.name
+
+
+def _members(group: Group, maps: Sequence[Entry]) -> list[int]:
+    members = [k for k, entry in enumerate(maps) if any(selector.matches(entry) for selector in group.selectors)]
+    if not members:
+        raise InvalidRequest("EMPTY_GROUP", f"group {group.name!r} selects no attribution", group=group.name)
+    units = sorted({"/".join(_unit(maps[k])) for k in members})
+    if len(units) > 1:
+        raise InvalidRequest(
+            "INCOMMENSURABLE_GROUP",
+            f"group {group.name!r} mixes maps of different units: {', '.join(units)}",
+            group=group.name,
+            units=", ".join(units),
+        )
+    return members
+
+
+def _joint(
+    name: str,
+    members: list[int],
+    maps: Sequence[Entry],
+    signature: Signature,
+    options: FigureOptions,
+    *,
+    pairwise: bool,
+) -> JointFigures:
+    inputs: dict[str, InputFigures] = {}
+    pairs: list[PairRange] = []
+    for spec in (signature.input(tensor) for tensor in maps[members[0]].tensors):
+        pooled: list[Statistics] = []
+        for view in options.views_of(spec):
+            reduced = [reduce_to_view(maps[k].tensors[spec.name], view, spec.channel_axis) for k in members]
+            pooled.append(pooled_statistics(reduced, view))
+            if pairwise:
+                pairs += _pairs(members, [statistics(values, view) for values in reduced], spec.name, view)
+        inputs[spec.name] = InputFigures(tuple(pooled), _recipes(pooled))
+    return JointFigures(name, tuple(members), inputs, tuple(pairs))
+
+
+def _pairs(members: list[int], figures: list[Statistics], name: str, view: View) -> list[PairRange]:
+    return [
+        PairRange(first, second, name, view, joint_range([figures[a], figures[b]]))
+        for a, first in enumerate(members)
+        for b, second in enumerate(members)
+        if a < b
+    ]
+
+
+__all__ = [
+    "Entry",
+    "FigureOptions",
+    "Group",
+    "InputFigures",
+    "JointFigures",
+    "PairRange",
+    "Region",
+    "Selector",
+    "check_regions",
+    "entries",
+    "input_figures",
+    "joint_figures",
+]

@@ -1,0 +1,146 @@
+"""What every RPC gets: a request id, error translation, metrics and one log line.
+
+Our own instead of OpenTelemetry's, whose interceptors misreport status codes on asyncio servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+
+from explainserve.errors import ExplainServeError, InvalidRequest
+from explainserve.metrics import Metrics
+from explainserve.rpc import status
+
+REQUEST_ID_KEY = "x-request-id"
+_ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+_OWN_SERVICES = "/explainserve."
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Id of the request that the current task answers."""
+
+Deserializer = Callable[[bytes], Any]
+
+Handler = Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Awaitable[Any]]
+
+
+class ObservingInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps the unary RPCs of all services and the server streams of our own, which are coroutines that call
+    `context.write`.
+
+    Args:
+        metrics: instruments to feed.
+        log: logger of finished RPCs.
+    """
+
+    def __init__(self, metrics: Metrics, log: structlog.stdlib.BoundLogger) -> None:
+        self._metrics = metrics
+        self._log = log
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wraps the handler of an RPC."""
+        handler = await continuation(details)
+        if handler is None:
+            return handler
+        method = details.method.rsplit("/", 1)[-1]
+        codecs = None, handler.response_serializer
+        if handler.unary_unary is not None:
+            answer = self._observed(method, handler.request_deserializer, handler.unary_unary)
+            return grpc.unary_unary_rpc_method_handler(answer, *codecs)
+        if handler.unary_stream is not None and details.method.startswith(_OWN_SERVICES):
+            answer = self._observed(method, handler.request_deserializer, handler.unary_stream)
+            return grpc.unary_stream_rpc_method_handler(answer, *codecs)
+        return handler
+
+    def _observed(self, method: str, deserialize: Deserializer | None, handler: Any) -> Handler:
+        """Reads the message itself: grpc would answer a malformed one without a reason, and unseen."""
+
+        async def observed(message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            identifier = _request_id(context)
+            request_id.set(identifier)
+            context.set_trailing_metadata(((REQUEST_ID_KEY, identifier),))
+            started = time.monotonic()
+            code = grpc.StatusCode.OK
+            failure: Exception | None = None
+            with self._metrics.active_requests.labels(method).track_inprogress():
+                try:
+                    return await handler(_message(deserialize, message), context)
+                except asyncio.CancelledError:
+                    code = _cancelled_code(context)
+                    raise
+                except grpc.aio.AbortError:
+                    code = context.code()
+                    raise
+                except Exception as error:
+                    failure, code = error, status.code(error)
+                    await context.abort_with_status(_with_request_id(status.status(error), identifier))
+                finally:
+                    self._finish(method, identifier, code, time.monotonic() - started, failure)
+
+        return observed
+
+    def _finish(
+        self, method: str, identifier: str, code: grpc.StatusCode, seconds: float, error: Exception | None
+    ) -> None:
+        self._metrics.requests.labels(method, code.name).inc()
+        self._metrics.request_seconds.labels(method).observe(seconds)
+        fields: dict[str, Any] = {
+            "method": method,
+            "code": code.name,
+            "seconds": round(seconds, 6),
+            "request_id": identifier,
+        }
+        if isinstance(error, ExplainServeError):
+            self._log.info("rpc", **fields, reason=error.reason, message=error.message)
+        elif error is not None:
+            self._log.error("rpc", **fields, exc_info=error)
+        else:
+            self._log.info("rpc", **fields)
+
+
+class _StatusWithId(grpc.Status):
+    """A status whose trailing metadata also carries the request id."""
+
+    def __init__(self, base: grpc.Status, identifier: str) -> None:
+        self.code = base.code
+        self.details = base.details
+        self.trailing_metadata = (*(base.trailing_metadata or ()), (REQUEST_ID_KEY, identifier))
+
+
+def _with_request_id(base: grpc.Status, identifier: str) -> grpc.Status:
+    return _StatusWithId(base, identifier)
+
+
+def _message(deserialize: Deserializer | None, data: bytes) -> Any:
+    try:
+        return data if deserialize is None else deserialize(data)
+    except DecodeError as error:
+        raise InvalidRequest("MESSAGE_MALFORMED", f"the bytes are no message of this method: {error}") from error
+
+
+def _request_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """The client's own id where it is a short token, a new one otherwise."""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str) and _ACCEPTED_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex
+
+
+def _cancelled_code(context: grpc.aio.ServicerContext[Any, Any]) -> grpc.StatusCode:
+    """grpc.aio cancels the handler both when the client leaves and when its deadline passes."""
+    remaining = context.time_remaining()
+    return grpc.StatusCode.DEADLINE_EXCEEDED if remaining is not None and remaining <= 0 else grpc.StatusCode.CANCELLED

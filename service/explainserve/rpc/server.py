@@ -1,0 +1,132 @@
+"""Puts a server together: repository, engine, servicer, health, reflection, metrics; starts and stops it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
+from threadpoolctl import ThreadpoolController
+
+from explainserve.backends import LoadOptions
+from explainserve.engine import Engine
+from explainserve.explainer import Explainer
+from explainserve.metrics import Metrics
+from explainserve.repository import ModelEntry, ModelState, Repository
+from explainserve.rpc.http import HttpServer
+from explainserve.rpc.interceptor import ObservingInterceptor
+from explainserve.rpc.servicer import RepositoryServicer, Servicer
+from explainserve.scheduling import Scheduler
+from explainserve.settings import Settings
+from explainserve.v1 import explainer_service_pb2, model_repository_service_pb2
+from explainserve.v1.explainer_service_pb2_grpc import add_ExplainerServiceServicer_to_server
+from explainserve.v1.model_repository_service_pb2_grpc import add_ModelRepositoryServiceServicer_to_server
+
+SERVICE = explainer_service_pb2.DESCRIPTOR.services_by_name["ExplainerService"].full_name
+_REPOSITORY_SERVICE = model_repository_service_pb2.DESCRIPTOR.services_by_name["ModelRepositoryService"].full_name
+
+_MEMORY_PER_MESSAGE_BYTE = 16
+"""Bytes of baselines and maps that one request may hold in memory, for each byte of the largest message."""
+
+
+class Server:
+    """One server process: `start`, then `stop`.
+
+    Attributes:
+        port, http_port: where it listens, known after `start`.
+    """
+
+    def __init__(self, settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
+        self._settings = settings
+        self._log = log
+        self._metrics = Metrics(CollectorRegistry())
+        self._ready = False
+        self._states: dict[tuple[str, int], ModelState] = {}
+        self.http_port = 0
+        self.port = 0
+
+    async def start(self) -> None:
+        """Loads the models and starts to answer; liveness and metrics answer from the beginning.
+
+        Raises:
+            OSError: the HTTP port is taken.
+            RuntimeError: the gRPC port is taken.
+            NotFound: the model folder is not there (NO_MODELS_FOLDER).
+        """
+        settings = self._settings
+        # numpy's own BLAS threads spin beside the model's: measured, they doubled the processor time of small models
+        ThreadpoolController().select(internal_api="openblas").limit(limits=1)
+        self._http = HttpServer(settings.host, settings.http_port, self._metrics.registry, lambda: self._ready)
+        self._http.start()
+        self.http_port = self._http.port
+        try:
+            await self._start_answering(await asyncio.to_thread(self._load_models))
+        except BaseException:
+            await asyncio.to_thread(self._http.stop)
+            raise
+
+    async def _start_answering(self, repository: Repository) -> None:
+        settings = self._settings
+        self._engine = Engine(Scheduler(settings.max_waiting_rows), self._metrics)
+        explainer = Explainer(
+            self._engine, settings.max_request_rows, _MEMORY_PER_MESSAGE_BYTE * settings.max_message_bytes
+        )
+        self._health = health.aio.HealthServicer()
+        self._server = self._grpc_server(Servicer(repository, explainer, self._metrics, settings))
+        self.port = self._server.add_insecure_port(f"{settings.host}:{settings.port}")
+        self._engine.start()
+        await self._server.start()
+        for service in ("", SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._ready = True
+
+    async def stop(self, grace_seconds: float | None = None) -> None:
+        """Refuses new requests at once, gives running ones the grace period, then ends them."""
+        self._ready = False
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self._settings.grace_seconds if grace_seconds is None else grace_seconds)
+        await asyncio.to_thread(self._engine.stop)
+        await asyncio.to_thread(self._http.stop)
+
+    async def serve_until(self, stopped: Callable[[], Awaitable[object]]) -> None:
+        """Runs until `stopped` returns, then stops in order."""
+        try:
+            await stopped()
+        finally:
+            await self.stop()
+
+    def _load_models(self) -> Repository:
+        settings = self._settings
+        options = LoadOptions(settings.device, settings.allow_device_fallback, settings.thread_count)
+        repository = Repository(settings.models, options, settings.max_batch_rows)
+        repository.load_all(self._report)
+        return repository
+
+    def _report(self, entry: ModelEntry) -> None:
+        """Logs and counts a new state of a model version."""
+        self._states[entry.name, entry.version] = entry.state
+        for state in ModelState:
+            self._metrics.models.labels(state.value).set(list(self._states.values()).count(state))
+        line = self._log.error if entry.reason else self._log.info
+        line("model", name=entry.name, version=entry.version, state=entry.state.name, reason=entry.reason)
+
+    def _grpc_server(self, servicer: Servicer) -> grpc.aio.Server:
+        limit = self._settings.max_message_bytes
+        server = grpc.aio.server(
+            interceptors=[ObservingInterceptor(self._metrics, self._log)],
+            options=[
+                ("grpc.so_reuseport", 0),  # else two servers bind one port without an error
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", limit),
+            ],
+        )
+        add_ExplainerServiceServicer_to_server(servicer, server)
+        add_ModelRepositoryServiceServicer_to_server(RepositoryServicer(), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (SERVICE, _REPOSITORY_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        return server

@@ -1,0 +1,167 @@
+"""Every RPC of ExplainerService, from message to message. The way to the device: `requests.py` -> `explainer.py` ->
+`engine.py` -> `scheduling/` -> `backends/`; and back through `figures.py` and `responses.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, NoReturn
+
+import grpc
+
+from explainserve.errors import LimitExceeded, Unimplemented
+from explainserve.explainer import Explainer
+from explainserve.metrics import Metrics
+from explainserve.plan import Differentiation
+from explainserve.repository import Repository, ServedModel
+from explainserve.rpc import requests, responses
+from explainserve.scheduling import Request
+from explainserve.settings import Settings
+from explainserve.v1 import attribution_pb2, model_pb2
+from explainserve.v1 import explainer_service_pb2 as pb
+from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceServicer
+from explainserve.v1.model_repository_service_pb2_grpc import ModelRepositoryServiceServicer
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Servicer(ExplainerServiceServicer):
+    """Answers RPCs. Errors are raised; the interceptor translates them."""
+
+    def __init__(self, repository: Repository, explainer: Explainer, metrics: Metrics, settings: Settings) -> None:
+        self._repository = repository
+        self._explainer = explainer
+        self._metrics = metrics
+        self._settings = settings
+
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
+        """Raw attributions with all figures."""
+        checked = await self._checked(request, context)
+        prepared = await asyncio.to_thread(self._explainer.prepare, checked.query)
+        self._admit_reply(responses.reply_bytes(checked, prepared.cost))
+        answer = await self._explainer.explain(prepared)
+        started = time.monotonic()
+        response = await asyncio.to_thread(responses.explain_response, checked, answer)
+        seconds = time.monotonic() - started
+        responses.set_serialize_duration(response.provenance, seconds)
+        self._metrics.serialize_seconds.labels(checked.query.model.name).observe(seconds)
+        self._observe(response, checked.query.method_name)
+        return response
+
+    async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
+        """Outputs of the model with their highest classes."""
+        model = self._model(request.model)
+        score, count = requests.predicted_score(request.score), requests.top_k(request.top_k)
+        arrays = await asyncio.to_thread(requests.inputs, request.inputs, model.signature, self._settings)
+        instances = requests.instances(arrays, model.signature, moving=())
+        specs = [model.signature.output(name) for name in dict.fromkeys(request.outputs)] or list(
+            model.signature.outputs
+        )
+        functions = [Differentiation(spec.name, spec.score_head(score)) for spec in specs]
+        rows = Request(expires_at=self._deadline(context))
+        outputs, usage = await self._explainer.outputs(model, instances, functions, rows)
+        if request.include_tensors:  # free axes of an output have an extent only now
+            self._admit_reply(sum(array.nbytes for arrays in outputs.values() for array in arrays))
+        return pb.PredictResponse(
+            predictions=[
+                responses.prediction(
+                    spec, index, outputs[function][index], count, include_tensor=request.include_tensors
+                )
+                for index in range(len(instances))
+                for spec, function in zip(specs, functions, strict=True)
+            ],
+            provenance=responses.provenance(model, usage, []),
+        )
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        """Every model version, those that failed included."""
+        return pb.ListModelsResponse(models=[responses.model_summary(entry) for entry in self._repository.entries])
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        """All that the server knows of one model."""
+        model = self._model(request.model)
+        return pb.GetModelResponse(model=responses.model_message(self._repository.entry(model), model))
+
+    async def EstimateCost(self, request: pb.EstimateCostRequest, context: Context) -> pb.EstimateCostResponse:
+        """What an Explain request would cost."""
+        checked = await self._checked(request.explain, context)
+        cost = await asyncio.to_thread(self._explainer.cost, checked.query)
+        return responses.cost_response(
+            checked,
+            cost,
+            row_limit=self._settings.max_request_rows,
+            reply_bytes_limit=self._settings.max_message_bytes,
+        )
+
+    async def ExplainStream(  # type: ignore[override]  # a coroutine that writes to the context is a stream too
+        self, request: pb.ExplainStreamRequest, context: Context
+    ) -> NoReturn:
+        """Not built yet."""
+        raise _unimplemented("ExplainStream", "progress, partial maps and maps in pieces; use Explain")
+
+    async def Compare(self, request: pb.CompareRequest, context: Context) -> NoReturn:  # type: ignore[override]
+        """Not built yet."""
+        raise _unimplemented("Compare", "comparisons of several explanations; use Explain with groups")
+
+    async def Evaluate(self, request: pb.EvaluateRequest, context: Context) -> NoReturn:  # type: ignore[override]
+        """Not built yet."""
+        raise _unimplemented("Evaluate", "checks whether an explanation can be trusted")
+
+    async def _checked(self, request: pb.ExplainRequest, context: Context) -> requests.Explain:
+        arrived, model, deadline = time.monotonic(), self._model(request.model), self._deadline(context)
+        return await asyncio.to_thread(requests.explain, request, model, self._settings, arrived, deadline)
+
+    def _model(self, reference: model_pb2.ModelRef) -> ServedModel:
+        return self._repository.get(*requests.model_name(reference))
+
+    def _deadline(self, context: Context) -> float:
+        remaining = context.time_remaining()
+        limit = self._settings.default_timeout_seconds
+        return time.monotonic() + (limit if remaining is None else remaining)
+
+    def _admit_reply(self, size: int) -> None:
+        limit = self._settings.max_message_bytes
+        if size > limit:
+            raise LimitExceeded(
+                "REPLY_TOO_LARGE",
+                f"the reply would have about {size} bytes, the limit is {limit}; ask for fewer maps, leave "
+                "tensors out, or use ExplainStream, which sends maps in pieces",
+                reply_bytes=size,
+                limit=limit,
+            )
+
+    def _observe(self, response: pb.ExplainResponse, method: str) -> None:
+        model = response.provenance.model_name
+        for attribution in response.attributions:
+            reason = attribution.stop_reason
+            self._metrics.attributions.labels(model, method, _stop_reason(reason)).inc()
+            self._metrics.step_count.labels(model, method).observe(attribution.step_count)
+            if attribution.HasField("relative_convergence_delta"):
+                delta = attribution.relative_convergence_delta
+                self._metrics.convergence_delta.labels(model, method).observe(delta)
+            if attribution.HasField("map_error"):
+                self._metrics.map_error.labels(model, method).observe(attribution.map_error)
+
+
+class RepositoryServicer(ModelRepositoryServiceServicer):
+    """Loading and unloading models over the wire: not built yet, and says so."""
+
+    async def IndexModels(self, request: object, context: Context) -> NoReturn:
+        """Not built yet."""
+        raise _unimplemented("IndexModels", "the index of the model folder; use ListModels")
+
+    async def LoadModel(self, request: object, context: Context) -> NoReturn:
+        """Not built yet."""
+        raise _unimplemented("LoadModel", "loading a model while the server runs; restart it instead")
+
+    async def UnloadModel(self, request: object, context: Context) -> NoReturn:
+        """Not built yet."""
+        raise _unimplemented("UnloadModel", "unloading a model while the server runs; restart it instead")
+
+
+def _stop_reason(code: attribution_pb2.StopReason.ValueType) -> str:
+    return attribution_pb2.StopReason.Name(code).removeprefix("STOP_REASON_").lower()
+
+
+def _unimplemented(method: str, what: str) -> Unimplemented:
+    return Unimplemented("RPC_UNIMPLEMENTED", f"{method} is not built yet: {what}", rpc=method)

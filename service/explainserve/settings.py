@@ -1,0 +1,55 @@
+"""Every knob of the server, validated once. Each is a flag of `explainserve serve` and a variable
+EXPLAINSERVE_<NAME>."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Settings(BaseSettings):
+    """Settings of one server process.
+
+    Attributes:
+        models: the model folder.
+        host: address to listen on, for gRPC and HTTP.
+        port: gRPC port; 0 picks a free one.
+        http_port: port of metrics and liveness; 0 picks a free one.
+        device: "cpu", "cuda" or "cuda:N".
+        allow_device_fallback: evaluate on the CPU where the device is missing, instead of refusing models.
+        thread_count: threads of one evaluation; 0 means all cores.
+        max_batch_rows: rows of one micro-batch where a model states no limit of its own.
+        max_step_count: cap of gradient evaluations of one path.
+        max_request_rows: cap of rows of one request.
+        max_waiting_rows: rows of all requests that may wait.
+        max_message_bytes: largest request and reply.
+        max_instances: cap of instances of one request.
+        grace_seconds: time that running requests get on shutdown.
+        default_timeout_seconds: limit of requests that come without a deadline.
+        log_format: "json" lines or "console" text.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="EXPLAINSERVE_", frozen=True)
+
+    models: Path = Path("models")
+    host: str = "127.0.0.1"
+    port: Port = 8001
+    http_port: Port = 8002
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    allow_device_fallback: bool = False
+    thread_count: Annotated[int, Field(ge=0)] = 0
+    max_batch_rows: PositiveInt = 16
+    max_step_count: PositiveInt = 512
+    max_request_rows: PositiveInt = 65_536
+    max_waiting_rows: PositiveInt = 262_144
+    max_message_bytes: PositiveInt = 64 * 1024 * 1024
+    max_instances: PositiveInt = 256
+    grace_seconds: Annotated[float, Field(ge=0)] = 30.0
+    default_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    log_format: Literal["json", "console"] = "json"

@@ -1,0 +1,133 @@
+"""Estimates of cost against what a request then really takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from explainserve.rpc.tensors import encode
+from explainserve.v1 import explainer_service_pb2 as pb
+from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
+from rpc.loopback import Loopback, adaptive, element, every, label, normal, request, steps
+
+IMAGES = normal(2, 3, 6, 8)
+X = normal(3, 4)
+NOISE = every(gaussian_noise={"std": 1.0, "count": 3})
+BOX = {"name": "r" * 200, "box": {"width": 2, "height": 2}}
+
+REQUESTS: dict[str, pb.ExplainRequest] = {
+    "one": request("plain", {"x": X[:1]}, targets=[element(0)], methods=steps(5)),
+    "cross product": request(
+        "plain", {"x": X}, targets=[element(0), element(1)], baselines=[every(zeros={}), NOISE], methods=steps(6)
+    ),
+    "repeated end points": request(
+        "plain",
+        {"x": np.repeat(X[:1], 3, axis=0)},
+        targets=[element(0)],
+        baselines=[every(zeros={}), every(constant={"values": [0.0]})],
+        methods=steps(2, quadrature="QUADRATURE_TRAPEZOID"),
+    ),
+    "top k": request("image", {"image": IMAGES}, targets=[{"top_k": {"count": 3}}], methods=steps(4)),
+    "several scores": request(
+        "image", {"image": IMAGES}, targets=[label("ant"), label("bee", score="SCORE_PROBABILITY")], methods=steps(4)
+    ),
+    "per instance": request(
+        "plain",
+        {"x": X},
+        targets=[element(0), element(1, instance_index=2)],
+        baselines=[every(zeros={}), {"every_input": {"constant": {"values": [1.0]}}, "instance_index": 1}],
+        methods=steps(3, quadrature="QUADRATURE_GAUSS_LEGENDRE"),
+    ),
+    "mean over baselines": request(
+        "plain",
+        {"x": X},
+        targets=[element(0)],
+        baselines=[NOISE],
+        baseline_reduction="BASELINE_REDUCTION_MEAN",
+        methods=steps(4),
+    ),
+    "everything": request(
+        "image",
+        {"image": IMAGES},
+        targets=[label("ant"), label("bee", score="SCORE_PROBABILITY")],
+        baselines=[every(gray={}), every(uniform_noise={"count": 2})],
+        regions=[BOX, {"name": "mask", "mask": encode(np.ones((6, 8), np.bool_))}],
+        groups=[{"name": "first", "selectors": [{"target_index": 0}], "pairwise": True}],
+        response_options={"views": [1, 2, 3, 4], "include_baseline_tensors": True},
+        methods=steps(40),
+    ),
+    "little": request(
+        "image",
+        {"image": IMAGES},
+        methods=steps(4),
+        response_options={
+            "omit_tensors": True,
+            "omit_statistics": True,
+            "omit_joint_statistics": True,
+            "omit_score_path": True,
+        },
+    ),
+    "two inputs": request("product", {"x": normal(2, 5), "y": normal(2, 5)}, methods=steps(4)),
+    "adaptive": request("image", {"image": IMAGES}, methods=adaptive(max_step_count=64)),
+}
+
+
+def estimate(stub: ExplainerServiceStub, explain: pb.ExplainRequest) -> pb.EstimateCostResponse:
+    return stub.EstimateCost(pb.EstimateCostRequest(explain=explain), timeout=60)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_estimate_is_what_it_takes(stub: ExplainerServiceStub, name: str) -> None:
+    """Fixed rules exactly, the adaptive one between its bounds."""
+    expected, answer = estimate(stub, REQUESTS[name]), stub.Explain(REQUESTS[name], timeout=60)
+    own = answer.provenance
+
+    for low, used, high in (
+        (expected.min_row_count, own.row_count, expected.max_row_count),
+        (expected.min_forward_count, own.forward_count, expected.max_forward_count),
+        (expected.min_backward_count, own.backward_count, expected.max_backward_count),
+    ):
+        assert low <= used <= high
+        assert low == high or name == "adaptive"
+    assert expected.attribution_count == len(answer.attributions)
+    assert own.row_count == own.forward_count >= own.backward_count
+    assert own.backward_count == sum(a.step_count for a in answer.attributions)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_reply_is_no_larger_than_estimated(stub: ExplainerServiceStub, name: str) -> None:
+    expected, answer = estimate(stub, REQUESTS[name]), stub.Explain(REQUESTS[name], timeout=60)
+
+    assert answer.ByteSize() <= expected.reply_bytes
+
+
+def test_end_points_are_shared(stub: ExplainerServiceStub) -> None:
+    """Two targets of one score need the instance and the baseline once; equal rows are evaluated once."""
+    two = request("plain", {"x": X[:1]}, targets=[element(0), element(1)], methods=steps(4))
+    own = stub.Explain(two, timeout=60).provenance
+    repeated = stub.Explain(REQUESTS["repeated end points"], timeout=60).provenance
+
+    assert (own.row_count - own.backward_count, own.saved_row_count) == (2, 2)
+    assert repeated.row_count - repeated.backward_count == 2
+
+
+def test_estimate_states_the_limits_and_computes_nothing(service: Loopback) -> None:
+    before = service.metric("explainserve_rows_total")
+    expected = estimate(service.stub, REQUESTS["one"])
+
+    assert (expected.row_limit, expected.reply_bytes_limit) == (20_000, 2 * 1024 * 1024)
+    assert service.metric("explainserve_rows_total") == before
+
+
+def test_estimate_of_what_would_be_refused(stub: ExplainerServiceStub) -> None:
+    """It answers, so that a client sees by how much it asks for too much, and makes no baseline for it."""
+    draws: dict[str, Any] = {"baselines": [every(uniform_noise={"count": 1024})]}
+    greedy = request("two-digits", {"image": normal(16, 3, 64, 64)}, methods=steps(512), **draws)
+    expected = estimate(stub, greedy)
+
+    assert expected.attribution_count == 16 * 1024
+    assert expected.max_backward_count == 16 * 1024 * 512
+    assert expected.max_row_count > expected.row_limit
+    assert expected.reply_bytes > 16 * 1024 * 3 * 64 * 64 * 4 > expected.reply_bytes_limit

@@ -1,0 +1,152 @@
+"""What a server tells of its models: those it serves, and those it cannot and why."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import grpc
+import pytest
+
+from explainserve.v1 import explainer_service_pb2 as pb
+from explainserve.v1 import model_pb2, tensor_pb2
+from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
+from rpc.folder import LABELS, MEAN, STD
+from rpc.loopback import named, refusal
+
+READY, FAILED = model_pb2.MODEL_STATE_READY, model_pb2.MODEL_STATE_FAILED
+
+
+@pytest.fixture(scope="module")
+def listed(stub: ExplainerServiceStub) -> dict[tuple[str, int], model_pb2.ModelSummary]:
+    models = stub.ListModels(pb.ListModelsRequest(), timeout=60).models
+    assert [(m.name, m.version) for m in models] == sorted((m.name, m.version) for m in models)
+    return {(m.name, m.version): m for m in models}
+
+
+def model(stub: ExplainerServiceStub, name: str, version: int | None = None) -> model_pb2.Model:
+    return stub.GetModel(pb.GetModelRequest(model=named(name, version)), timeout=60).model
+
+
+Listed = dict[tuple[str, int], model_pb2.ModelSummary]
+
+
+def test_every_folder_is_listed(listed: Listed, folder: Path) -> None:
+    assert {name for name, _ in listed} == {child.name for child in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "reason", "text"),
+    [
+        ("truncated", 1, "MODEL_FILE_CORRUPT", "truncated"),
+        ("versions", 11, "MODEL_FILE_CORRUPT", "truncated"),
+        ("no_file", 1, "NO_MODEL_FILE", "model.onnx"),
+        ("no_version", 0, "NO_MODEL_FILE", "VERSION"),
+    ],
+)
+def test_bad_folder_is_listed_with_its_reason(listed: Listed, name: str, version: int, reason: str, text: str) -> None:
+    own = listed[name, version]
+
+    assert (own.state, own.error_reason) == (FAILED, reason)
+    assert text in own.reason
+
+
+def test_the_others_are_served(listed: Listed) -> None:
+    bad = {("truncated", 1), ("versions", 11), ("no_file", 1), ("no_version", 0)}
+    ready = {key: own for key, own in listed.items() if key not in bad}
+
+    assert {own.state for own in ready.values()} == {READY}
+    assert {own.format for own in ready.values()} == {model_pb2.MODEL_FORMAT_ONNX}
+    assert not any(own.reason or own.error_reason for own in ready.values())
+
+
+def test_highest_ready_version_answers(stub: ExplainerServiceStub) -> None:
+    assert model(stub, "versions").summary.version == 10
+    assert model(stub, "versions", 1).summary.version == 1
+
+
+def test_model_in_full(stub: ExplainerServiceStub, folder: Path) -> None:
+    own = model(stub, "image")
+    (image,), (logits,) = own.inputs, own.outputs
+
+    assert own.sha256 == hashlib.sha256((folder / "image" / "1" / "model.onnx").read_bytes()).hexdigest()
+    assert (image.name, image.data_type, image.layout) == ("image", tensor_pb2.DATA_TYPE_FLOAT32, "NCHW")
+    assert [axis.size for axis in image.axes[1:]] == [3, 6, 8]
+    assert not image.axes[0].HasField("size")
+    assert (image.batch_axis, image.channel_axis, image.channel_order, image.differentiable) == (0, 1, "RGB", True)
+    assert (image.value_range.low, image.value_range.high) == (0, 1)
+    assert (list(image.preprocessing.mean), list(image.preprocessing.std)) == (MEAN.tolist(), STD.tolist())
+    assert (logits.kind, logits.activation) == (model_pb2.OUTPUT_KIND_LOGITS, model_pb2.ACTIVATION_SOFTMAX)
+    assert (logits.class_axis, tuple(logits.labels)) == (1, LABELS)
+    assert (own.default_target, own.default_baseline) == (2, "training_mean")
+    assert list(own.data_baselines) == ["training_mean"]
+    assert (own.backend, own.device, own.differentiable) == ("onnxruntime", "cpu", True)
+    assert own.batching == model_pb2.BATCHING_ROWS
+    assert not own.gaps and not own.warnings
+    assert own.HasField("noise_floor")
+
+
+def test_what_is_not_stated_is_absent(stub: ExplainerServiceStub) -> None:
+    own = model(stub, "plain")
+    (x,) = own.inputs
+
+    assert not x.HasField("preprocessing") and not x.HasField("value_range") and not x.HasField("channel_axis")
+    assert (x.layout, x.channel_order) == ("", "")
+    assert not own.HasField("default_target")
+    assert own.default_baseline == "zeros"
+    assert own.outputs[0].kind == model_pb2.OUTPUT_KIND_VALUES
+
+
+def test_methods_say_how_to_read_them(stub: ExplainerServiceStub) -> None:
+    (method,) = model(stub, "image").methods
+    guide = method.reading_guide
+
+    assert (method.method, method.supported, method.reason) == ("integrated_gradients", True, "")
+    assert (guide.family, guide.units, guide.complete, guide.needs_baseline) == ("path", "output", True, True)
+    assert guide.paper
+
+
+def test_model_with_a_gap_names_it_and_its_remedy(stub: ExplainerServiceStub) -> None:
+    own = model(stub, "gap")
+    (gap,), (method,) = own.gaps, own.methods
+
+    assert (gap.operator, gap.node) == ("Det", "the_gap")
+    assert gap.reason and gap.remedy
+    assert not own.differentiable and not method.supported
+    assert "Det" in method.reason
+    assert not own.HasField("noise_floor")
+
+
+def test_model_without_a_floating_point_input_supports_no_gradient(stub: ExplainerServiceStub) -> None:
+    own = model(stub, "tokens")
+
+    assert not own.inputs[0].differentiable
+    assert not own.methods[0].supported
+    assert "floating-point" in own.methods[0].reason
+
+
+@pytest.mark.parametrize("name", ["batch_mixing"])
+def test_row_by_row_is_told_with_a_warning(stub: ExplainerServiceStub, name: str) -> None:
+    own = model(stub, name)
+
+    assert own.batching == model_pb2.BATCHING_ROW_BY_ROW
+    assert any("alone" in warning for warning in own.warnings)
+
+
+@pytest.mark.parametrize(
+    ("reference", "code", "reason"),
+    [
+        ({}, grpc.StatusCode.INVALID_ARGUMENT, "MODEL_REQUIRED"),
+        (named("nope"), grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
+        (named("versions", 3), grpc.StatusCode.NOT_FOUND, "UNKNOWN_VERSION"),
+        (named("truncated"), grpc.StatusCode.FAILED_PRECONDITION, "MODEL_FAILED"),
+        ({"randomized": {"model": {"name": "plain"}}}, grpc.StatusCode.UNIMPLEMENTED, "MODEL_SOURCE_UNIMPLEMENTED"),
+    ],
+)
+def test_model_that_is_not_there(
+    stub: ExplainerServiceStub, reference: dict[str, object], code: grpc.StatusCode, reason: str
+) -> None:
+    refused = refusal(lambda: stub.GetModel(pb.GetModelRequest(model=reference), timeout=60))  # type: ignore[arg-type]
+
+    assert (refused.code, refused.reason) == (code, reason)
+    assert refused.message

@@ -1,0 +1,286 @@
+"""The engine: the device thread, and how plans end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from prometheus_client import CollectorRegistry
+
+from closed_form import FORWARD, PATIENCE, WEIGHTS, ClosedForm, path, served, value
+from explainserve.engine import Engine
+from explainserve.errors import (
+    DeadlineExceeded,
+    EvaluationFailed,
+    ExplainServeError,
+    LimitExceeded,
+    ShuttingDown,
+    Unsupported,
+)
+from explainserve.metrics import Metrics
+from explainserve.plan import Plan, Rows, Segment, SegmentEvaluation
+from explainserve.repository import ServedModel
+from explainserve.scheduling import Request, Scheduler
+
+
+@pytest.fixture
+def loaded() -> ClosedForm:
+    return ClosedForm()
+
+
+@pytest.fixture
+def model(loaded: ClosedForm) -> ServedModel:
+    return served(loaded)
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics(CollectorRegistry())
+
+
+@pytest_asyncio.fixture
+async def engine(loaded: ClosedForm, metrics: Metrics) -> AsyncIterator[Engine]:
+    """With a queue of 100 rows; whatever a test holds is let go before the engine stops."""
+    engine = Engine(Scheduler(max_waiting_rows=100), metrics)
+    engine.start()
+    yield engine
+    loaded.gate.set()
+    await asyncio.to_thread(engine.stop)
+
+
+def plan(*segments: Segment) -> Plan:
+    return Plan(segments)
+
+
+async def entered(loaded: ClosedForm) -> None:
+    """Waits until the device is at a batch that is held."""
+    assert await asyncio.to_thread(loaded.entered.wait, PATIENCE)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+async def failure(coroutine: Any) -> ExplainServeError:
+    with pytest.raises(ExplainServeError) as caught:
+        await coroutine
+    return caught.value
+
+
+def hold(loaded: ClosedForm) -> None:
+    loaded.holds_after = 0
+
+
+def sample(metrics: Metrics, name: str, **labels: str) -> float:
+    return metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+async def test_rows_come_back_by_segment(engine: Engine, model: ServedModel) -> None:
+    """Sums over pieces of a segment, in whatever batches they went."""
+    long, short = path(11), path(1, index=1)
+    evaluation, _ = await engine.evaluate(model, plan(long, short), Request())
+
+    for segment, own, index in zip((long, short), evaluation.segments, (0, 1), strict=True):
+        y = value(np.ones(3) * segment.alphas[:, None])
+        expected = (segment.weights @ (1 - y[:, index] ** 2)) * WEIGHTS[:, index]
+        np.testing.assert_allclose(own.scores, y[:, index], rtol=1e-6)
+        np.testing.assert_allclose(own.gradient_sums["x"], expected, rtol=1e-6)
+
+
+async def test_forward_rows_come_back_whole(engine: Engine, model: ServedModel) -> None:
+    points = [np.full(3, k, np.float32) for k in range(9)]
+    segments = [Segment({"x": p}, {"x": p}, {}, FORWARD, np.ones(1), np.zeros(1)) for p in points]
+    evaluation, _ = await engine.evaluate(model, Plan(tuple(segments)), Request())
+
+    for p, own in zip(points, evaluation.segments, strict=True):
+        assert own.outputs is not None
+        np.testing.assert_allclose(own.outputs[0], value(p), rtol=1e-6)
+
+
+async def test_plans_share_batches_while_the_device_is_busy(
+    engine: Engine, model: ServedModel, loaded: ClosedForm, metrics: Metrics
+) -> None:
+    hold(loaded)
+    first = asyncio.create_task(engine.evaluate(model, plan(path(1)), Request()))
+    await entered(loaded)
+    others = [asyncio.create_task(engine.evaluate(model, plan(path(2, index=k)), Request())) for k in (0, 1)]
+    await asyncio.sleep(0)
+
+    loaded.gate.set()
+    await asyncio.gather(first, *others)
+
+    assert loaded.batches == [1, 4]
+    assert sample(metrics, "explainserve_batch_rows_count", model="closed") == 2
+    assert sample(metrics, "explainserve_batch_rows_sum", model="closed") == 5
+    assert sample(metrics, "explainserve_rows_total", model="closed", kind="gradient") == 5
+
+
+async def test_higher_priority_goes_first(engine: Engine, model: ServedModel, loaded: ClosedForm) -> None:
+    hold(loaded)
+    first = asyncio.create_task(engine.evaluate(model, plan(path(1)), Request()))
+    await entered(loaded)
+    usual = asyncio.create_task(engine.evaluate(model, plan(path(4)), Request()))
+    await asyncio.sleep(0)
+    urgent = asyncio.create_task(engine.evaluate(model, plan(path(4, offset=0.1)), Request(priority=1)))
+    await asyncio.sleep(0)
+
+    loaded.gate.set()
+    await asyncio.gather(first, usual, urgent)
+    shares = [sum(alpha in path(4).alphas for alpha in batch) for batch in loaded.seen[1:]]
+
+    assert shares[0] <= shares[-1]
+    assert shares[-1] > 0
+
+
+@pytest.mark.parametrize("error", [ValueError("shapes\ndiffer"), KeyError(), MemoryError()])
+async def test_model_that_raises_fails_its_own_plans(
+    engine: Engine, model: ServedModel, loaded: ClosedForm, error: Exception
+) -> None:
+    loaded.failure = error
+    failed = await failure(engine.evaluate(model, plan(path(9)), Request()))
+
+    assert isinstance(failed, EvaluationFailed)
+    assert failed.reason == "MODEL_RAISED"
+    assert type(error).__name__ in failed.message
+    assert "\n" not in failed.message
+    assert loaded.batches == [4]
+    loaded.failure = None
+    evaluation, _ = await engine.evaluate(model, plan(path(3)), Request())
+    assert len(evaluation.segments[0].scores) == 3
+
+
+async def test_own_errors_pass_as_they_are(engine: Engine, model: ServedModel, loaded: ClosedForm) -> None:
+    loaded.failure = Unsupported("NOT_DIFFERENTIABLE", "no gradient")
+
+    assert await failure(engine.evaluate(model, plan(path(1)), Request())) is loaded.failure
+
+
+@pytest.mark.parametrize("parts", [(), (SegmentEvaluation(np.ones(7), {"x": np.ones((2, 2, 2))}),)])
+async def test_backend_that_returns_nonsense_fails_its_own_plans(
+    engine: Engine, model: ServedModel, loaded: ClosedForm, parts: tuple[SegmentEvaluation, ...]
+) -> None:
+    """The device thread survives it: there is only one."""
+    other = served(Nonsense(parts), "nonsense")
+
+    failed = await failure(engine.evaluate(other, plan(path(2)), Request()))
+    evaluation, _ = await engine.evaluate(model, plan(path(3)), Request())
+
+    assert failed.reason == "MODEL_RAISED"
+    assert len(evaluation.segments[0].scores) == 3
+
+
+class Nonsense(ClosedForm):
+    def __init__(self, parts: tuple[SegmentEvaluation, ...]) -> None:
+        super().__init__()
+        self._parts = parts
+
+    def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
+        return self._parts
+
+
+async def test_cancelling_drops_the_rows_that_wait(
+    engine: Engine, model: ServedModel, loaded: ClosedForm, metrics: Metrics
+) -> None:
+    hold(loaded)
+    leaving = asyncio.create_task(engine.evaluate(model, plan(path(40)), Request()))
+    await entered(loaded)
+    staying = asyncio.create_task(engine.evaluate(model, plan(path(3)), Request()))
+    await asyncio.sleep(0)
+
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    loaded.gate.set()
+    await staying
+
+    assert loaded.batches == [4, 3]
+    await until(lambda: sample(metrics, "explainserve_waiting_rows") == 0)
+
+
+async def test_expired_plan_is_not_evaluated(engine: Engine, model: ServedModel, loaded: ClosedForm) -> None:
+    failed = await failure(engine.evaluate(model, plan(path(5)), Request(expires_at=time.monotonic() - 1)))
+
+    assert isinstance(failed, DeadlineExceeded)
+    assert loaded.batches == []
+
+
+async def test_plan_that_expires_on_the_way_loses_the_rest(
+    engine: Engine, model: ServedModel, loaded: ClosedForm
+) -> None:
+    hold(loaded)
+    running = asyncio.create_task(engine.evaluate(model, plan(path(9)), Request(expires_at=time.monotonic() + 0.05)))
+    await entered(loaded)
+    await asyncio.sleep(0.06)
+    loaded.gate.set()
+
+    assert isinstance(await failure(running), DeadlineExceeded)
+    assert loaded.batches == [4]
+
+
+async def test_full_queue_refuses_and_recovers(engine: Engine, model: ServedModel, loaded: ClosedForm) -> None:
+    hold(loaded)
+    first = asyncio.create_task(engine.evaluate(model, plan(path(4)), Request()))
+    await entered(loaded)
+    waiting = asyncio.create_task(engine.evaluate(model, plan(path(100)), Request()))
+    await asyncio.sleep(0)
+
+    refused = await failure(engine.evaluate(model, plan(path(1)), Request()))
+    loaded.gate.set()
+    await asyncio.gather(first, waiting)
+
+    assert isinstance(refused, LimitExceeded)
+    assert refused.metadata == {"waiting_rows": "100", "rows": "1", "limit": "100"}
+    await engine.evaluate(model, plan(path(1)), Request())
+
+
+async def test_stop_ends_what_waits_and_refuses_what_comes(
+    engine: Engine, model: ServedModel, loaded: ClosedForm
+) -> None:
+    threads = device_thread_count()
+    hold(loaded)
+    first = asyncio.create_task(engine.evaluate(model, plan(path(4)), Request()))
+    await entered(loaded)
+    waiting = asyncio.create_task(engine.evaluate(model, plan(path(8)), Request()))
+    await asyncio.sleep(0)
+    stopping = asyncio.create_task(asyncio.to_thread(engine.stop))
+    await until(lambda: engine._stopping)
+    loaded.gate.set()
+    await stopping
+
+    await first  # the batch on the device is finished
+    assert isinstance(await failure(waiting), ShuttingDown)
+    assert isinstance(await failure(engine.evaluate(model, plan(path(1)), Request())), ShuttingDown)
+    assert loaded.batches == [4]
+    assert device_thread_count() == threads - 1
+
+
+def device_thread_count() -> int:
+    return sum(thread.name == "device" for thread in threading.enumerate())
+
+
+async def test_time_on_the_device_counts_each_batch_once(
+    engine: Engine, model: ServedModel, loaded: ClosedForm, metrics: Metrics
+) -> None:
+    """Two plans of one request that share their batches."""
+    hold(loaded)
+    other = asyncio.create_task(engine.evaluate(model, plan(path(1)), Request()))
+    await entered(loaded)
+    before = sample(metrics, "explainserve_compute_seconds_sum", model="closed")
+    request = Request()
+    plans = [asyncio.create_task(engine.evaluate(model, plan(path(4, index=k)), request)) for k in (0, 1)]
+    await asyncio.sleep(0)
+    loaded.gate.set()
+    await asyncio.gather(other, *plans)
+    total = sample(metrics, "explainserve_compute_seconds_sum", model="closed") - before
+
+    assert 0 < request.compute_seconds < total
+    assert sample(metrics, "explainserve_queue_seconds_count", model="closed") == 3
+    assert all(task.result()[1] >= 0 for task in plans)

@@ -1,0 +1,318 @@
+"""The explainer: from a query to attributions, round by round, and what ends it early."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from closed_form import PATIENCE, ClosedForm, exact_attribution, served, value
+from explainserve.baselines import BaselineSpec, Constant, GaussianNoise, Zeros
+from explainserve.engine import Engine
+from explainserve.errors import DeadlineExceeded, EvaluationFailed, ExplainServeError, InvalidRequest, LimitExceeded
+from explainserve.explainer import Answer, Explainer, Query
+from explainserve.explanation import Instance, StopReason
+from explainserve.methods import IntegratedGradients
+from explainserve.metrics import Metrics
+from explainserve.plan import Differentiation
+from explainserve.repository import ServedModel
+from explainserve.scheduling import Scheduler
+from explainserve.signature import Score, ScoreHead
+from explainserve.targets import Argmax, Element, Margin, TargetSpec, TopK
+
+X = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
+ZERO = BaselineSpec(Zeros())
+ENDLESS = IntegratedGradients(tolerance=1e-12, completeness_tolerance=1e-12, max_step_count=512)
+
+
+@pytest.fixture
+def loaded() -> ClosedForm:
+    return ClosedForm()
+
+
+@pytest.fixture
+def model(loaded: ClosedForm) -> ServedModel:
+    return served(loaded, max_batch_rows=16)
+
+
+@pytest.fixture
+def scheduler() -> Scheduler:
+    return Scheduler(max_waiting_rows=100_000)
+
+
+@pytest_asyncio.fixture
+async def explainer(loaded: ClosedForm, scheduler: Scheduler) -> AsyncIterator[Explainer]:
+    engine = Engine(scheduler, Metrics(CollectorRegistry()))
+    engine.start()
+    yield Explainer(engine, max_request_rows=5000, max_request_bytes=100_000)
+    loaded.gate.set()
+    await asyncio.to_thread(engine.stop)
+
+
+def target(*index: int, **fields: Any) -> TargetSpec:
+    return TargetSpec("y", Score.OUTPUT, Element(index), **fields)
+
+
+def query(model: ServedModel, x: np.ndarray[Any, Any] = X, **fields: Any) -> Query:
+    usual: dict[str, Any] = {
+        "targets": (target(0),),
+        "baselines": (ZERO,),
+        "method_name": "integrated_gradients",
+        "method": IntegratedGradients(step_count=64),
+    }
+    return Query(model=model, instances=tuple(Instance({"x": row}, {}) for row in x), **{**usual, **fields})
+
+
+async def explain(explainer: Explainer, asked: Query) -> Answer:
+    return await explainer.explain(explainer.prepare(asked))
+
+
+async def failure(coroutine: Any) -> ExplainServeError:
+    with pytest.raises(ExplainServeError) as caught:
+        await coroutine
+    return caught.value
+
+
+def soon(seconds: float) -> float:
+    return asyncio.get_running_loop().time() + seconds
+
+
+async def test_attributions_are_those_of_the_closed_form(explainer: Explainer, model: ServedModel) -> None:
+    baselines = (ZERO, BaselineSpec(Constant((0.5,)), request_index=1))
+    answer = await explain(
+        explainer, query(model, targets=(target(1), target(0, request_index=1)), baselines=baselines)
+    )
+
+    places = [(e.instance_index, e.target_index, e.baseline_index) for e in answer.explanations]
+    assert places == [(i, t, b) for i in range(2) for t in range(2) for b in range(2)]
+    for own in answer.explanations:
+        x0 = np.full(3, 0.5 * own.baseline_index)
+        index = (1, 0)[own.target_index]
+        expected = exact_attribution(X[own.instance_index], x0, index)
+        np.testing.assert_allclose(own.attribution.tensors["x"], expected, rtol=2e-3, atol=1e-5)
+        assert own.question.instance_output_value == pytest.approx(value(X[own.instance_index])[index], rel=1e-6)
+        assert own.question.baseline_output_value == pytest.approx(value(x0)[index], rel=1e-6, abs=1e-9)
+        assert own.attribution.stop_reason is StopReason.FIXED_STEPS
+
+
+async def test_end_points_are_evaluated_once(explainer: Explainer, model: ServedModel, loaded: ClosedForm) -> None:
+    """Two targets, the same baseline stated twice, and an instance that is that baseline: three distinct points."""
+    x = np.concatenate([X, np.zeros((1, 3), np.float32)])
+    baselines = (ZERO, BaselineSpec(Constant((0.0,)), request_index=1))
+    asked = query(model, x, targets=(target(0), target(1)), baselines=baselines)
+    prepared = explainer.prepare(asked)
+    assert loaded.batches == []
+    answer = await explainer.explain(prepared)
+
+    assert loaded.forward_rows == prepared.cost.end_point_rows == answer.usage.forward_rows == 3
+    assert loaded.gradient_rows == prepared.cost.max_gradient_rows == answer.usage.gradient_rows == 12 * 64
+    assert answer.usage.saved_rows == 2 * 12 - 3
+
+
+@given(
+    instances=st.integers(1, 3),
+    own_targets=st.lists(st.sampled_from([None, 0]), min_size=0, max_size=2),
+    draws=st.lists(st.integers(1, 3), min_size=1, max_size=2),
+    step_count=st.integers(1, 5),
+)
+def test_cost_counts_questions(
+    instances: int, own_targets: list[int | None], draws: list[int], step_count: int
+) -> None:
+    asked = query(
+        served(ClosedForm()),
+        np.random.default_rng(1).standard_normal((instances, 3)).astype(np.float32),
+        targets=(target(0), *(target(1, instance_index=i) for i in own_targets)),
+        baselines=tuple(BaselineSpec(GaussianNoise(0.0, 1.0, seed, count)) for seed, count in enumerate(draws)),
+        method=IntegratedGradients(step_count=step_count),
+    )
+    explainer = Explainer(Engine(Scheduler(1), Metrics(CollectorRegistry())), 10**6, 10**6)
+    cost = explainer.cost(asked)
+    target_counts = [1 + sum(own in (None, i) for own in own_targets) for i in range(instances)]
+
+    assert cost.question_count == sum(target_counts) * sum(draws)
+    assert cost.min_gradient_rows == cost.max_gradient_rows == cost.question_count * step_count
+    assert cost.end_point_rows == instances + sum(draws)  # instances share their draws
+    assert asked.held_bytes == 12 * (cost.question_count + instances * sum(draws))
+
+
+async def test_limits_refuse_before_baselines_are_made(
+    explainer: Explainer, model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*_: object) -> None:
+        raise AssertionError("a baseline was made")
+
+    monkeypatch.setattr(BaselineSpec, "baselines", made)
+    noise = (BaselineSpec(GaussianNoise(0.0, 1.0, 0, 1000)),)
+    few_steps = query(model, baselines=noise, method=IntegratedGradients(step_count=1))
+
+    with pytest.raises(LimitExceeded) as rows:
+        explainer.prepare(query(model, baselines=noise))
+    with pytest.raises(LimitExceeded) as memory:
+        Explainer(explainer._engine, 10**6, 1000).prepare(few_steps)
+
+    assert (rows.value.reason, rows.value.metadata["rows"]) == ("REQUEST_ROWS_EXCEEDED", "128000")
+    assert (memory.value.reason, memory.value.metadata["bytes"]) == ("REQUEST_BYTES_EXCEEDED", "48000")
+
+
+def test_refused_query_still_has_a_cost(model: ServedModel) -> None:
+    tight = Explainer(Engine(Scheduler(1), Metrics(CollectorRegistry())), 10, 10**6)
+
+    cost = tight.cost(query(model))
+
+    assert (cost.question_count, cost.max_gradient_rows, cost.end_point_rows) == (2, 128, 4)
+
+
+async def test_top_k_and_argmax_are_resolved_on_the_instance(explainer: Explainer, model: ServedModel) -> None:
+    targets = (TargetSpec("", Score.OUTPUT, TopK(2)), TargetSpec("", Score.OUTPUT, Argmax(), request_index=1))
+    answer = await explain(explainer, query(model, targets=targets))
+
+    for i in range(2):
+        ranked = np.argsort(-value(X[i])).tolist()
+        own = [e for e in answer.explanations if e.instance_index == i]
+        assert [e.question.target.index[0] for e in own] == [*ranked, ranked[0]]
+        assert [e.question.target.request_index for e in own] == [0, 0, 1]
+
+
+async def test_margin_is_linear_in_its_elements(explainer: Explainer, model: ServedModel) -> None:
+    margin = TargetSpec("", Score.OUTPUT, Margin(Element((0,)), Element((1,))))
+    answer = await explain(explainer, query(model, X[:1], targets=(margin, target(0), target(1))))
+    difference, plus, minus = (e.attribution.tensors["x"] for e in answer.explanations)
+
+    np.testing.assert_allclose(difference, plus - minus, atol=1e-6)
+
+
+async def test_rounds_reuse_what_was_evaluated(explainer: Explainer, model: ServedModel, loaded: ClosedForm) -> None:
+    answer = await explain(explainer, query(model, X[:1], method=replace(ENDLESS, max_step_count=64)))
+    (own,) = answer.explanations
+
+    assert own.attribution.stop_reason is StopReason.MAX_STEPS
+    assert loaded.gradient_rows == own.attribution.step_count == answer.usage.gradient_rows
+    assert len(loaded.batches) > 2
+
+
+async def test_questions_in_flight_are_bounded_and_all_are_answered(explainer: Explainer, model: ServedModel) -> None:
+    noise = (BaselineSpec(GaussianNoise(0.0, 1.0, 0, 100)),)
+    answer = await explain(explainer, query(model, X[:1], baselines=noise, method=IntegratedGradients(step_count=2)))
+
+    assert [e.baseline_index for e in answer.explanations] == list(range(100))
+
+
+# What ends it early
+
+
+async def test_time_budget_ends_with_the_best_map(explainer: Explainer, model: ServedModel, loaded: ClosedForm) -> None:
+    """The device is held after the first round; what it knows then is the answer."""
+    loaded.holds_after = 1
+    asked = query(model, X[:1], method=ENDLESS, budget_ends_at=soon(1.0))
+    answer = await explain(explainer, asked)
+    (own,) = answer.explanations
+
+    assert own.attribution.stop_reason is StopReason.TIME_BUDGET
+    assert own.attribution.step_count == loaded.gradient_rows <= 16
+    np.testing.assert_allclose(own.attribution.tensors["x"], exact_attribution(X[0], np.zeros(3), 0), rtol=0.1)
+
+
+async def test_rows_of_an_ended_time_budget_are_dropped(
+    explainer: Explainer, model: ServedModel, loaded: ClosedForm, scheduler: Scheduler
+) -> None:
+    loaded.holds_after = 1
+    await explain(explainer, query(model, X[:1], method=ENDLESS, budget_ends_at=soon(1.0)))
+
+    assert scheduler.waiting_row_count == 0
+
+
+@pytest.mark.parametrize("method", [ENDLESS, IntegratedGradients(step_count=8)])
+async def test_time_budget_too_short_for_the_first_round(
+    explainer: Explainer, model: ServedModel, loaded: ClosedForm, method: IntegratedGradients
+) -> None:
+    loaded.holds_after = 0
+    failed = await failure(explain(explainer, query(model, method=method, budget_ends_at=soon(0.05))))
+
+    assert isinstance(failed, DeadlineExceeded)
+    assert failed.reason == "TIME_BUDGET_TOO_SHORT"
+
+
+async def test_time_budget_too_short_for_the_end_points(explainer: Explainer, model: ServedModel) -> None:
+    failed = await failure(explain(explainer, query(model, budget_ends_at=soon(-1.0))))
+
+    assert failed.reason == "TIME_BUDGET_TOO_SHORT"
+
+
+async def test_first_error_ends_the_others_and_is_raised_alone(
+    explainer: Explainer, model: ServedModel, loaded: ClosedForm, scheduler: Scheduler
+) -> None:
+    prepared = explainer.prepare(query(model, targets=(target(0), target(1))))
+    original = loaded.evaluate
+
+    def evaluate(rows: Any) -> Any:
+        if rows.function.wrt:
+            raise RuntimeError("no gradient today")
+        return original(rows)
+
+    loaded.evaluate = evaluate  # type: ignore[method-assign]
+    failed = await failure(explainer.explain(prepared))
+
+    assert isinstance(failed, EvaluationFailed)
+    assert "no gradient today" in failed.message
+    assert scheduler.waiting_row_count == 0
+
+
+async def test_cancelling_drops_the_rows_that_wait(
+    explainer: Explainer, model: ServedModel, loaded: ClosedForm, scheduler: Scheduler
+) -> None:
+    loaded.holds_after = 1
+    running = asyncio.create_task(explain(explainer, query(model)))
+    assert await asyncio.to_thread(loaded.entered.wait, PATIENCE)
+    assert scheduler.waiting_row_count > 0
+
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+
+    assert scheduler.waiting_row_count == 0
+
+
+@pytest.mark.parametrize("method", [ENDLESS, IntegratedGradients(step_count=8)])
+async def test_scores_that_are_not_finite_are_told(
+    explainer: Explainer, model: ServedModel, loaded: ClosedForm, method: IntegratedGradients
+) -> None:
+    loaded.spoiled = float("nan")
+    answer = await explain(explainer, query(model, X[:1], method=method))
+    (own,) = answer.explanations
+
+    assert own.attribution.stop_reason is StopReason.NON_FINITE
+    assert own.attribution.map_error is None
+    assert np.isnan(own.question.instance_output_value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"targets": (target(0, instance_index=0),)}, "INSTANCE_WITHOUT_TARGETS"),
+        ({"baselines": (BaselineSpec(Zeros(), instance_index=1),)}, "INSTANCE_WITHOUT_BASELINES"),
+    ],
+)
+async def test_every_instance_needs_a_target_and_a_baseline(
+    explainer: Explainer, model: ServedModel, fields: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        explainer.prepare(query(model, **fields))
+    assert caught.value.reason == reason
+
+
+async def test_outputs_by_function_and_instance(explainer: Explainer, model: ServedModel, loaded: ClosedForm) -> None:
+    functions = [Differentiation("y", ScoreHead.IDENTITY)]
+    instances = query(model).instances
+    outputs, usage = await explainer.outputs(model, instances, functions, query(model).request)
+
+    np.testing.assert_allclose(np.stack(outputs[functions[0]]), value(X), rtol=1e-6)
+    assert (usage.forward_rows, usage.gradient_rows) == (2, 0)
+    assert loaded.gradient_rows == 0
