@@ -1,0 +1,52 @@
+"""`explainserve inspect`: what a model file says of itself, and a first model.toml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from explainserve.cli.failures import fail
+
+if TYPE_CHECKING:
+    from explainserve.inspection import Inspection
+
+
+def inspect(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A model file: .onnx, .pt2, .pt or .ts.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a model.toml.")] = False,
+) -> None:
+    """Write a starter model.toml for a model file.
+
+    What the file says of itself stands above as comments, so that the output is a valid model.toml: `explainserve
+    inspect model.onnx > model.toml`. Needs no server. Exits with 1 where the file cannot be served as it is.
+    """
+    from explainserve.inspection import inspect_file
+
+    found = inspect_file(file)
+    if as_json:
+        from explainserve.cli.documents import document
+
+        typer.echo(document(found))
+    else:
+        typer.echo("\n".join([*_comments(found), "", found.starter.rstrip()]))
+    if found.refusal is not None:
+        raise fail(f"{found.refusal.reason}: {found.refusal.message}")
+
+
+def _comments(found: Inspection) -> list[str]:
+    operators = ", ".join(f"{name} x{count}" for name, count in found.operators.items())
+    facts = {
+        "file": found.path.name,
+        "format": found.format,
+        "sha256": found.sha256,
+        "gradients": found.gradient_mode,
+        "batch": "fixed: one row at a time" if found.fixed_batch else "",
+        "operators": operators,
+        "refused": "" if found.refusal is None else f"{found.refusal.reason}: {found.refusal.message}",
+    }
+    lines = [f"# {name}: {' '.join(text.split())}" for name, text in facts.items() if text]
+    return [*lines, *(f"# no gradient: {gap.operator} in {gap.node}: {gap.reason}" for gap in found.gaps)]

@@ -1,0 +1,37 @@
+"""`explainserve models`: what a server has."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from explainserve.cli.connection import DEFAULT_SERVER, ModelsOption, ServerOption, TimeoutOption, connected
+from explainserve.cli.explain import VersionOption
+
+
+def models(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Show all that is known of this model.")
+    ] = None,
+    version: VersionOption = None,
+    server: ServerOption = DEFAULT_SERVER,
+    folder: ModelsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    timeout: TimeoutOption = 60.0,
+) -> None:
+    """List the models of a server, or describe one.
+
+    Models that failed to load are listed with the reason."""
+    if version is not None and name is None:
+        raise typer.BadParameter("a version needs the NAME of a model", param_hint="--model-version")
+    with connected(server, folder, timeout) as client:
+        found = client.models() if name is None else client.model(name, version)
+    from explainserve.cli import documents, tables
+
+    if as_json:
+        typer.echo(documents.document(found))
+    elif isinstance(found, tuple):
+        typer.echo(tables.models(found))
+    else:
+        typer.echo(tables.model(found))

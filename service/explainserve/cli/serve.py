@@ -1,0 +1,149 @@
+"""`explainserve serve`: runs a server until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from explainserve.cli.failures import fail
+
+if TYPE_CHECKING:
+    import structlog
+
+    from explainserve.settings import Settings
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
+_FLAGS = {"thread_count": "--threads", "grace_seconds": "--grace", "default_timeout_seconds": "--default-timeout"}
+
+
+class LogFormat(StrEnum):
+    """How log lines look."""
+
+    JSON = "json"
+    CONSOLE = "console"
+
+
+def flag(setting: str) -> str:
+    """The flag of a field of `Settings`."""
+    return _FLAGS.get(setting, f"--{setting.replace('_', '-')}")
+
+
+def _knob(setting: str, text: str, metavar: str = "N", **options: Any) -> Any:
+    return typer.Option(flag(setting), envvar=f"EXPLAINSERVE_{setting.upper()}", help=text, metavar=metavar, **options)
+
+
+def serve(
+    models: Annotated[Path, _knob("models", "Model folder: NAME/VERSION/model.onnx, .pt2 or .pt.", "DIR")] = Path(
+        "models"
+    ),
+    host: Annotated[str, _knob("host", "Address to listen on, for gRPC and HTTP.", "ADDRESS")] = "127.0.0.1",
+    port: Annotated[int, _knob("port", "gRPC port; 0 picks a free one.", min=0, max=65535)] = 8001,
+    http_port: Annotated[
+        int, _knob("http_port", "Port of /metrics, /livez and /readyz; 0 picks a free one.", min=0, max=65535)
+    ] = 8002,
+    device: Annotated[str, _knob("device", "Where models are evaluated: cpu, cuda or cuda:N.", "DEVICE")] = "cpu",
+    allow_device_fallback: Annotated[
+        bool,
+        _knob("allow_device_fallback", "Evaluate on the CPU where the device is missing, instead of refusing models."),
+    ] = False,
+    thread_count: Annotated[int, _knob("thread_count", "Threads of one evaluation; 0 means all cores.", min=0)] = 0,
+    max_batch_rows: Annotated[
+        int, _knob("max_batch_rows", "Rows evaluated together, where a model states no limit of its own.", min=1)
+    ] = 16,
+    max_step_count: Annotated[
+        int, _knob("max_step_count", "Most gradient evaluations of one path that a request may ask for.", min=1)
+    ] = 512,
+    max_request_rows: Annotated[int, _knob("max_request_rows", "Most rows of one request.", min=1)] = 65_536,
+    max_waiting_rows: Annotated[
+        int, _knob("max_waiting_rows", "Most rows of all requests that wait.", min=1)
+    ] = 262_144,
+    max_message_bytes: Annotated[
+        int, _knob("max_message_bytes", "Largest request and largest reply, in bytes.", min=1)
+    ] = 64 * 1024 * 1024,
+    max_instances: Annotated[int, _knob("max_instances", "Most instances of one request.", min=1)] = 256,
+    grace_seconds: Annotated[
+        float,
+        _knob(
+            "grace_seconds", "Seconds that running requests get to finish after SIGTERM or SIGINT.", "SECONDS", min=0
+        ),
+    ] = 30.0,
+    default_timeout_seconds: Annotated[
+        float,
+        _knob(
+            "default_timeout_seconds", "Seconds for requests that come without a deadline; above 0.", "SECONDS", min=0
+        ),
+    ] = 600.0,
+    log_format: Annotated[
+        LogFormat, _knob("log_format", "Log lines on standard error.", "json|console")
+    ] = LogFormat.JSON,
+) -> None:
+    """Serve the models of a folder.
+
+    Prints `gRPC listening on ADDRESS:PORT` and `HTTP listening on ADDRESS:PORT` on standard output once it answers.
+    When told to stop it admits nothing new, gives running requests the grace period, and exits with 0; a second
+    signal ends it at once. A model that cannot be served is logged and listed by `explainserve models`; the others
+    are served.
+    """
+    settings = _settings(dict(locals()))
+    from explainserve import logs
+
+    log = logs.configure(settings.log_format)
+    try:
+        asyncio.run(_run(settings, log))
+    except (OSError, RuntimeError) as error:
+        if not _is_bind_failure(error):
+            raise
+        addresses = f"gRPC {settings.host}:{settings.port}, HTTP {settings.host}:{settings.http_port}"
+        raise fail(f"cannot listen on {addresses}: {error}") from error
+
+
+def _settings(flags: dict[str, Any]) -> Settings:
+    """Flags, which typer filled from the environment and defaults, validated once more as the server's settings."""
+    from pydantic import ValidationError
+
+    from explainserve.settings import Settings
+
+    flags["log_format"] = flags["log_format"].value
+    try:
+        return Settings(**flags)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise typer.BadParameter(
+            f"{first['input']!r}: {first['msg']}", param_hint=flag(str(first["loc"][0]))
+        ) from error
+
+
+async def _run(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
+    from explainserve.rpc.server import Server
+
+    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+    # Nothing is admitted yet, and models load in a thread that cannot be interrupted.
+    _on_signal(loop, os._exit, 0)
+    server = Server(settings, log)
+    await server.start()
+
+    def stop() -> None:
+        _on_signal(loop, os._exit, 128 + signal.SIGTERM)
+        log.info("stopping", grace_seconds=settings.grace_seconds)
+        stopped.set()
+
+    _on_signal(loop, stop)
+    typer.echo(f"gRPC listening on {settings.host}:{server.port}")
+    typer.echo(f"HTTP listening on {settings.host}:{server.http_port}")
+    await server.serve_until(stopped.wait)
+
+
+def _on_signal(loop: asyncio.AbstractEventLoop, callback: Any, *arguments: object) -> None:
+    for number in _STOPPING:
+        loop.add_signal_handler(number, callback, *arguments)
+
+
+def _is_bind_failure(error: OSError | RuntimeError) -> bool:
+    """grpc says so with a plain RuntimeError."""
+    return isinstance(error, OSError) or "bind" in str(error).lower()

@@ -1,0 +1,136 @@
+"""Imports flow one way: the picture of the README as a table."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SERVICE = ROOT / "service" / "explainserve"
+CLIENT = ROOT / "clients" / "python" / "explainserve_client"
+
+NOUNS = {"errors", "signature", "plan", "explanation"}
+FIGURES = {"statistics", "normalization", "regions", "cautions"}
+
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "signature": {"errors"},
+    "plan": {"signature"},
+    "explanation": {"plan", "signature"},
+    "statistics": set(),
+    "normalization": {"statistics"},
+    "regions": {"statistics"},
+    "cautions": set(),
+    "metrics": set(),
+    "settings": set(),
+    "model_config": {"errors", "signature"},
+    "onnx_vjp": set(),
+    "targets": NOUNS,
+    "baselines": NOUNS,
+    "methods": NOUNS,
+    "scheduling": NOUNS,
+    "backends": NOUNS | {"model_config", "onnx_vjp"},
+    "repository": NOUNS | {"backends", "baselines", "model_config"},
+    "inspection": NOUNS | {"backends", "model_config", "onnx_vjp", "repository"},
+    "engine": NOUNS | {"scheduling", "repository", "metrics"},
+    "explainer": NOUNS | {"engine", "methods", "scheduling", "repository", "targets", "baselines"},
+    "figures": NOUNS | FIGURES | {"explainer"},
+    "v1": set(),
+    "rpc": NOUNS
+    | FIGURES
+    | {
+        "__init__",
+        "backends",
+        "baselines",
+        "engine",
+        "explainer",
+        "figures",
+        "methods",
+        "metrics",
+        "repository",
+        "scheduling",
+        "settings",
+        "targets",
+        "v1",
+    },
+    "cli": {"__init__", "errors", "inspection", "rpc", "settings", "logs", "backends"},
+    "logs": set(),
+    "__init__": set(),
+    "__main__": {"cli"},
+}
+"""Part -> the other parts of the package that it may import."""
+
+HEAVY = {"torch": {"backends"}, "onnxruntime": {"backends"}, "onnx": {"backends", "onnx_vjp", "inspection"}}
+"""Library -> the only parts that may import it."""
+
+PROTOBUF = {"google", "grpc", "grpc_status", "grpc_health", "grpc_reflection"}
+
+
+def imported(path: Path, package: str, root: Path) -> set[str]:
+    """Absolute dotted names that a file imports, names of `from` imports included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = [package, *path.relative_to(root).parent.parts]
+                base = ".".join([*parts[: len(parts) - node.level + 1], *([base] if base else [])])
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def part_of(path: Path, root: Path) -> str:
+    """The first component below the package: a module or a sub-package."""
+    return path.relative_to(root).parts[0].removesuffix(".py")
+
+
+FILES = sorted(path for path in SERVICE.rglob("*.py") if "v1" not in path.relative_to(SERVICE).parts)
+PARTS = {part_of(path, SERVICE) for path in SERVICE.rglob("*.py")}
+
+
+def test_the_table_names_every_part() -> None:
+    assert set(MAY_IMPORT) == PARTS
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SERVICE)))
+def test_imports_flow_one_way(path: Path) -> None:
+    part = part_of(path, SERVICE)
+    own = {name.split(".")[1] for name in imported(path, "explainserve", SERVICE) if name.startswith("explainserve.")}
+
+    assert own & PARTS - {part} <= MAY_IMPORT[part]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SERVICE)))
+def test_heavy_libraries_and_protobuf_stay_in_their_place(path: Path) -> None:
+    part = part_of(path, SERVICE)
+    libraries = {name.split(".")[0] for name in imported(path, "explainserve", SERVICE)}
+
+    for library, places in HEAVY.items():
+        assert library not in libraries or part in places
+    if part not in ("rpc", "cli"):
+        assert not libraries & PROTOBUF
+
+
+@pytest.mark.parametrize("path", sorted(CLIENT.rglob("*.py")), ids=lambda p: str(p.relative_to(CLIENT)))
+def test_the_client_imports_only_the_stubs(path: Path) -> None:
+    names = {name for name in imported(path, "explainserve_client", CLIENT) if name.split(".")[0] == "explainserve"}
+
+    assert all(name == "explainserve" or name.startswith("explainserve.v1") for name in names)
+
+
+def test_the_picture_has_no_cycle() -> None:
+    done: list[str] = []
+
+    def visit(part: str, path: tuple[str, ...]) -> None:
+        assert part not in path, " -> ".join((*path, part))
+        if part not in done:
+            for other in MAY_IMPORT[part]:
+                visit(other, (*path, part))
+            done.append(part)
+
+    for part in MAY_IMPORT:
+        visit(part, ())

@@ -1,0 +1,765 @@
+"""The command line: what people type, see and get as exit code. Servers are real processes on loopback."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from explainserve.cli import app, connection, progress, spellings
+from explainserve.cli import serve as serve_function
+from explainserve.cli.documents import document
+from explainserve.settings import Settings
+from explainserve_client import Box, Label, Margin, TopK
+from models import MODELS, write_model
+
+pytest.importorskip("onnxruntime")
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL_FOLDER = ROOT / "examples" / "two_digits" / "models"
+PAGE = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+COMMAND = [sys.executable, "-m", "explainserve"]
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+SECONDS = 60
+
+
+@dataclass
+class Answer:
+    exit_code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Running:
+    """A server process, where it listens, and the file of its log lines."""
+
+    process: subprocess.Popen[str]
+    grpc: str
+    http: str
+    log: Path
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(SECONDS)
+
+
+def call(*arguments: object) -> Answer:
+    """The command in this process."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="explainserve")
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Answer(result.exit_code, result.stdout, result.stderr)
+
+
+def run(*arguments: object) -> Answer:
+    """The command in a process of its own."""
+    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=SECONDS)
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+@contextmanager
+def serving(folder: Path, log: Path, *options: str, command: list[str] | None = None) -> Iterator[Running]:
+    """Starts a server and reads its two lines; ends it where the test did not."""
+    arguments = command or [*COMMAND, "serve", "--models", str(folder), "--port", "0", "--http-port", "0", *options]
+    with log.open("w") as file:
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=file, text=True)
+    assert process.stdout is not None
+    try:
+        addresses = [process.stdout.readline().strip() for _ in range(2)]
+        assert addresses[0].startswith("gRPC listening on "), log.read_text()
+        assert addresses[1].startswith("HTTP listening on ")
+        yield Running(process, addresses[0].rsplit(" ", 1)[1], addresses[1].rsplit(" ", 1)[1], log)
+    finally:
+        process.kill()
+        process.wait(SECONDS)
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded models, one that is truncated, and one with two inputs."""
+    folder = tmp_path_factory.mktemp("folder")
+    shutil.copytree(MODEL_FOLDER, folder, dirs_exist_ok=True)
+    whole = (MODEL_FOLDER / "two-digits" / "1" / "model.onnx").read_bytes()
+    (folder / "truncated" / "1").mkdir(parents=True)
+    (folder / "truncated" / "1" / "model.onnx").write_bytes(whole[: len(whole) // 2])
+    write_model(MODELS["multi_input"], "onnx", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with serving(folder, tmp_path_factory.mktemp("log") / "log") as running:
+        yield running
+
+
+def pixels(index: int = 0) -> np.ndarray:
+    with np.load(ROOT / "examples" / "two_digits" / "pictures.npz") as pictures:
+        return np.asarray(pictures["images"][index])
+
+
+def instance(index: int = 0) -> np.ndarray:
+    """A picture in model space, by the formula of the signature."""
+    return np.ascontiguousarray(((pixels(index) / 255 - 0.51) / 0.06).transpose(2, 0, 1), np.float32)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.npy"
+    np.save(path, instance())
+    return path
+
+
+def save_image(path: Path, index: int = 0, enlarged: int = 1) -> Path:
+    image = pytest.importorskip("PIL.Image")
+    image.fromarray(pixels(index).repeat(enlarged, axis=0).repeat(enlarged, axis=1)).save(path)
+    return path
+
+
+def oracle_logits(values: np.ndarray) -> np.ndarray:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(MODEL_FOLDER / "two-digits" / "1" / "model.onnx")
+    return np.asarray(session.run(["logits"], {"image": values[np.newaxis]})[0][0])
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = np.exp(np.asarray(logits, np.float64) - logits.max())
+    return shifted / shifted.sum()
+
+
+# Usage
+
+
+def test_every_setting_is_a_flag_of_serve_with_its_variable_and_default() -> None:
+    options = {option.name: option for option in COMMANDS["serve"].params if option.name in Settings.model_fields}
+
+    assert set(options) == set(Settings.model_fields)
+    for name, knob in Settings.model_fields.items():
+        assert options[name].envvar == f"EXPLAINSERVE_{name.upper()}"
+        assert str(getattr(options[name].default, "value", options[name].default)) == str(knob.default), name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_describes_the_command_and_each_option_in_plain_text(name: str) -> None:
+    answer = call(name, "--help")
+
+    assert answer.exit_code == 0
+    assert "\x1b" not in answer.out
+    assert answer.out.isascii()
+    assert COMMANDS[name].help
+    for option in COMMANDS[name].params:
+        assert option.help, option.name
+        assert option.name in ("inputs", "name", "file") or option.opts[-1] in answer.out
+
+
+def test_help_lists_the_commands_and_version_names_the_release() -> None:
+    from explainserve import __version__
+
+    assert all(f"\n  {name} " in call("--help").out for name in COMMANDS)
+    assert call("--version").out == f"explainserve {__version__}\n"
+    assert run("--version").out == call("--version").out
+
+
+def test_starting_up_imports_nothing_heavy() -> None:
+    code = "import sys, explainserve.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS, check=True)
+
+    heavy = {"torch", "onnx", "onnxruntime", "numpy", "grpc", "pydantic", "structlog", "explainserve_client"}
+    assert not heavy & set(loaded.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nothing-of-that-name"],
+        ["serve", "--port", "65536"],
+        ["serve", "--threads", "-1"],
+        ["serve", "--device", "abacus"],
+        ["serve", "--log-format", "xml"],
+        ["serve", "--default-timeout", "0"],
+        ["explain", "--model", "two-digits"],
+        ["explain", "PICTURE"],
+        ["explain", "missing.npy"],
+        ["explain", "PICTURE", "--steps", "0"],
+        ["explain", "PICTURE", "--steps", "8", "--tolerance", "0.1"],
+        ["explain", "PICTURE", "--steps", "8", "--quadrature", "adaptive"],
+        ["explain", "PICTURE", "--quadrature", "midpoint"],
+        ["explain", "PICTURE", "--quadrature", "simpson"],
+        ["explain", "PICTURE", "--score", "happiness"],
+        ["explain", "PICTURE", "--baseline", "purple"],
+        ["explain", "PICTURE", "--region", "left=0,0,0,4"],
+        ["explain", "PICTURE", "--region", "0,0,4,4"],
+        ["explain", "PICTURE", "--region", "a=0,0,4,4", "--region", "a=0,0,4,5"],
+        ["explain", "PICTURE", "--png"],
+        ["explain", "PICTURE", "--output", "no/such/folder/x"],
+        ["explain", "PICTURE", "--models", "no-such-folder"],
+        ["explain", "PICTURE", "--time-budget", "0"],
+        ["explain", "depth=PICTURE"],
+        ["predict", "PICTURE", "--top", "0"],
+        ["predict", "PICTURE", "--tensors"],
+        ["models", "--model-version", "1"],
+        ["inspect", "missing.onnx"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2_and_says_what_is_wrong(
+    arguments: list[str], server: Running, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPLAINSERVE_SERVER", server.grpc)
+    model = ["--model", "two-digits"] if arguments[0] in ("explain", "predict") and "--model" not in arguments else []
+    if arguments == ["explain", "PICTURE"]:
+        model = []
+    answer = call(*[text.replace("PICTURE", str(picture)) for text in arguments], *model)
+
+    assert answer.exit_code == 2
+    assert answer.out == ""
+    assert "rror: " in answer.err
+    assert "Traceback" not in answer.err
+
+
+def test_a_file_that_would_be_unpickled_is_refused(server: Running, tmp_path: Path) -> None:
+    np.save(tmp_path / "objects.npy", np.array([print], dtype=object), allow_pickle=True)
+    answer = call("explain", tmp_path / "objects.npy", "--model", "two-digits", "--server", server.grpc)
+
+    assert answer.exit_code == 2
+    assert "objects.npy" in answer.err
+
+
+def test_flags_win_over_variables_and_variables_over_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+
+    async def record(settings: Settings, log: object) -> None:
+        seen.append(settings)
+
+    monkeypatch.setitem(serve_function.__globals__, "_run", record)
+    monkeypatch.setattr("explainserve.logs.configure", lambda log_format: None)
+    monkeypatch.setenv("EXPLAINSERVE_MAX_STEP_COUNT", "64")
+    monkeypatch.setenv("EXPLAINSERVE_THREAD_COUNT", "3")
+    monkeypatch.setenv("EXPLAINSERVE_ALLOW_DEVICE_FALLBACK", "1")
+    answer = call("serve", "--models", tmp_path, "--threads", "2", "--grace", "1.5", "--log-format", "console")
+
+    assert answer.exit_code == 0, answer.err
+    expected = Settings(
+        models=tmp_path,
+        max_step_count=64,
+        thread_count=2,
+        allow_device_fallback=True,
+        grace_seconds=1.5,
+        log_format="console",
+    )
+    assert seen == [expected]
+
+
+# Spellings
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("3", 3),
+        ("2,10,12", (2, 10, 12)),
+        ("goldfinch", "goldfinch"),
+        ("argmax", "argmax"),
+        ("top5", TopK(5)),
+        ("topaz", "topaz"),
+        ("margin:3:goldfinch", Margin(3, "goldfinch")),
+        ("label:3", Label("3")),
+        ("label:argmax", Label("argmax")),
+    ],
+)
+def test_targets(text: str, expected: object) -> None:
+    assert spellings.target(text) == expected
+
+
+def test_baselines(picture: Path) -> None:
+    assert spellings.baseline("gray") == "gray"
+    assert np.array_equal(spellings.baseline(str(picture)), instance())
+    by_input = spellings.baseline(f"image=gray,mask={picture}")
+    assert by_input["image"] == "gray"
+    assert np.array_equal(by_input["mask"], instance())
+
+
+def test_regions() -> None:
+    assert spellings.regions(["a=1,2,3,4", "b=c=0,0,1,1"]) == {"a": Box(1, 2, 3, 4), "b=c": Box(0, 0, 1, 1)}
+
+
+def test_documents_have_only_what_json_has() -> None:
+    values = {"nan": float("nan"), "ends": (float("inf"), -float("inf")), "none": None, "array": np.zeros((2, 3))}
+
+    assert json.loads(document(values)) == {
+        "nan": "NaN",
+        "ends": ["Infinity", "-Infinity"],
+        "none": None,
+        "array": {"array": "array", "dtype": "float64", "shape": [2, 3]},
+    }
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_long_work_shows_on_a_terminal_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    shown = {}
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress.working("explaining two-digits"):
+            deadline = time.monotonic() + 5
+            while stream.isatty() and "two-digits" not in stream.getvalue() and time.monotonic() < deadline:
+                time.sleep(0.02)
+        shown[type(stream)] = stream.getvalue()
+
+    assert "two-digits" in shown[Terminal]
+    assert shown[io.StringIO] == ""
+
+
+# serve
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_says_where_it_listens_and_stops_with_0(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    with serving(tmp_path / "models", tmp_path / "log") as running:
+        assert call("health", "--server", running.grpc).exit_code == 0
+        with urllib.request.urlopen(f"http://{running.http}/readyz", timeout=SECONDS) as response:
+            assert response.status == 200
+        assert running.stop(number) == 0
+        assert running.process.stdout is not None
+        assert running.process.stdout.read() == ""
+    assert all(json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines())
+
+
+def active_explains(running: Running) -> float:
+    with urllib.request.urlopen(f"http://{running.http}/metrics", timeout=SECONDS) as response:
+        text = response.read().decode()
+    found = re.search(r'^explainserve_active_requests\{method="Explain"\} (\S+)$', text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def test_requests_that_run_when_it_is_told_to_stop_are_finished(tmp_path: Path) -> None:
+    answers: list[Answer] = []
+    np.save(tmp_path / "pictures.npy", np.stack([instance(index) for index in range(8)]))
+    with serving(MODEL_FOLDER, tmp_path / "log", "--threads", "1", "--grace", "120") as running:
+        picked = ["--model", "two-digits", "--target", "top2", "--steps", "64"]
+        arguments = ["explain", tmp_path / "pictures.npy", *picked]
+        request = threading.Thread(target=lambda: answers.append(run(*arguments, "--server", running.grpc)))
+        request.start()
+        while request.is_alive() and not active_explains(running):
+            time.sleep(0.01)
+        assert request.is_alive(), answers
+        assert running.stop() == 0
+        request.join(SECONDS)
+
+    assert answers[0].exit_code == 0, answers[0].err
+    assert answers[0].out.count("FIXED_STEPS") == 16
+
+
+@pytest.mark.parametrize("option", ["--port", "--http-port"])
+def test_a_taken_port_is_said_on_standard_error_and_exits_with_1(option: str, tmp_path: Path) -> None:
+    ports = {"--port": "0", "--http-port": "0"}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ports[option] = str(taken.getsockname()[1])
+        answer = run("serve", "--models", tmp_path, *(text for pair in ports.items() for text in pair))
+
+    assert answer.exit_code == 1
+    assert answer.out == ""
+    assert re.search(rf"^error: cannot listen on .*:{ports[option]}", answer.err, re.MULTILINE)
+    assert "Traceback" not in answer.err
+
+
+def test_a_missing_model_folder_is_said_on_standard_error_and_exits_with_1(tmp_path: Path) -> None:
+    answer = run("serve", "--models", tmp_path / "missing", "--port", "0", "--http-port", "0")
+
+    assert answer.exit_code == 1
+    assert answer.out == ""
+    assert "error: NO_MODELS_FOLDER" in answer.err
+    assert str(tmp_path / "missing") in answer.err
+
+
+# explain
+
+
+def test_explain_writes_tensors_and_metadata_that_agree(server: Running, picture: Path, tmp_path: Path) -> None:
+    answer = call(
+        *("explain", picture, "--model", "two-digits", "--server", server.grpc, "--score", "probability"),
+        *("--target", "1", "--target", "top2", "--baseline", "gray", "--baseline", "random", "--steps", "24"),
+        *("--region", "left=0,0,32,64", "--output", tmp_path / "out", "--request-id", "of-this-test"),
+    )
+    assert answer.exit_code == 0, answer.err
+    metadata = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    rows = [line for line in answer.out.splitlines() if line.endswith("FIXED_STEPS")]
+    probabilities = softmax(oracle_logits(instance()))
+
+    assert metadata["request_id"] == "of-this-test"
+    assert len(metadata["attributions"]) == len(rows) == 6
+    with np.load(tmp_path / "out.npz") as arrays:
+        for row, line in zip(rows, metadata["attributions"], strict=True):
+            stated = line["inputs"]["image"]
+            tensor = arrays[stated["tensor"]["array"]]
+            assert tensor.dtype == np.float32
+            assert list(tensor.shape) == stated["tensor"]["shape"] == [3, 64, 64]
+            values = tensor.astype(np.float64)
+            assert line["applied_normalization"] == "NONE"
+            assert line["attribution_sum"] == pytest.approx(values.sum(), rel=1e-9)
+            gap = line["attribution_sum"] - (line["instance_output_value"] - line["baseline_output_value"])
+            assert line["convergence_delta"] == pytest.approx(gap, abs=1e-9)
+            assert stated["statistics"]["CHANNEL_SUM"]["max"] == pytest.approx(values.sum(axis=0).max(), rel=1e-9)
+            assert stated["regions"]["left"]["ELEMENTS"]["sum"] == pytest.approx(values[:, :, :32].sum(), rel=1e-9)
+            assert line["instance_output_value"] == pytest.approx(probabilities[line["target"]["index"][0]], abs=1e-5)
+            assert f"{line['attribution_sum']:.4g}" in row.split()
+            assert f"{line['instance_output_value']:.4g}" in row.split()
+    assert [line["target"]["index"][0] for line in metadata["attributions"][::2]][1] == np.argmax(probabilities)
+    assert metadata["provenance"]["effective_methods"][0]["step_count"] == 24
+    assert "BASELINE_DEPENDENT" in answer.out
+
+
+def test_the_request_id_is_in_the_log_of_the_server(server: Running, picture: Path) -> None:
+    call("explain", picture, "-m", "two-digits", "--steps", "4", "--server", server.grpc, "--request-id", "find-me")
+
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    assert [
+        line["method"] for line in lines if line.get("request_id") == "find-me" and line["method"] == "Explain"
+    ] == ["Explain"]
+
+
+def test_several_files_are_several_instances(server: Running, tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", instance(0))
+    np.save(tmp_path / "two.npy", np.stack([instance(1), instance(2)]))
+    prefix = tmp_path / "three"
+    answer = call(
+        *("explain", tmp_path / "one.npy", tmp_path / "two.npy", "--model", "two-digits", "--server", server.grpc),
+        *("--target", "1", "--steps", "4", "--output", prefix),
+    )
+    assert answer.exit_code == 0, answer.err
+    attributions = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))["attributions"]
+
+    scores = [line["instance_output_value"] for line in attributions]
+    assert scores == pytest.approx([float(oracle_logits(instance(index))[1]) for index in range(3)], abs=1e-4)
+
+
+def test_regions_are_in_pixels_of_the_image_and_pictures_are_drawn(server: Running, tmp_path: Path) -> None:
+    small, large = save_image(tmp_path / "small.png"), save_image(tmp_path / "large.png", enlarged=2)
+    answer = call(
+        *("explain", small, large, "--model", "two-digits", "--server", server.grpc, "--target", "1", "--steps", "4"),
+        *("--resize", "stretch", "--region", "box=0,0,32,64", "--output", tmp_path / "out", "--png"),
+        *("--view", "channel_max_abs", "--normalization", "min_max", "--scale", "individual"),
+    )
+    assert answer.exit_code == 0, answer.err
+    attributions = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["attributions"]
+    counts = [line["inputs"]["image"]["regions"]["box"]["ELEMENTS"]["element_count"] for line in attributions]
+
+    assert counts == [3 * 32 * 64, 3 * 16 * 32]
+    from PIL import Image
+
+    with Image.open(tmp_path / "out.png") as page:
+        assert page.width > 2 * 256
+        assert page.height > 2 * 256
+
+
+def test_images_are_never_resized_silently(server: Running, tmp_path: Path) -> None:
+    large = save_image(tmp_path / "large.png", enlarged=2)
+    answer = call("explain", large, "--model", "two-digits", "--server", server.grpc, "--output", tmp_path / "out")
+
+    assert answer.exit_code == 2
+    assert "128" in answer.err
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_inputs_of_a_model_with_several_are_named(server: Running, tmp_path: Path) -> None:
+    case = MODELS["multi_input"]
+    values = case.instance()
+    for name, value in values.items():
+        np.save(tmp_path / f"{name}.npy", value)
+    named = [f"{name}={tmp_path / name}.npy" for name in values]
+    moving = next(port.name for port in case.inputs if port.dtype == "float32")
+    arguments = ["--model", "multi_input", "--server", server.grpc, "--target", "1", "--steps", "4"]
+    answer = call("explain", *named, *arguments, "--baseline", f"{moving}=zeros", "--output", tmp_path / "out")
+
+    assert answer.exit_code == 0, answer.err
+    line = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["attributions"][0]
+    assert case.value is not None
+    assert list(line["inputs"]) == [moving]
+    assert line["instance_output_value"] == pytest.approx(float(case.value(values)[1]), rel=1e-4)
+    assert call("explain", named[0], *arguments).exit_code == 2
+    assert call("explain", named[0].partition("=")[2], *arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model", "unknown"], "NOT_FOUND UNKNOWN_MODEL: "),
+        (["--model", "two-digits", "--model-version", "7"], "NOT_FOUND UNKNOWN_VERSION: "),
+        (["--model", "truncated"], "FAILED_PRECONDITION MODEL_FAILED: "),
+        (["--model", "two-digits", "--target", "33"], "INVALID_ARGUMENT "),
+        (["--model", "two-digits", "--steps", "100000"], "RESOURCE_EXHAUSTED "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_error_of_the_server_is_one_line_with_its_request_and_exits_with_1(
+    arguments: list[str], expected: str, server: Running, picture: Path
+) -> None:
+    answer = call("explain", picture, "--server", server.grpc, *arguments)
+
+    assert answer.exit_code == 1
+    assert answer.out == ""
+    assert answer.err.startswith(f"error: {expected}")
+    assert answer.err.count("\n") == 1
+    assert re.search(r"request=[0-9a-f]{32}\)\n$", answer.err)
+
+
+def test_no_server_is_an_error_of_one_line() -> None:
+    answer = call("models", "--server", "127.0.0.1:1", "--timeout", "5")
+
+    assert answer.exit_code == 1
+    assert re.match(r"error: (UNAVAILABLE|DEADLINE_EXCEEDED): .*\n$", answer.err)
+
+
+# A server of one's own
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
+    """Every process that the command starts."""
+    started: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+
+    def record(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(connection.subprocess, "Popen", record)
+    return started
+
+
+def test_a_server_of_its_own_lasts_as_long_as_the_command(
+    children: list[subprocess.Popen[str]], picture: Path, tmp_path: Path
+) -> None:
+    answer = call(
+        *("explain", picture, "--model", "two-digits", "--models", MODEL_FOLDER, "--target", "argmax"),
+        *("--baseline", "gray", "--output", tmp_path / "out"),
+    )
+    assert answer.exit_code == 0, answer.err
+    assert [child.returncode for child in children] == [0]
+    line = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["attributions"][0]
+    with np.load(tmp_path / "out.npz") as arrays:
+        total = arrays["attributions/0/inputs/image/tensor"].astype(np.float64).sum()
+    assert line["attribution_sum"] == pytest.approx(total, rel=1e-9)
+    assert line["target"]["index"] == [int(np.argmax(oracle_logits(instance())))]
+
+
+def test_a_server_of_its_own_is_stopped_after_an_error(children: list[subprocess.Popen[str]], picture: Path) -> None:
+    answer = call("explain", picture, "--model", "unknown", "--models", MODEL_FOLDER)
+
+    assert answer.exit_code == 1
+    assert "UNKNOWN_MODEL" in answer.err
+    assert [child.returncode for child in children] == [0]
+
+
+def test_a_server_of_its_own_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPLAINSERVE_DEVICE", "abacus")
+    answer = call("models", "--models", MODEL_FOLDER)
+
+    assert answer.exit_code == 1
+    assert answer.err.startswith("error: the server did not start: ")
+    assert "abacus" in answer.err
+
+
+def child_of(process: subprocess.Popen[bytes]) -> int | None:
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    found = path.read_text().split() if path.exists() else []
+    return int(found[0]) if found else None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_server_of_its_own_is_stopped_when_the_command_is(
+    number: signal.Signals, exit_code: int, picture: Path
+) -> None:
+    arguments = ["explain", str(picture), "--model", "two-digits", "--models", str(MODEL_FOLDER)]
+    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while (child := child_of(process)) is None and process.poll() is None:
+            time.sleep(0.01)
+        assert child is not None
+        process.send_signal(number)
+        assert process.wait(SECONDS) == exit_code
+        assert not Path(f"/proc/{child}").exists()
+    finally:
+        process.kill()
+        process.wait(SECONDS)
+
+
+# predict, models, health
+
+
+def test_predict_shows_the_classes_that_the_model_itself_gives(server: Running, picture: Path) -> None:
+    arguments = ["predict", picture, "--model", "two-digits", "--score", "probability", "--server", server.grpc]
+    rows = [line.split() for line in call(*arguments, "--top", "3").out.splitlines()[1:]]
+    found = json.loads(call(*arguments, "--top", "3", "--json").out)["predictions"][0]["classes"]
+    probabilities = softmax(oracle_logits(instance()))
+    order = np.argsort(-probabilities)[:3]
+
+    assert [int(row[2]) for row in rows] == [line["index"] for line in found] == order.tolist()
+    assert [line["score"] for line in found] == pytest.approx(probabilities[order], abs=1e-5)
+
+
+def test_models_lists_those_that_failed_with_their_reason(server: Running) -> None:
+    lines = {line.split()[0]: line for line in call("models", "--server", server.grpc).out.splitlines()[1:]}
+    entries = json.loads(call("models", "--server", server.grpc, "--json").out)
+
+    assert set(lines) == {"multi_input", "truncated", "two-digits", "two-digits-random-a", "two-digits-random-b"}
+    assert " READY " in lines["two-digits"]
+    assert " FAILED " in lines["truncated"]
+    (failed,) = [entry for entry in entries if entry["state"] == "FAILED"]
+    assert failed["name"] == "truncated"
+    assert " ".join(failed["reason"].split()) in lines["truncated"]
+
+
+def test_models_describes_one(server: Running) -> None:
+    text = call("models", "two-digits", "--server", server.grpc).out
+    info = json.loads(call("models", "two-digits", "--json", "--server", server.grpc).out)
+
+    assert info["inputs"]["image"]["layout"] == "NCHW"
+    assert info["sha256"] in text
+    assert "integrated_gradients: supported" in text
+
+
+def test_health_is_0_where_it_serves_and_1_elsewhere(server: Running) -> None:
+    assert call("health", "--server", server.grpc) == Answer(0, "SERVING\n", "")
+    assert call("health", "--server", server.grpc, "--service", "unknown").exit_code == 1
+    assert call("health", "--server", "127.0.0.1:1").exit_code == 1
+
+
+# inspect
+
+
+def test_what_inspect_writes_is_a_configuration_that_serves(tmp_path: Path) -> None:
+    file = tmp_path / "models" / "new" / "1" / "model.onnx"
+    file.parent.mkdir(parents=True)
+    shutil.copy(MODEL_FOLDER / "two-digits" / "1" / "model.onnx", file)
+    text = call("inspect", file).out
+    starter = tomllib.loads(text)
+    (tmp_path / "models" / "new" / "model.toml").write_text(text, encoding="utf-8")
+
+    assert [table["name"] for table in starter["inputs"]] == ["image"]
+    assert starter["inputs"][0]["shape"] == ["batch", 3, 64, 64]
+    (entry,) = json.loads(call("models", "--models", tmp_path / "models", "--json").out)
+    assert (entry["name"], entry["state"]) == ("new", "READY")
+
+
+def test_inspect_as_json_tells_operators_and_inputs() -> None:
+    found = json.loads(call("inspect", MODEL_FOLDER / "two-digits" / "1" / "model.onnx", "--json").out)
+
+    assert found["operators"]["Conv"] == 4
+    assert found["refusal"] is None
+    assert found["signature"]["inputs"][0]["name"] == "image"
+    assert tomllib.loads(found["starter"])["outputs"]
+
+
+def test_inspect_of_a_file_that_cannot_be_served_says_why_and_exits_with_1(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"nothing of the kind")
+    answer = call("inspect", tmp_path / "model.onnx")
+
+    assert answer.exit_code == 1
+    assert re.match(r"error: [A-Z_]+: .+\n$", answer.err)
+    assert tomllib.loads(answer.out)
+
+
+# docs/command-line.md
+
+
+@dataclass(frozen=True)
+class Example:
+    """A command of the page and the output that stands below it; `...` stands for any lines, or any text in a line."""
+
+    command: str
+    output: tuple[str, ...]
+
+
+def examples(page: str) -> Iterator[Example]:
+    for block in re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        for part in re.split(r"^\$ ", block.replace("\\\n", ""), flags=re.MULTILINE)[1:]:
+            command, *output = part.rstrip().split("\n")
+            yield Example(command, tuple(output))
+
+
+def skeleton(line: str) -> str:
+    """Numbers of a line give way to #, runs of spaces to one; figures depend on the machine."""
+    return " ".join(re.sub(r"(?<![\w.])-?\d[\d.e-]*(?![\w.])", "#", line).split())
+
+
+def matches(documented: tuple[str, ...], actual: str) -> bool:
+    lines = [".*" if line == "..." else re.escape(skeleton(line)).replace(r"\.\.\.", ".*") for line in documented]
+    text = "\n".join(map(skeleton, actual.rstrip().split("\n")))
+    return re.fullmatch("\n".join(lines), text, re.DOTALL) is not None
+
+
+@pytest.fixture
+def example_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the page says there is, and `explainserve` and `python` as commands."""
+    folder, programs = tmp_path / "folder", tmp_path / "programs"
+    folder.mkdir()
+    programs.mkdir()
+    shutil.copytree(MODEL_FOLDER, folder / "models")
+    save_image(folder / "two-digits.png")
+    save_image(folder / "other.png", 1)
+    save_image(folder / "large.png", 2, enlarged=2)
+    for name, command in (("python", sys.executable), ("explainserve", f"{sys.executable} -m explainserve")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("EXPLAINSERVE_PORT", "0")
+    monkeypatch.setenv("EXPLAINSERVE_HTTP_PORT", "0")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_every_example_of_the_page_does_what_it_says(example_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *others = examples(PAGE)
+    assert first.command == "explainserve serve --models models"
+    with serving(example_folder, example_folder / "log", command=first.command.split()) as running:
+        lines = f"gRPC listening on {running.grpc}\nHTTP listening on {running.http}"
+        assert [re.sub(r"\d+$", "#", line) for line in first.output] == re.sub(r"(?m)\d+$", "#", lines).split("\n")
+        monkeypatch.setenv("EXPLAINSERVE_SERVER", running.grpc)
+        for example in others:
+            done = subprocess.run(
+                ["/bin/sh", "-c", example.command],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=SECONDS,
+            )
+            assert done.returncode == 0, f"{example.command}\n{done.stdout}"
+            assert matches(example.output, done.stdout), f"{example.command}\n{done.stdout}"
+    assert {"nine.npz", "nine.json", "pictures.png", "model.toml"} <= {path.name for path in example_folder.iterdir()}
+
+
+def test_the_page_names_every_command() -> None:
+    assert set(re.findall(r"^\| `(\w+)` \|", PAGE.split("## serve")[0], re.MULTILINE)) == set(COMMANDS)
+    assert all(f"\n## {name}\n" in PAGE for name in ("serve", "predict", "explain", "inspect"))
