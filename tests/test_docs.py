@@ -1,0 +1,63 @@
+"""What the README and the pages show is executed."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from explainserve.model_config import ModelConfig
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "two_digits"
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Fenced blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """A server of the embedded models."""
+    command = [sys.executable, "-m", "explainserve", "serve", "--models", str(EXAMPLE / "models")]
+    with subprocess.Popen(
+        [*command, "--port", "0", "--http-port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().removeprefix("gRPC listening on ").strip()
+        process.terminate()
+
+
+def test_the_python_of_the_readme_runs(address: str) -> None:
+    sys.path.insert(0, str(EXAMPLE))
+    import pictures
+    from explainserve_client import Client
+
+    (code,) = blocks(ROOT / "README.md", "python")
+    with Client(address) as client:
+        image = client.preprocess("two-digits", pictures.load_pairs()[0].picture.image).tensor
+    names: dict[str, object] = {"image": image}
+
+    exec(code.replace("localhost:8001", address), names)
+
+    assert names["a"].tensor.shape == image.shape  # type: ignore[attr-defined]
+    assert names["result"].attributions[1].target.label == "8"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_every_model_toml_on_a_page_is_valid(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page, "toml"):
+        config = ModelConfig.model_validate(tomllib.loads(block))
+        assert config.inputs and config.outputs
+
+
+def test_every_file_that_the_readme_names_is_there() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:docs|protos|scripts|deploy|benchmarks|tests|clients|examples|service)/[\w./-]*)`", text)
+
+    assert len(named) > 8
+    assert [name for name in named if not (ROOT / name).exists()] == []
