@@ -216,7 +216,10 @@ def _dropout_7(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
 
 
 def _batch_normalization_7(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
-    _taken_attribute(node, "spatial")
+    if not _taken_attribute(node, "spatial", 1):
+        raise ValueError(
+            f"BatchNormalization '{node.name or node.output[0]}' normalizes each pixel by itself (spatial=0)"
+        )
     return [node]
 
 

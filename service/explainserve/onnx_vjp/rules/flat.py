@@ -18,8 +18,8 @@ zero_gradient(
     reason="the output is boolean",
 )
 zero_gradient("ArgMax", "ArgMin", "NonZero", "Shape", "Size", reason="the output is integer")
-zero_gradient("Hardmax", "OneHot", reason="the position of the ones is piecewise constant")
-zero_gradient("Constant", "ConstantOfShape", "EyeLike", "Range", reason="the output depends on sizes only")
+zero_gradient("Hardmax", reason="the position of the one is piecewise constant")
+zero_gradient("Constant", "ConstantOfShape", "EyeLike", reason="the output depends on sizes only")
 zero_gradient(
     "Bernoulli",
     "Multinomial",
