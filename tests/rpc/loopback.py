@@ -96,7 +96,9 @@ def capturing_log(lines: list[dict[str, Any]]) -> Any:
         lines.append({**line, "level": level})
         raise structlog.DropEvent
 
-    return structlog.wrap_logger(None, processors=[keep], wrapper_class=structlog.stdlib.BoundLogger)
+    return structlog.wrap_logger(
+        None, processors=[structlog.contextvars.merge_contextvars, keep], wrapper_class=structlog.stdlib.BoundLogger
+    )
 
 
 @dataclass(frozen=True)

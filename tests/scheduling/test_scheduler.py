@@ -227,7 +227,7 @@ def test_waits_and_device_time_are_counted() -> None:
     assert second is not None
     scheduler.complete(second, evaluate(second), 0.5)
 
-    assert (one.submitted_at, one.started_at, one.compute_seconds) == (3.0, 7.5, 2.5)
+    assert (one.submitted_at, one.started_at, one.request.compute_seconds) == (3.0, 7.5, 2.5)
 
 
 def expected_sum(part: Segment) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
@@ -25,7 +26,8 @@ class HttpServer:
     def __init__(self, host: str, port: int, registry: CollectorRegistry, ready: Callable[[], bool]) -> None:
         self._metrics = make_wsgi_app(registry)
         self._ready = ready
-        self._server = make_server(host, port, self._answer, _ThreadingServer, _QuietHandler)
+        kind = _ThreadingServer6 if ":" in host else _ThreadingServer
+        self._server = make_server(host, port, self._answer, kind, _QuietHandler)
         self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
 
     @property
@@ -65,6 +67,10 @@ def _text(start_response: StartResponse, status: str, body: str) -> list[bytes]:
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+
+class _ThreadingServer6(_ThreadingServer):
+    address_family = socket.AF_INET6
 
 
 class _QuietHandler(WSGIRequestHandler):

@@ -10,7 +10,6 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -25,9 +24,6 @@ REQUEST_ID_KEY = "x-request-id"
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 _OWN_SERVICES = "/explainserve."
-
-request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""Id of the request that the current task answers."""
 
 Deserializer = Callable[[bytes], Any]
 
@@ -71,7 +67,7 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
 
         async def observed(message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             identifier = _request_id(context)
-            request_id.set(identifier)
+            structlog.contextvars.bind_contextvars(request_id=identifier)
             context.set_trailing_metadata(((REQUEST_ID_KEY, identifier),))
             started = time.monotonic()
             code = grpc.StatusCode.OK
@@ -89,21 +85,14 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
                     failure, code = error, status.code(error)
                     await context.abort_with_status(_with_request_id(status.status(error), identifier))
                 finally:
-                    self._finish(method, identifier, code, time.monotonic() - started, failure)
+                    self._finish(method, code, time.monotonic() - started, failure)
 
         return observed
 
-    def _finish(
-        self, method: str, identifier: str, code: grpc.StatusCode, seconds: float, error: Exception | None
-    ) -> None:
+    def _finish(self, method: str, code: grpc.StatusCode, seconds: float, error: Exception | None) -> None:
         self._metrics.requests.labels(method, code.name).inc()
         self._metrics.request_seconds.labels(method).observe(seconds)
-        fields: dict[str, Any] = {
-            "method": method,
-            "code": code.name,
-            "seconds": round(seconds, 6),
-            "request_id": identifier,
-        }
+        fields: dict[str, Any] = {"method": method, "code": code.name, "seconds": round(seconds, 6)}
         if isinstance(error, ExplainServeError):
             self._log.info("rpc", **fields, reason=error.reason, message=error.message)
         elif error is not None:

@@ -64,20 +64,24 @@ class Server:
         self._http.start()
         self.http_port = self._http.port
         try:
-            await self._start_answering(await asyncio.to_thread(self._load_models))
+            await self._start_answering()
         except BaseException:
             await asyncio.to_thread(self._http.stop)
             raise
 
-    async def _start_answering(self, repository: Repository) -> None:
+    async def _start_answering(self) -> None:
+        """Takes the port before the models are loaded, so that a taken one is told at once."""
         settings = self._settings
+        options = LoadOptions(settings.device, settings.allow_device_fallback, settings.thread_count)
+        repository = Repository(settings.models, options, settings.max_batch_rows)
         self._engine = Engine(Scheduler(settings.max_waiting_rows), self._metrics)
         explainer = Explainer(
             self._engine, settings.max_request_rows, _MEMORY_PER_MESSAGE_BYTE * settings.max_message_bytes
         )
         self._health = health.aio.HealthServicer()
         self._server = self._grpc_server(Servicer(repository, explainer, self._metrics, settings))
-        self.port = self._server.add_insecure_port(f"{settings.host}:{settings.port}")
+        self.port = self._server.add_insecure_port(_address(settings.host, settings.port))
+        await asyncio.to_thread(repository.load_all, self._report)
         self._engine.start()
         await self._server.start()
         for service in ("", SERVICE):
@@ -98,13 +102,6 @@ class Server:
             await stopped()
         finally:
             await self.stop()
-
-    def _load_models(self) -> Repository:
-        settings = self._settings
-        options = LoadOptions(settings.device, settings.allow_device_fallback, settings.thread_count)
-        repository = Repository(settings.models, options, settings.max_batch_rows)
-        repository.load_all(self._report)
-        return repository
 
     def _report(self, entry: ModelEntry) -> None:
         """Logs and counts a new state of a model version."""
@@ -130,3 +127,7 @@ class Server:
         names = (SERVICE, _REPOSITORY_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         return server
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -55,7 +55,6 @@ class Job:
         model: identifies the model; rows of different models never share a batch.
         max_batch_rows: rows of this model that fit into one batch.
         submitted_at, started_at: times of submission and of the first packing, set by the scheduler.
-        compute_seconds: time of the batches that held its rows.
         error: why it ended without an evaluation.
     """
 
@@ -65,7 +64,6 @@ class Job:
     max_batch_rows: int
     submitted_at: float = 0.0
     started_at: float | None = None
-    compute_seconds: float = 0.0
     error: Exception | None = None
     _waiting: dict[Hashable, list[list[int]]] = field(init=False)
     _sums: list[_SegmentSum] = field(init=False)

@@ -113,8 +113,6 @@ class Scheduler:
         for piece, part in zip(batch.slices, parts, strict=True):
             piece.job.put(piece, part)
         jobs = self._present(batch)
-        for job in jobs:
-            job.compute_seconds += seconds
         for request in {job.request for job in jobs}:
             request.compute_seconds += seconds
         done = [job for job in jobs if job.done]
