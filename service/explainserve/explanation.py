@@ -117,12 +117,12 @@ class Attribution:
     alphas: NDArray[np.float64]
     scores: NDArray[np.float64]
 
-    @property
-    def sum(self) -> float:
-        """Sum over all elements of all inputs, in float64 from the float32 tensors."""
-        return float(sum(tensor.sum(dtype=np.float64) for tensor in self.tensors.values()))
 
-    @property
-    def abs_sum(self) -> float:
-        """Sum of absolute values over all elements of all inputs, in float64."""
-        return float(sum(np.abs(tensor.astype(np.float64)).sum() for tensor in self.tensors.values()))
+def attribution_sum(tensors: Mapping[str, NDArray[np.float32]]) -> float:
+    """Sum over all elements of all inputs, in float64."""
+    return float(sum(tensor.sum(dtype=np.float64) for tensor in tensors.values()))
+
+
+def absolute_sum(tensors: Mapping[str, NDArray[np.float32]]) -> float:
+    """Sum of absolute values over all elements of all inputs, in float64."""
+    return float(sum(np.abs(tensor.astype(np.float64)).sum() for tensor in tensors.values()))

@@ -100,16 +100,6 @@ class Entry:
     scores: NDArray[np.float64]
 
     @property
-    def attribution_sum(self) -> float:
-        """Sum over all elements of all inputs, in float64 from the float32 tensors."""
-        return float(sum(tensor.sum(dtype=np.float64) for tensor in self.tensors.values()))
-
-    @property
-    def abs_sum(self) -> float:
-        """Sum of |v| over all elements of all inputs, in float64."""
-        return float(sum(np.abs(tensor.astype(np.float64)).sum() for tensor in self.tensors.values()))
-
-    @property
     def output_change(self) -> float:
         """F(x) - F(x')."""
         return self.instance_output_value - self.baseline_output_value

@@ -626,6 +626,8 @@ def test_garbage_on_the_port(service: Loopback, garbage: bytes) -> None:
         connection.sendall(garbage)
         connection.shutdown(socket.SHUT_WR)
 
+    assert service.stub.ListModels(pb.ListModelsRequest(), timeout=60).models
+
 
 def test_unknown_method_of_a_known_service(service: Loopback) -> None:
     send = service.channel.unary_unary("/explainserve.v1.ExplainerService/Predetermine")

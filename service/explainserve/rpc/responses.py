@@ -19,7 +19,7 @@ from explainserve import __version__
 from explainserve import baselines as domain_baselines
 from explainserve.cautions import Caution, cautions_for_map, cautions_for_response
 from explainserve.explainer import Answer, Cost, Usage
-from explainserve.explanation import Baseline, StopReason, Target
+from explainserve.explanation import Baseline, StopReason, Target, absolute_sum, attribution_sum
 from explainserve.figures import Entry, InputFigures, JointFigures, entries, input_figures
 from explainserve.figures import joint_figures as joint_figures_of
 from explainserve.methods import METHODS, IntegratedGradients, Method
@@ -274,10 +274,10 @@ def _attribution(entry: Entry, request: Explain, answer: Answer) -> attribution_
         target=_target(entry.target),
         instance_output_value=entry.instance_output_value,
         baseline_output_value=entry.baseline_output_value,
-        attribution_sum=entry.attribution_sum,
+        attribution_sum=attribution_sum(entry.tensors),
         convergence_delta=delta,
         relative_convergence_delta=relative_convergence_delta(delta, entry.output_change),
-        delta_over_abs_sum=delta_over_abs_sum(delta, entry.abs_sum),
+        delta_over_abs_sum=delta_over_abs_sum(delta, absolute_sum(entry.tensors)),
         map_error=entry.map_error,
         step_count=entry.step_count,
         stop_reason=_STOP_REASONS[entry.stop_reason],
@@ -300,7 +300,7 @@ def _attribution(entry: Entry, request: Explain, answer: Answer) -> attribution_
 
 def _delta(entry: Entry) -> float | None:
     """None where a map or score is not finite."""
-    delta = entry.attribution_sum - entry.output_change
+    delta = attribution_sum(entry.tensors) - entry.output_change
     return delta if math.isfinite(delta) else None
 
 
