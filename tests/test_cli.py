@@ -763,3 +763,13 @@ def test_every_example_of_the_page_does_what_it_says(example_folder: Path, monke
 def test_the_page_names_every_command() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", PAGE.split("## serve")[0], re.MULTILINE)) == set(COMMANDS)
     assert all(f"\n## {name}\n" in PAGE for name in ("serve", "predict", "explain", "inspect"))
+
+
+@pytest.mark.parametrize("order", [("--server", "--models"), ("--models", "--server")], ids="-".join)
+def test_a_server_and_a_folder_exclude_each_other(order: tuple[str, str]) -> None:
+    values = {"--server": "127.0.0.1:1", "--models": str(MODEL_FOLDER)}
+
+    answer = run("models", *(part for flag in order for part in (flag, values[flag])))
+
+    assert answer.exit_code == 2
+    assert "not both" in answer.err

@@ -21,22 +21,40 @@ import numpy as np
 from explainserve_client import Box, Client, IntegratedGradients
 from maps import draw_maps
 from pictures import Pair, load_pairs
-from report import BOXES, NEGLIGIBLE, Explained, alike_table, exceptions, model_summary, picture_report, table
+from report import (
+    BOXES,
+    NEGLIGIBLE,
+    Explained,
+    alike_table,
+    exceptions,
+    model_summary,
+    picture_report,
+    span_table,
+    spans,
+    table,
+)
 
 MODELS = Path(__file__).parent / "models"
 TRAINED = "two-digits"
 NAMES = (TRAINED, "two-digits-random-a", "two-digits-random-b")
 METHOD = IntegratedGradients(tolerance=0.02, completeness_tolerance=0.02, max_step_count=512)
+FADING = """
+Expected is that the maps look more alike on their own scales than on the joint one. RMS and SSIM say so in few
+pictures: a map that fades on the joint scale comes close to the flat rest of the other one, which both measures
+take for likeness. What joint scales bring back is size: how much of a scale a map fills (medians over pictures):
+"""
+
 DRAWN = (0, 1, 2)
 """Pictures of maps.png: the first three, not chosen."""
 
 
 @contextmanager
-def server() -> Iterator[str]:
+def server(log: Path) -> Iterator[str]:
     """A server of the embedded models on a free loopback port, for the length of the block; yields HOST:PORT."""
     serve = [sys.executable, "-m", "explainserve", "serve", "--models", str(MODELS)]
     options = ["--port", "0", "--http-port", "0", "--log-format", "console"]
-    process = subprocess.Popen([*serve, *options], stdout=subprocess.PIPE, text=True)
+    with log.open("w", encoding="utf-8") as lines:
+        process = subprocess.Popen([*serve, *options], stdout=subprocess.PIPE, stderr=lines, text=True)
     try:
         yield _address(process)
     finally:
@@ -74,7 +92,8 @@ def run(output: Path) -> dict[str, Any]:
     """Explains every picture with every model, writes the results and returns the report."""
     pairs = load_pairs()
     started = time.monotonic()
-    with server() as address, Client(address) as client:
+    output.mkdir(parents=True, exist_ok=True)
+    with server(output / "server.log") as address, Client(address) as client:
         answers = [explain(client, position, pair, model) for position, pair in enumerate(pairs) for model in NAMES]
     seconds = time.monotonic() - started
     reports = [picture_report(answer) for answer in answers]
@@ -97,15 +116,15 @@ def _report(answers: list[Explained], reports: list[dict[str, Any]]) -> dict[str
         "negligible_below": NEGLIGIBLE,
         "server_version": provenance.server_version,
         "models": {a.model: a.result.provenance.model_sha256 for a in answers[: len(NAMES)]},
-        "summary": {model: model_summary([r for r in reports if r["model"] == model]) for model in NAMES},
+        "summary": {model: model_summary([r for r in reports if r["model"] == model], TRAINED) for model in NAMES},
         "exceptions": exceptions(reports, TRAINED),
         "cautions": [f"{caution.kind}: {caution.text}" for caution in answers[0].result.cautions],
+        "spans": _spans(reports),
         "pictures": reports,
     }
 
 
 def _write(output: Path, answers: list[Explained], report: dict[str, Any]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     np.savez_compressed(output / "attributions.npz", **dict(_tensors(answers)))
     for position in DRAWN:
@@ -120,30 +139,47 @@ def _tensors(answers: list[Explained]) -> Iterator[tuple[str, np.ndarray]]:
             yield f"{answer.model}/{answer.picture}/{attribution.target.label}", attribution.tensor
 
 
+def _spans(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    pictures = [reports[start : start + len(NAMES)] for start in range(0, len(reports), len(NAMES))]
+    return [line for picture in pictures for line in spans(picture)]
+
+
 def _print(output: Path, reports: list[dict[str, Any]], report: dict[str, Any], seconds: float) -> None:
     summaries = report["summary"]
-    trained = summaries[TRAINED]
-    print(table(reports))
-    print("\nHow alike the maps of the two classes look (medians over pictures; SSIM 1 is identical):\n")
+    print(table(reports, TRAINED))
+    print("\nHow alike the displayed maps of the two classes are (medians over pictures; SSIM 1 is identical):\n")
     print(alike_table(summaries))
-    print(
-        f"\n{TRAINED}: a digit's box is positive for its own class and negative for the other in "
-        f"{trained['expected_signs']} of {trained['maps']} maps; median sums "
-        f"{trained['median_own_box_sum']:+.3f} (own) and {trained['median_other_box_sum']:+.3f} (other)."
+    print(FADING)
+    print(span_table(report["spans"]))
+    print()
+    for line in (*_findings(summaries), *map(_exception, report["exceptions"])):
+        print(line)
+    print(f"\n{len(reports)} requests in {seconds:.1f} s, server start included. Results are in {output}.")
+
+
+def _findings(summaries: dict[str, dict[str, Any]]) -> Iterator[str]:
+    trained = summaries[TRAINED]
+    found = trained["as_expected"]
+    yield (
+        f"{TRAINED}: a digit's box is positive for its own class and negative for the other in {found['yes']} of "
+        f"{trained['maps']} maps\n  ({found['no']} not, {found['undecided']} undecided within the error of the sums); "
+        f"median sums {trained['median_own_box_sum']:+.3f} (own) and {trained['median_other_box_sum']:+.3f} (other)."
     )
     for model in NAMES[1:]:
         twin = summaries[model]
-        print(
-            f"{model}: box sums below {NEGLIGIBLE} in {twin['negligible_sums']} of {twin['maps']} maps, the largest "
-            f"{twin['largest_abs_box_sum']:.4f}; joint range {twin['median_joint_range']:.5f} against "
+        yield (
+            f"{model}: box sums below {NEGLIGIBLE} in {twin['as_expected']['yes']} of {twin['maps']} maps, the largest "
+            f"{twin['largest_abs_box_sum']:.4f};\n  joint range {twin['median_joint_range']:.5f} against "
             f"{trained['median_joint_range']:.5f} of the trained model (medians)."
         )
-    for line in report["exceptions"]:
-        print(
-            f"Exception: picture {line['picture']}, {line['model']}, class {line['class']}: own box "
-            f"{line['own_box_sum']:+.4f}, other box {line['other_box_sum']:+.4f}."
-        )
-    print(f"\n{len(reports)} requests in {seconds:.1f} s, server start included. Results are in {output}.")
+
+
+def _exception(line: dict[str, Any]) -> str:
+    return (
+        f"Exception ({line['outcome']}): picture {line['picture']}, {line['model']}, class {line['class']}: own box "
+        f"{line['own_box_sum']:+.5f} (error {line['own_box_error']:.5f}), other box {line['other_box_sum']:+.5f} "
+        f"(error {line['other_box_error']:.5f})."
+    )
 
 
 def main() -> None:

@@ -29,8 +29,8 @@ def draw_maps(answers: Sequence[Explained]) -> Image.Image:
         scales: list[tuple[str, Normalization]] = [
             (f"raw, stated scale ±{STATED:g}", attribution.stated_scale(-STATED, STATED, VIEW)),
             ("own min-max", attribution.normalization("MIN_MAX", VIEW)),
-            ("joint min-max", attribution.stated_scale(low, high, VIEW)),
-            ("joint symmetric", attribution.stated_scale(-largest, largest, VIEW)),
+            ("joint min-max of all rows", attribution.stated_scale(low, high, VIEW)),
+            ("joint symmetric of all rows", attribution.stated_scale(-largest, largest, VIEW)),
         ]
         panels.append(_picture(answer, attribution))
         panels += [_panel(answer, attribution, scale, name) for name, scale in scales]

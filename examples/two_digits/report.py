@@ -50,8 +50,7 @@ def picture_report(explained: Explained) -> dict[str, Any]:
 
 
 def _map_report(attribution: Attribution, own: str) -> dict[str, Any]:
-    sums = {name: attribution.regions[name][VIEW].sum for name in BOXES}
-    other = next(name for name in BOXES if name != own)
+    (other,) = (name for name in BOXES if name != own)
     statistics = attribution.statistics[VIEW]
     return {
         "class": attribution.target.label,
@@ -64,9 +63,19 @@ def _map_report(attribution: Attribution, own: str) -> dict[str, Any]:
         "stop_reason": attribution.stop_reason,
         "min": statistics.min,
         "max": statistics.max,
-        "own_box_sum": sums[own],
-        "other_box_sum": sums[other],
+        "own_box_sum": attribution.regions[own][VIEW].sum,
+        "other_box_sum": attribution.regions[other][VIEW].sum,
+        "own_box_error": _box_error(attribution, own),
+        "other_box_error": _box_error(attribution, other),
     }
+
+
+def _box_error(attribution: Attribution, box: str) -> float:
+    """Expected error of a box sum from the map's own error estimate, if errors of elements are independent:
+    map_error x L2 norm of the map x sqrt(elements in the box / elements of the map)."""
+    whole, part = attribution.statistics["ELEMENTS"], attribution.regions[box]["ELEMENTS"]
+    assert attribution.map_error is not None and whole.l2_norm is not None, "the adaptive rule estimates its error"
+    return float(attribution.map_error * whole.l2_norm * np.sqrt(part.element_count / whole.element_count))
 
 
 def _likeness(result: ExplainResult, kind: str) -> Iterator[tuple[str, dict[str, float]]]:
@@ -86,29 +95,62 @@ def _shown(attribution: Attribution, recipe: Normalization) -> np.ndarray:
     return np.asarray(recipe.apply(attribution.tensor), np.float64)
 
 
-def expected_signs(report: dict[str, Any]) -> list[bool]:
-    """Per map: its own box is positive and the other digit's box negative."""
-    return [line["own_box_sum"] > 0 > line["other_box_sum"] for line in report["maps"]]
+def outcomes(report: dict[str, Any], trained: str) -> list[str]:
+    """Per map "yes", "no" or "undecided": whether it shows what is expected of its model.
+
+    Of the trained one: the digit's own box positive and the other box negative, undecided where a sum is within twice
+    its expected error of zero. Of a random twin: both sums negligible.
+    """
+    return [_signs(line) if report["model"] == trained else _negligible(line) for line in report["maps"]]
 
 
-def negligible_sums(report: dict[str, Any]) -> list[bool]:
-    """Per map: both box sums are negligible."""
-    return [max(abs(line["own_box_sum"]), abs(line["other_box_sum"])) < NEGLIGIBLE for line in report["maps"]]
+def _signs(line: dict[str, Any]) -> str:
+    sums = ((line["own_box_sum"], line["own_box_error"]), (-line["other_box_sum"], line["other_box_error"]))
+    if any(value < -2 * error for value, error in sums):
+        return "no"
+    return "yes" if all(value > 2 * error for value, error in sums) else "undecided"
 
 
-def model_summary(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What holds how often for one model, and medians over its maps."""
+def _negligible(line: dict[str, Any]) -> str:
+    return "yes" if max(abs(line["own_box_sum"]), abs(line["other_box_sum"])) < NEGLIGIBLE else "no"
+
+
+def spans(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How much of a scale each map of one picture fills: its own range, that of both classes, that of all models."""
+    low = min(report["joint_min"] for report in reports)
+    high = max(report["joint_max"] for report in reports)
+    return [
+        {
+            "model": report["model"],
+            "class": line["class"],
+            "of_classes": (line["max"] - line["min"]) / (report["joint_max"] - report["joint_min"]),
+            "of_models": (line["max"] - line["min"]) / (high - low),
+        }
+        for report in reports
+        for line in report["maps"]
+    ]
+
+
+def model_summary(reports: Sequence[dict[str, Any]], trained: str) -> dict[str, Any]:
+    """What holds how often for one model, and medians over its maps and pictures."""
     maps = [line for report in reports for line in report["maps"]]
-    signs = [ok for report in reports for ok in expected_signs(report)]
-    negligible = [ok for report in reports for ok in negligible_sums(report)]
+    found = [outcome for report in reports for outcome in outcomes(report, trained)]
     return {
         "maps": len(maps),
-        "expected_signs": sum(signs),
-        "negligible_sums": sum(negligible),
+        "as_expected": {outcome: found.count(outcome) for outcome in ("yes", "no", "undecided")},
         "median_own_box_sum": _median(line["own_box_sum"] for line in maps),
         "median_other_box_sum": _median(line["other_box_sum"] for line in maps),
         "largest_abs_box_sum": max(max(abs(m["own_box_sum"]), abs(m["other_box_sum"])) for m in maps),
         "median_joint_range": _median(report["joint_max"] - report["joint_min"] for report in reports),
+        "more_alike_on_own_scales": {
+            kind: {
+                "rms": sum(r["alike"][kind]["individual"]["rms"] < r["alike"][kind]["joint"]["rms"] for r in reports),
+                "ssim": sum(
+                    r["alike"][kind]["individual"]["ssim"] > r["alike"][kind]["joint"]["ssim"] for r in reports
+                ),
+            }
+            for kind in KINDS
+        },
         "alike": {
             kind: {
                 scale: {name: _median(r["alike"][kind][scale][name] for r in reports) for name in ("rms", "ssim")}
@@ -121,30 +163,28 @@ def model_summary(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def exceptions(reports: Sequence[dict[str, Any]], trained: str) -> list[dict[str, Any]]:
     """Maps that do not show what is expected of their model, each with its sums."""
-    found = []
-    for report in reports:
-        holds = expected_signs(report) if report["model"] == trained else negligible_sums(report)
-        for line, ok in zip(report["maps"], holds, strict=True):
-            if not ok:
-                keys = ("class", "own_box_sum", "other_box_sum")
-                found.append({"picture": report["picture"], "model": report["model"], **{k: line[k] for k in keys}})
-    return found
+    keys = ("class", "own_box_sum", "other_box_sum", "own_box_error", "other_box_error")
+    return [
+        {"picture": report["picture"], "model": report["model"], "outcome": outcome, **{k: line[k] for k in keys}}
+        for report in reports
+        for line, outcome in zip(report["maps"], outcomes(report, trained), strict=True)
+        if outcome != "yes"
+    ]
 
 
-def table(reports: Sequence[dict[str, Any]]) -> str:
+def table(reports: Sequence[dict[str, Any]], trained: str) -> str:
     """One line per picture, model and class."""
-    head = (
-        "picture  model               class     F(x)    F(x')  sum map  own box  other box    delta      min      max"
-        "  steps  as expected"
-    )
-    lines = [head]
+    lines = [
+        "picture model               class    F(x)   F(x') sum map own box other box   delta     min     max joint min "
+        "joint max steps as expected"
+    ]
     for report in reports:
-        for line, ok in zip(report["maps"], expected_signs(report), strict=True):
+        for line, outcome in zip(report["maps"], outcomes(report, trained), strict=True):
             lines.append(
-                f"{report['picture']:7d}  {report['model']:18s}  {line['class']:>5s}  {line['output']:7.4f}  "
-                f"{line['baseline_output']:7.4f}  {line['sum']:7.3f}  {line['own_box_sum']:7.3f}  "
-                f"{line['other_box_sum']:9.3f}  {line['convergence_delta']:7.4f}  {line['min']:7.4f}  "
-                f"{line['max']:7.4f}  {line['step_count']:5d}  {'yes' if ok else 'no'}"
+                f"{report['picture']:7d} {report['model']:19s} {line['class']:>5s} {line['output']:7.4f} "
+                f"{line['baseline_output']:7.4f} {line['sum']:7.3f} {line['own_box_sum']:7.3f} "
+                f"{line['other_box_sum']:9.3f} {line['convergence_delta']:7.4f} {line['min']:7.4f} {line['max']:7.4f} "
+                f"{report['joint_min']:9.4f} {report['joint_max']:9.4f} {line['step_count']:5d} {outcome}"
             )
     return "\n".join(lines)
 
@@ -152,16 +192,28 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
 def alike_table(summaries: dict[str, dict[str, Any]]) -> str:
     """How alike the two classes' maps look, per model and recipe, scaled each by its own range and jointly."""
     lines = [
-        "                                          own scale           joint scale",
-        "model               recipe                RMS      SSIM       RMS      SSIM",
+        "                                          own scale        joint scale    pictures more alike on own scales",
+        "model               recipe                RMS    SSIM       RMS    SSIM   by RMS  by SSIM",
     ]
     for model, summary in summaries.items():
         for kind, alike in summary["alike"].items():
-            own, joint = alike["individual"], alike["joint"]
+            own, joint, more = alike["individual"], alike["joint"], summary["more_alike_on_own_scales"][kind]
             lines.append(
-                f"{model:18s}  {kind:18s}  {own['rms']:7.4f}  {own['ssim']:8.4f}   "
-                f"{joint['rms']:7.4f}  {joint['ssim']:8.4f}"
+                f"{model:19s} {kind:18s} {own['rms']:6.4f}  {own['ssim']:6.4f}    {joint['rms']:6.4f}  "
+                f"{joint['ssim']:6.4f}   {more['rms']:6d}  {more['ssim']:7d}"
             )
+    return "\n".join(lines)
+
+
+def span_table(found: Sequence[dict[str, Any]]) -> str:
+    """Medians of how much of each scale a map fills, the more and the less likely class apart."""
+    lines = ["model               own range   range of both classes   range of all models"]
+    for model in dict.fromkeys(line["model"] for line in found):
+        of_model = [line for line in found if line["model"] == model]
+        pairs = list(zip(of_model[::2], of_model[1::2], strict=True))
+        for name, choose in (("wider map", max), ("narrower map", min)):
+            classes, models = (_median(choose(a[key], b[key]) for a, b in pairs) for key in ("of_classes", "of_models"))
+            lines.append(f"{model:19s} {'100 %':>9s} {classes:21.1%} {models:21.1%}   {name}")
     return "\n".join(lines)
 
 

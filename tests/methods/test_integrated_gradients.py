@@ -383,3 +383,20 @@ def test_infinite_scores_end_the_path():
     bad = Evaluation(tuple(SegmentEvaluation(np.array([np.inf]), {"x": np.ones(1, np.float32)}) for _ in plan.segments))
     answer = method.attribution(asked, plan, bad, final=False)
     assert answer.stop_reason is StopReason.NON_FINITE and answer.map_error is None
+
+
+@pytest.mark.parametrize("options", EVERY_RULE, ids=str)
+def test_a_map_too_large_for_float32_is_not_finite(options):
+    attribution = explain(linear([1e30, 2e30]), [1e20, 1e20], [0.0, 0.0], **options)
+    assert attribution.stop_reason is StopReason.NON_FINITE
+    assert attribution.map_error is None
+
+
+@pytest.mark.parametrize("options", EVERY_RULE, ids=str)
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_an_infinite_end_point_is_not_finite(options):
+    """log x from 0: the path's own points are finite, F(x') is not."""
+    with np.errstate(divide="ignore"):
+        attribution = explain(ridge(np.log, lambda z: 1 / z, [1.0]), [1.0], [0.0], **options)
+    assert attribution.scores[0] == -np.inf
+    assert attribution.stop_reason is StopReason.NON_FINITE

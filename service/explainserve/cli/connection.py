@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,8 +22,23 @@ DEFAULT_SERVER = "127.0.0.1:8001"
 _READY = "gRPC listening on "
 _STOP_SECONDS = 10.0
 
+
+def _alone(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
+    """Refuses --server together with --models; whichever is read second sees the first."""
+    other = "models" if parameter.name == "server" else "server"
+    if _stated(context, str(parameter.name)) and _stated(context, other):
+        raise typer.BadParameter("give --server or --models, not both")
+    return value
+
+
+def _stated(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 ServerOption = Annotated[
-    str, typer.Option("--server", metavar="HOST:PORT", envvar="EXPLAINSERVE_SERVER", help="Server to ask.")
+    str,
+    typer.Option("--server", metavar="HOST:PORT", envvar="EXPLAINSERVE_SERVER", help="Server to ask.", callback=_alone),
 ]
 ModelsOption = Annotated[
     Path | None,
@@ -32,6 +47,7 @@ ModelsOption = Annotated[
         metavar="DIR",
         exists=True,
         file_okay=False,
+        callback=_alone,
         help="Ask no running server: start one of this model folder on a free loopback port, for this command only.",
     ),
 ]

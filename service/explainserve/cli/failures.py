@@ -48,7 +48,7 @@ def _client_failure(error: Exception) -> tuple[str, int]:
 
     match error:
         case errors.ServerError():
-            heading = " ".join(filter(None, (error.code, error.reason)))
+            heading = " ".join(dict.fromkeys(filter(None, (error.code, error.reason))))
             return _line(heading, error.message, {**error.metadata, "request": error.request_id}), FAILURE
         case errors.RequestValueError() | errors.RequestTypeError() | errors.MissingEntryError():
             return str(error), USAGE

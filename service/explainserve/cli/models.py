@@ -16,7 +16,7 @@ def models(
     ] = None,
     version: VersionOption = None,
     server: ServerOption = DEFAULT_SERVER,
-    folder: ModelsOption = None,
+    models: ModelsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     timeout: TimeoutOption = 60.0,
 ) -> None:
@@ -25,7 +25,7 @@ def models(
     Models that failed to load are listed with the reason."""
     if version is not None and name is None:
         raise typer.BadParameter("a version needs the NAME of a model", param_hint="--model-version")
-    with connected(server, folder, timeout) as client:
+    with connected(server, models, timeout) as client:
         found = client.models() if name is None else client.model(name, version)
     from explainserve.cli import documents, tables
 

@@ -146,16 +146,8 @@ def _fixed_attribution(question: Question, segment: Segment, evaluation: Evaluat
     (evaluated,) = evaluation.segments
     displacement = Displacement.of(question)
     tensors = displacement.tensors(displacement.gradient(evaluated), question.instance.moving)
-    finite = np.isfinite(evaluated.scores).all() and all(np.isfinite(tensor).all() for tensor in tensors.values())
-    alphas, scores = _with_end_points(question, segment.alphas, evaluated.scores)
-    return Attribution(
-        tensors=tensors,
-        step_count=segment.row_count,
-        stop_reason=StopReason.FIXED_STEPS if finite else StopReason.NON_FINITE,
-        map_error=None,
-        alphas=alphas,
-        scores=scores,
-    )
+    path = _with_end_points(question, segment.alphas, evaluated.scores)
+    return _attribution(tensors, path, segment.row_count, StopReason.FIXED_STEPS, None)
 
 
 def _with_end_points(
@@ -171,12 +163,26 @@ def _with_end_points(
 
 
 def _adaptive_attribution(path: Path, reason: StopReason) -> Attribution:
-    alphas, scores = path.score_path()
+    tensors = path.displacement.tensors(path.gradient, path.question.instance.moving)
+    map_error = path.map_error if path.finite and math.isfinite(path.map_error) else None
+    return _attribution(tensors, path.score_path(), path.step_count, reason, map_error)
+
+
+def _attribution(
+    tensors: dict[str, NDArray[np.float32]],
+    path: tuple[NDArray[np.float64], NDArray[np.float64]],
+    step_count: int,
+    reason: StopReason,
+    map_error: float | None,
+) -> Attribution:
+    """The answer; whatever the rule says of itself, a map or score that is not finite is NON_FINITE without an error."""
+    alphas, scores = path
+    finite = np.isfinite(scores).all() and all(np.isfinite(tensor).all() for tensor in tensors.values())
     return Attribution(
-        tensors=path.displacement.tensors(path.gradient, path.question.instance.moving),
-        step_count=path.step_count,
-        stop_reason=reason,
-        map_error=path.map_error if path.finite and math.isfinite(path.map_error) else None,
+        tensors=tensors,
+        step_count=step_count,
+        stop_reason=reason if finite else StopReason.NON_FINITE,
+        map_error=map_error if finite else None,
         alphas=alphas,
         scores=scores,
     )
