@@ -80,7 +80,7 @@ class ModelCase:
 def _draw(port: Port, random: np.random.Generator) -> Array:
     if port.dtype == "int64":
         return random.integers(0, 7, port.shape)
-    return random.standard_normal(port.shape).astype(port.dtype)
+    return np.asarray(random.standard_normal(port.shape), port.dtype)
 
 
 def write_model(case: ModelCase, file_format: str, folder: Path) -> Path:
@@ -294,6 +294,15 @@ def _multi_input_gradient(x: Inputs, g: Array) -> dict[str, Array]:
     return {"image": (_IMAGE.astype(np.float64) @ g * scale).reshape(3, 4, 4)}
 
 
+def _scalar_input_nodes() -> tuple[list[onnx.NodeProto], dict[str, Array]]:
+    nodes = [
+        _node()("Unsqueeze", ["x", "axes"], ["column"]),
+        _node()("Mul", ["column", "b"], ["z"]),
+        _node()("Mul", ["z", "z"], ["y"]),
+    ]
+    return nodes, {"b": _B, "axes": np.array([1], np.int64)}
+
+
 def _conv_module() -> torch.nn.Module:
     """conv, batch norm, ReLU, max pool, conv, ReLU, mean over space, linear."""
     import torch
@@ -423,6 +432,15 @@ _CASES = (
         _multi_output_nodes,
         _logits,
         lambda x, g: {"x": _W.astype(np.float64) @ g},
+    ),
+    ModelCase(
+        "scalar_input",
+        (Port("x", ()),),
+        _Y3,
+        lambda: _module(lambda self, x: (x[:, None] * self.b) ** 2, b=_B),
+        _scalar_input_nodes,
+        lambda x: (x["x"].astype(np.float64) * _B) ** 2,
+        lambda x, g: {"x": np.asarray(2 * x["x"] * (_B.astype(np.float64) ** 2) @ g)},
     ),
     ModelCase("batch_mixing", _X4, (Port("y", (4,)),), lambda: _module(_mixing), _mixing_nodes, rows_independent=False),
     ModelCase(

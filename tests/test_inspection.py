@@ -134,7 +134,7 @@ def test_a_refusal_is_part_of_the_answer(tmp_path: Path, name: str, content: byt
     assert found.refusal is not None
     assert found.refusal.reason == reason
     assert found.signature is None
-    assert starter_config(found.starter, tmp_path).inputs
+    assert found.starter == "", "no model.toml would help"
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -152,6 +152,21 @@ def test_a_graph_that_does_not_run_still_shows_its_operators(tmp_path: Path) -> 
     assert found.refusal is not None
     assert found.refusal.reason == "MODEL_NOT_RUNNABLE"
     assert found.operators == {"org.example.Whirl": 1}
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_file_that_does_not_tell_its_signature_gets_a_starter_with_placeholders(tmp_path: Path) -> None:
+    import torch
+
+    path = tmp_path / "model.pt"
+    torch.jit.script(torch.nn.Linear(3, 2).eval()).save(str(path))
+    found = inspect_file(path)
+
+    assert found.refusal is not None
+    assert found.refusal.reason == "SIGNATURE_INCOMPLETE"
+    config = starter_config(found.starter, tmp_path)
+    assert config.inputs and config.outputs
 
 
 @pytest.mark.torch

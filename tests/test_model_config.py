@@ -128,7 +128,17 @@ def test_the_batch_axis_is_a_first_axis_that_is_free_or_one(
         SIMPLEST.replace("logits", "scores"),
         with_output('labels = "missing.txt"'),
         with_output('[[outputs]]\nname = "y"'),
+        with_output('labels = "../labels.txt"'),
+        with_output('labels = "/etc/hostname"'),
+        with_output('labels = "a\\u0000b"'),
+        with_output("class_axis = true"),
         'sha256 = "abc"',
+        "default_target = true",
+        "default_target = 1.0",
+        "[limits]\nmax_batch_rows = true",
+        '[[inputs]]\nname = "x"\nshape = [true, 3]',
+        '[baselines.b]\nfiles = {x = "/secret.npy"}',
+        '[baselines.b]\nfiles = {x = "../secret.npy"}',
         "[limits]\nmax_step_count = 0",
     ],
 )
@@ -139,11 +149,51 @@ def test_what_is_not_valid_is_refused(tmp_path: Path, text: str) -> None:
     assert "model.toml" in caught.value.message
 
 
+def test_labels_and_baselines_stay_in_the_folder_of_the_configuration(tmp_path: Path) -> None:
+    """The file named exists and is valid, so that only its place can be what is refused."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (tmp_path / "labels.txt").write_text("cat\ndog\nbee\nfox\n")
+    np.save(tmp_path / "secret.npy", np.zeros((3, 8, 8), np.float32))
+    (own / "link.txt").symlink_to(tmp_path / "labels.txt")
+    (own / "link.npy").symlink_to(tmp_path / "secret.npy")
+    stated = {
+        "../labels.txt": with_output('labels = "../labels.txt"'),
+        "link.txt": with_output('labels = "link.txt"'),
+        "../secret.npy": '[baselines.b]\nfiles = {x = "../secret.npy"}',
+        "link.npy": '[baselines.b]\nfiles = {x = "link.npy"}',
+    }
+    for name, text in stated.items():
+        with pytest.raises(ModelRefused) as caught:
+            read(own, text)
+        assert caught.value.reason == "CONFIG_INVALID"
+        assert caught.value.metadata["locations"] == name
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "model.toml").write_text(SIMPLEST)
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    with pytest.raises(ModelRefused) as caught:
+        read_model_config(tmp_path / "model.toml")
+    assert caught.value.reason == "CONFIG_INVALID"
+
+
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ModelRefused) as caught:
         read_model_config(tmp_path / "model.toml")
     assert caught.value.reason == "CONFIG_INVALID"
+
+
+@pytest.mark.parametrize(("dtype", "stated"), [("int64", "[0.2, 0.8]"), ("uint8", "[256, 300]"), ("bool", "[2, 3]")])
+def test_a_range_without_a_number_of_the_type_is_refused(tmp_path: Path, dtype: str, stated: str) -> None:
+    file = Signature((InputSpec("x", np.dtype(dtype), (Axis("n"), Axis("", 3))),), FOUND.outputs)
+    with pytest.raises(ModelRefused) as caught:
+        read(tmp_path, f'[[inputs]]\nname = "x"\nvalue_range = {stated}').signature(file)
+    assert caught.value.reason == "CONFIG_MISMATCH"
 
 
 @pytest.mark.parametrize(

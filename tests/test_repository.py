@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,27 @@ def refused(root: Path, text: str) -> ModelRefused:
     with pytest.raises(ModelRefused) as caught:
         configured(root, text)
     return caught.value
+
+
+@pytest.fixture
+def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Takes the permission to read a file or folder, and what is in it; for root too, whom modes do not stop."""
+    forbidden: set[Path] = set()
+
+    def guarded(name: str) -> None:
+        original = getattr(Path, name)
+
+        def call(path: Path, *args: object, **named: object) -> object:
+            stopped = forbidden & {path, *path.parents} if name != "stat" else forbidden.intersection(path.parents)
+            if stopped:
+                raise PermissionError(13, "Permission denied", str(path))
+            return original(path, *args, **named)
+
+        monkeypatch.setattr(Path, name, call)
+
+    for name in ("iterdir", "open", "stat"):
+        guarded(name)
+    return forbidden.add
 
 
 class TestDiscover:
@@ -115,6 +138,18 @@ class TestDiscover:
 
         assert first.signature.outputs[0].labels == ("cat", "dog")
         assert (second.signature.outputs[0].labels, second.default_target) == ((), 1)
+
+    def test_a_name_that_is_no_text_is_told_of_and_stops_no_other(self, tmp_path: Path) -> None:
+        put(tmp_path, os.fsdecode(b"caf\xe9"))
+        put(tmp_path, "good")
+        repository = Repository(tmp_path, OPTIONS)
+        repository.load_all()
+
+        bad, good = repository.entries
+        assert (bad.name, bad.error_reason) == ("caf\\xe9", "BAD_MODEL_NAME")
+        assert "caf\\xe9" in bad.reason
+        assert all(text.encode() for text in (bad.name, bad.reason))
+        assert good.state is ModelState.READY
 
     def test_a_root_that_is_no_folder_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(NotFound) as caught:
@@ -212,6 +247,14 @@ class TestOpen:
         np.testing.assert_array_equal(baseline, np.array([1, 2, 3], np.float32))
         assert baseline.dtype == np.float32
 
+    def test_a_baseline_of_a_single_number_is_read(self, tmp_path: Path) -> None:
+        doubled = model([node("Add", ["x", "x"], ["y"])], [("x", ["batch"])], [("y", ["batch"])])
+        (tmp_path / "net").mkdir()
+        np.save(tmp_path / "net" / "one.npy", np.array(3.0))
+        served = configured(tmp_path, '[baselines.one]\nfiles = {x = "one.npy"}', doubled)
+
+        assert served.data_baselines["one"]["x"].shape == ()
+
     @pytest.mark.parametrize(
         ("values", "reason"),
         [
@@ -231,6 +274,25 @@ class TestOpen:
             np.save(tmp_path / "net" / "b.npy", values, allow_pickle=True)
 
         assert refused(tmp_path, '[baselines.b]\nfiles = {x = "b.npy"}').reason == reason
+
+    def test_a_default_baseline_that_lacks_an_input_is_refused(self, tmp_path: Path) -> None:
+        """Else the model is READY and every request that names no baseline fails."""
+        (tmp_path / "net").mkdir()
+        np.save(tmp_path / "net" / "a.npy", np.ones(3, np.float32))
+        both = model([node("Add", ["a", "b"], ["y"])], [("a", ["n", 3]), ("b", ["n", 3])], [("y", ["n", 3])])
+        table = '[baselines.some]\nfiles = {a = "a.npy"}'
+
+        with pytest.raises(ModelRefused) as caught:
+            configured(tmp_path, f'default_baseline = "some"\n{table}', both)
+        assert (caught.value.reason, caught.value.metadata["inputs"]) == ("CONFIG_MISMATCH", "b")
+        assert set(configured(tmp_path, table, both).data_baselines["some"]) == {"a"}
+
+    def test_a_model_that_runs_at_no_guessed_extent_is_evaluated_row_by_row(self, tmp_path: Path) -> None:
+        odd = model([node("MatMul", ["x", "W"], ["y"])], [("x", ["n", "m"])], [("y", ["n", 2])], {"W": WEIGHTS})
+        served = configured(tmp_path, "", odd)
+
+        assert (served.max_batch_rows, served.probe.noise_floor) == (1, None)
+        assert any("could not be checked" in warning for warning in served.probe.warnings)
 
     def test_a_baseline_of_an_unknown_input_is_refused(self, tmp_path: Path) -> None:
         assert refused(tmp_path, '[baselines.b]\nfiles = {image = "b.npy"}').reason == "CONFIG_MISMATCH"
@@ -330,6 +392,35 @@ class TestRepository:
         assert (first.state, first.error_reason) == (ModelState.FAILED, "LOAD_FAILED")
         assert "no memory left" in first.reason
         assert second.state is ModelState.READY
+
+    def test_what_cannot_be_read_is_told_of_and_stops_no_other(
+        self, tmp_path: Path, forbid: Callable[[Path], None]
+    ) -> None:
+        for name in ("folder", "good", "version", "config", "file"):
+            put(tmp_path, name)
+        put(tmp_path, "version", 2)
+        (tmp_path / "config" / "model.toml").write_text("default_target = 1")
+        for path in ("folder", "version/2", "config/model.toml", "file/1/model.onnx"):
+            forbid(tmp_path / path)
+        repository = Repository(tmp_path, OPTIONS)
+        repository.load_all()
+
+        assert {(entry.name, entry.version): entry.error_reason for entry in repository.entries} == {
+            ("config", 1): "CONFIG_INVALID",
+            ("file", 1): "MODEL_FILE_UNREADABLE",
+            ("folder", NO_VERSION): "MODEL_FOLDER_UNREADABLE",
+            ("good", 1): "",
+            ("version", 1): "",
+            ("version", 2): "MODEL_FOLDER_UNREADABLE",
+        }
+
+    def test_a_root_that_cannot_be_read_says_so(self, tmp_path: Path, forbid: Callable[[Path], None]) -> None:
+        forbid(tmp_path)
+
+        with pytest.raises(NotFound) as caught:
+            discover(tmp_path)
+        assert caught.value.reason == "NO_MODELS_FOLDER"
+        assert "read" in caught.value.message
 
     def test_an_empty_folder_has_no_models(self, tmp_path: Path) -> None:
         repository = Repository(tmp_path, OPTIONS)

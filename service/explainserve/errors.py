@@ -18,6 +18,9 @@ to gRPC status codes, in one table; anything else that is raised is a bug and be
 
 from __future__ import annotations
 
+_MAX_LINE = 500
+"""Characters that are quoted of an exception which a library raised."""
+
 
 class ExplainServeError(Exception):
     """Base of the tree above.
@@ -73,3 +76,10 @@ class EvaluationFailed(ExplainServeError):
 
 class ModelRefused(ExplainServeError):
     """A model file cannot be served; the others are."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, short enough for a status: its first line, or the one below a trace of torch's."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith(("RuntimeError:", "torch.jit.Error:"))]
+    return (told or lines or [type(error).__name__])[0][:_MAX_LINE]

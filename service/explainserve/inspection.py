@@ -39,7 +39,7 @@ class Inspection:
         gaps: operators that have no gradient.
         layers: names of floating-point tensors that a person can pick for layer methods; ONNX only.
         refusal: why it cannot be served as it is, or None.
-        starter: text of a model.toml to begin with; valid as it stands.
+        starter: text of a model.toml to begin with, valid as it stands; "" where no model.toml helps.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class Inspection:
 
 def inspect_file(path: Path) -> Inspection:
     """Reads a model file the way the server would without a model.toml; a refusal is part of the answer."""
-    found = Inspection(path, FORMATS.get(path.suffix, ""), starter=_starter(_UNKNOWN, {}, ""))
+    found = Inspection(path, FORMATS.get(path.suffix, ""))
     activations: dict[str, str] = {}
     try:
         _check_file(path)
@@ -66,7 +66,8 @@ def inspect_file(path: Path) -> Inspection:
             found, activations = _with_graph(found)
         loaded = backends.load(path, ModelConfig(), LoadOptions())
     except ModelRefused as refusal:
-        return replace(found, refusal=refusal)
+        helps = refusal.reason == "SIGNATURE_INCOMPLETE"
+        return replace(found, refusal=refusal, starter=_starter(_UNKNOWN, {}, found.sha256) if helps else "")
     return replace(
         found,
         signature=loaded.signature,

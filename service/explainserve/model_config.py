@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from explainserve.containment import inside
 from explainserve.errors import ModelRefused
 from explainserve.signature import Activation, Axis, InputSpec, OutputKind, OutputSpec, Signature
 
@@ -27,8 +28,9 @@ DTYPES = (
     "float64",
 )
 
-
-Extent = Annotated[int, Field(ge=1)]
+Extent = Annotated[int, Field(ge=1, strict=True)]
+Position = Annotated[int, Field(strict=True)]
+"""Strict: `true` and 1.0 are no positions."""
 
 
 class _Table(BaseModel):
@@ -67,7 +69,7 @@ class InputConfig(_Table):
 class OutputConfig(_Table):
     """One `[[outputs]]` table.
 
-    `labels` is a list, or the name of a text file beside model.toml with one label a line.
+    `labels` is a list, or the name of a text file with one label a line, in the folder of model.toml.
     """
 
     name: str
@@ -75,12 +77,12 @@ class OutputConfig(_Table):
     shape: tuple[Extent | str, ...] | None = None
     kind: OutputKind = OutputKind.VALUES
     activation: Activation | None = None
-    class_axis: int | None = None
+    class_axis: Position | None = None
     labels: tuple[str, ...] | str = ()
 
 
 class BaselineConfig(_Table):
-    """One `[baselines.NAME]` table: a .npy file per input, in MODEL space, beside model.toml."""
+    """One `[baselines.NAME]` table: a .npy file per input, in MODEL space, in the folder of model.toml."""
 
     files: dict[str, str]
 
@@ -88,8 +90,8 @@ class BaselineConfig(_Table):
 class LimitsConfig(_Table):
     """`[limits]`: caps of this model, below the server's."""
 
-    max_step_count: Annotated[int, Field(ge=1)] | None = None
-    max_batch_rows: Annotated[int, Field(ge=1)] | None = None
+    max_step_count: Extent | None = None
+    max_batch_rows: Extent | None = None
 
 
 class ModelConfig(_Table):
@@ -97,7 +99,7 @@ class ModelConfig(_Table):
 
     inputs: tuple[InputConfig, ...] = ()
     outputs: tuple[OutputConfig, ...] = ()
-    default_target: int | str | None = None
+    default_target: Position | str | None = None
     default_baseline: str = "zeros"
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     layers: tuple[str, ...] = ()
@@ -145,15 +147,29 @@ def read_model_config(path: Path) -> ModelConfig:
     """Reads a model.toml; a missing one is empty.
 
     Raises:
-        ModelRefused: it is not valid (CONFIG_INVALID).
+        ModelRefused: it is not valid, or names files outside of its folder (CONFIG_INVALID).
     """
-    if not path.exists():
-        return ModelConfig()
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-        return _with_labels(ModelConfig.model_validate(table), path.parent)
+        if not path.exists():
+            return ModelConfig()
+        config = ModelConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        _require_own_files(config, path)
+        return _with_labels(config, path.parent)
     except (tomllib.TOMLDecodeError, ValidationError, UnicodeDecodeError, OSError) as error:
         raise ModelRefused("CONFIG_INVALID", f"{path.name}: {error}", file=path.name) from error
+
+
+def _require_own_files(config: ModelConfig, path: Path) -> None:
+    labels = [output.labels for output in config.outputs if isinstance(output.labels, str)]
+    baselines = [file for table in config.baselines.values() for file in table.files.values()]
+    outside = [name for name in (*labels, *baselines) if inside(path.parent, name) is None]
+    if outside:
+        raise ModelRefused(
+            "CONFIG_INVALID",
+            f"{path.name} names {', '.join(map(repr, outside))}, which is not inside its folder",
+            file=path.name,
+            locations=", ".join(outside),
+        )
 
 
 def _with_labels(config: ModelConfig, folder: Path) -> ModelConfig:
@@ -196,6 +212,11 @@ def _input(config: InputConfig, found: InputSpec | None) -> InputSpec:
             "CONFIG_MISMATCH", f"input {config.name!r}: layout {config.layout!r} does not fit {len(axes)} axes"
         )
     _per_channel(spec)
+    if config.value_range is not None and not spec.differentiable and spec.integer_range is None:
+        raise ModelRefused(
+            "CONFIG_MISMATCH",
+            f"input {config.name!r}: value_range {config.value_range} holds no number of type {dtype}",
+        )
     return spec
 
 

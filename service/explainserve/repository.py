@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -48,9 +49,11 @@ class ModelFolder:
     """One version's folder, as found; nothing in it has been read.
 
     Attributes:
+        name: of the model's folder; bytes that are no UTF-8 are written as \\xNN.
         version: at least 1, or NO_VERSION where the model's folder holds no version.
         files: the model files in it; one where all is well.
         config_path: the model.toml that applies, or None.
+        unreadable: why the folder cannot be read, or "".
     """
 
     name: str
@@ -58,6 +61,7 @@ class ModelFolder:
     folder: Path
     files: tuple[Path, ...] = ()
     config_path: Path | None = None
+    unreadable: str = ""
 
     @property
     def path(self) -> Path | None:
@@ -73,13 +77,17 @@ class ModelFolder:
         """The model file.
 
         Raises:
-            ModelRefused: NO_MODEL_FILE, AMBIGUOUS_MODEL_FILE, or BAD_MODEL_NAME.
+            ModelRefused: NO_MODEL_FILE, AMBIGUOUS_MODEL_FILE, MODEL_FOLDER_UNREADABLE, or BAD_MODEL_NAME.
         """
         if not _NAME.fullmatch(self.name):
             raise ModelRefused(
                 "BAD_MODEL_NAME",
-                f"{self.name!r} is no model name: at most 128 of A-Z a-z 0-9 . _ -, a letter or digit first",
+                f"'{self.name}' is no model name: at most 128 of A-Z a-z 0-9 . _ -, a letter or digit first",
                 name=self.name,
+            )
+        if self.unreadable:
+            raise ModelRefused(
+                "MODEL_FOLDER_UNREADABLE", f"the folder cannot be read: {self.unreadable}", folder=self.folder.name
             )
         if self.path is not None:
             return self.path
@@ -187,11 +195,15 @@ def discover(root: Path) -> list[ModelFolder]:
     """Every version of every model below `root`, by name and version. Hidden folders and plain files are passed over.
 
     Raises:
-        NotFound: `root` is no folder (NO_MODELS_FOLDER).
+        NotFound: `root` is no folder, or cannot be read (NO_MODELS_FOLDER).
     """
     if not root.is_dir():
         raise NotFound("NO_MODELS_FOLDER", f"{root} is no folder", folder=root)
-    return [version for model in _subfolders(root) for version in _versions(model)]
+    try:
+        models = _subfolders(root)
+    except OSError as error:
+        raise NotFound("NO_MODELS_FOLDER", f"{root} cannot be read: {_cause(error)}", folder=root) from error
+    return [version for model in models for version in _versions(model)]
 
 
 def open_model(folder: ModelFolder, options: LoadOptions, max_batch_rows: int = DEFAULT_BATCH_ROWS) -> ServedModel:
@@ -210,6 +222,7 @@ def open_model(folder: ModelFolder, options: LoadOptions, max_batch_rows: int = 
     _check_sha256(config.sha256, sha256, path)
     _check_default_baseline(config)
     loaded = backends.load(path, config, options)
+    _check_default_baseline_inputs(config, loaded.signature)
     found = probe.check(loaded)
     return ServedModel(
         name=folder.name,
@@ -232,13 +245,18 @@ def digest(path: Path) -> str:
     """SHA-256 of a model file followed by its external data files in the order of their names, hexadecimal.
 
     Raises:
-        ModelRefused: the file is not readable as its suffix says, or its backend is not installed.
+        ModelRefused: the file is not readable (MODEL_FILE_UNREADABLE) or not as its suffix says, or its backend is not
+            installed.
     """
     total = hashlib.sha256()
-    for file in _files(path):
-        with file.open("rb") as data:
-            while block := data.read(1 << 20):
-                total.update(block)
+    try:
+        for file in _files(path):
+            with file.open("rb") as data:
+                while block := data.read(1 << 20):
+                    total.update(block)
+    except OSError as error:
+        name = Path(error.filename or path).name
+        raise ModelRefused("MODEL_FILE_UNREADABLE", f"{name} cannot be read: {_cause(error)}", file=name) from error
     return total.hexdigest()
 
 
@@ -321,18 +339,43 @@ class Repository:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return sorted(child for child in folder.iterdir() if not child.name.startswith(".") and _may_be_folder(child))
+
+
+def _may_be_folder(path: Path) -> bool:
+    """What cannot be looked at is taken for a folder, so that it is told of."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return True
 
 
 def _versions(model: Path) -> Iterator[ModelFolder]:
     """Version folders are named by whole numbers from 1; a model without any is told of, not passed over."""
-    folders = [child for child in _subfolders(model) if _VERSION.fullmatch(child.name)]
+    name = os.fsencode(model.name).decode(errors="backslashreplace")
+    try:
+        folders = [child for child in _subfolders(model) if _VERSION.fullmatch(child.name)]
+    except OSError as error:
+        yield ModelFolder(name, NO_VERSION, model, unreadable=_cause(error))
+        return
     if not folders:
-        yield ModelFolder(model.name, NO_VERSION, model)
+        yield ModelFolder(name, NO_VERSION, model)
     for folder in sorted(folders, key=lambda child: int(child.name)):
+        yield _version(name, folder)
+
+
+def _version(name: str, folder: Path) -> ModelFolder:
+    try:
         files = sorted(folder / f"model{suffix}" for suffix in LOADERS if (folder / f"model{suffix}").is_file())
-        configs = [path for path in (folder / CONFIG_NAME, model / CONFIG_NAME) if path.is_file()]
-        yield ModelFolder(model.name, int(folder.name), folder, tuple(files), configs[0] if configs else None)
+        configs = [path for path in (folder / CONFIG_NAME, folder.parent / CONFIG_NAME) if path.is_file()]
+    except OSError as error:
+        return ModelFolder(name, int(folder.name), folder, unreadable=_cause(error))
+    return ModelFolder(name, int(folder.name), folder, tuple(files), configs[0] if configs else None)
+
+
+def _cause(error: OSError) -> str:
+    """Without the path, which is the server's own business."""
+    return error.strerror or type(error).__name__
 
 
 def _files(path: Path) -> tuple[Path, ...]:
@@ -360,6 +403,20 @@ def _check_default_baseline(config: ModelConfig) -> None:
             "CONFIG_MISMATCH",
             f"default_baseline {config.default_baseline!r} is none of {', '.join(NAMED)} and no [baselines] table",
             default_baseline=config.default_baseline,
+        )
+
+
+def _check_default_baseline_inputs(config: ModelConfig, signature: Signature) -> None:
+    """Requests that name no baseline would all fail where the default one lacks an input."""
+    table = config.baselines.get(config.default_baseline)
+    lacking = sorted(set(signature.differentiable_inputs) - table.files.keys()) if table is not None else []
+    if lacking:
+        raise ModelRefused(
+            "CONFIG_MISMATCH",
+            f"default_baseline {config.default_baseline!r} has no file for {', '.join(lacking)}; "
+            "it needs one for every floating-point input, such as one of zeros",
+            default_baseline=config.default_baseline,
+            inputs=", ".join(lacking),
         )
 
 
@@ -392,7 +449,7 @@ def _default_target(stated: int | str | None, signature: Signature) -> int | Non
 def _data_baseline(
     name: str, table: BaselineConfig, folder: ModelFolder, signature: Signature
 ) -> dict[str, NDArray[np.float32]]:
-    """Reads the .npy files of one `[baselines.NAME]` table; they lie beside its model.toml."""
+    """Reads the .npy files of one `[baselines.NAME]` table; they lie in the folder of its model.toml."""
     assert folder.config_path is not None, "a baseline is stated by a model.toml"
     specs = {spec.name: spec for spec in signature.inputs if spec.differentiable}
     unknown = ", ".join(sorted(table.files.keys() - specs.keys()))
@@ -409,7 +466,7 @@ def _data_baseline(
 def _read_baseline(name: str, file: Path, spec: InputSpec) -> NDArray[np.float32]:
     try:
         values: NDArray[np.generic] = np.load(file, allow_pickle=False)
-        array = np.ascontiguousarray(values, np.float32)
+        array = np.asarray(values, np.float32, order="C")
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise ModelRefused(
             "BASELINE_UNREADABLE", f"baseline {name!r}: {file.name} is no .npy file of numbers: {error}", baseline=name
@@ -451,5 +508,6 @@ def _served(entry: ModelEntry) -> ServedModel:
 
 
 def _failed(folder: ModelFolder, reason: str, error_reason: str) -> ModelEntry:
+    reason = reason.encode(errors="backslashreplace").decode()  # paths may hold what is no character
     logger.warning("model %s version %d is not served: %s", folder.name, folder.version, reason)
     return ModelEntry(folder.name, folder.version, folder.format, ModelState.FAILED, reason, error_reason)

@@ -104,6 +104,16 @@ class InputSpec:
         return self.axes[1:] if self.batched else self.axes
 
     @property
+    def integer_range(self) -> tuple[int, int] | None:
+        """Least and greatest number that `value_range` allows an integer or bool input, or None where there is none."""
+        if self.value_range is None or self.differentiable:
+            return None
+        limits = None if self.dtype == np.bool_ else np.iinfo(self.dtype.name)
+        least, greatest = (limits.min, limits.max) if limits else (0, 1)
+        low, high = max(math.ceil(self.value_range[0]), least), min(math.floor(self.value_range[1]), greatest)
+        return (int(low), int(high)) if low <= high else None
+
+    @property
     def has_preprocessing(self) -> bool:
         """Whether pixels can be turned into this input."""
         return self.value_range is not None and self.mean is not None and self.std is not None

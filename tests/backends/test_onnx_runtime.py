@@ -72,6 +72,25 @@ def forward(loaded_model: OnnxModel, points: Tensors, output: str = "y", fixed: 
     return np.asarray(found.outputs[0])
 
 
+def test_a_number_without_any_axis_is_an_input_and_an_output(loaded: Callable[..., OnnxModel]) -> None:
+    """y = s sum(x), with neither a batch axis on s nor on y."""
+    proto = model(
+        [node("ReduceSum", ["x"], ["sum"], keepdims=0), node("Mul", ["sum", "s"], ["y"])],
+        [("x", [1, 3]), ("s", [])],
+        [("y", [])],
+    )
+    own = loaded(proto)
+    point = {"x": np.array([1.0, 2.0, 4.0], np.float32), "s": np.array(3.0, np.float32)}
+    function = Differentiation("y", ScoreHead.IDENTITY, ("x", "s"))
+    (found,) = evaluate(own, along(function, point, point, [0.0, 1.0], target=selector(0)))
+
+    np.testing.assert_allclose(forward(own, point), 21.0)
+    np.testing.assert_allclose(found.scores, [21.0, 21.0])
+    np.testing.assert_allclose(found.gradient_sums["x"], [3.0, 3.0, 3.0])
+    np.testing.assert_allclose(found.gradient_sums["s"], 7.0)
+    assert found.gradient_sums["s"].shape == ()
+
+
 class TestReading:
     @pytest.mark.parametrize("keep", [0, 1, 20, 80])
     def test_a_truncated_file_is_corrupt(self, tmp_path: Path, keep: int) -> None:

@@ -389,6 +389,22 @@ def test_outputs_of_a_script_are_found_by_key(tmp_path: Path) -> None:
     np.testing.assert_allclose(model.evaluate(values["double"])[0].outputs[0], 2 * x, rtol=1e-6)
 
 
+def test_outputs_that_are_no_tensors_are_refused_by_name(tmp_path: Path) -> None:
+    class Nested(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+            return x, (x, x)
+
+    class Number(nn.Module):
+        def forward(self, x: torch.Tensor) -> int:
+            return 3
+
+    for index, module in enumerate((Nested(), Number())):
+        path = scripted(module, tmp_path / f"{index}.pt")
+        with pytest.raises(ModelRefused, match=r"tuple|int") as refused:
+            load(path, _TOML)
+        assert refused.value.reason == "UNSUPPORTED_OUTPUT"
+
+
 def _one_row_of_each_output(model: LoadedModel) -> list[Any]:
     from explainserve.plan import Differentiation, Rows, Segment
     from explainserve.signature import ScoreHead
@@ -413,6 +429,20 @@ def test_a_batch_baked_into_a_trace_is_found(tmp_path: Path) -> None:
     model = load(tmp_path / "model.pt")
     assert model.fixed_batch
     assert probe.check(model).rows_independent
+
+
+@pytest.mark.parametrize(("extent", "found"), [(10, True), (7, False)])
+def test_a_batch_baked_into_a_trace_with_free_extents_is_found_where_a_guess_runs(
+    tmp_path: Path, extent: int, found: bool
+) -> None:
+    class Baked(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.reshape(1, extent)[:, :3] * 2
+
+    torch.jit.trace(Baked(), torch.randn(1, extent)).save(str(tmp_path / "model.pt"))
+    model = load(tmp_path / "model.pt", _TOML.replace('["batch", 4]', '["batch", "n"]'))
+    assert model.fixed_batch is found
+    assert probe.check(model).rows_independent is found
 
 
 def test_a_static_batch_of_one_runs_row_by_row(model_file: ModelFile, tmp_path: Path) -> None:

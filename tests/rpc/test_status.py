@@ -58,6 +58,16 @@ def test_reason_and_metadata_travel() -> None:
     assert info.metadata == {"input": "x", "expected": "[1, 2]", "actual": "3"}
 
 
+@pytest.mark.parametrize("length", [1, 5000])
+def test_what_is_no_character_is_written_out(length: int) -> None:
+    """Names of files come as surrogates where their bytes are no UTF-8."""
+    name = "\udcff" * length
+    message, info = rich(errors.NotFound("UNKNOWN_MODEL", f"no model {name}", model=name, count=length))
+
+    assert "\\udcff" in message.message
+    assert info.metadata["model"].startswith("\\udcff")
+
+
 def test_bug_tells_nothing_of_itself() -> None:
     message, info = rich(KeyError("/secret/path"))
 

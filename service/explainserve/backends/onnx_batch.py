@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 from explainserve.backends import onnx_graph
 from explainserve.backends.contract import LoadOptions
 from explainserve.backends.onnx_session import open_session
+from explainserve.backends.probe import FreeExtents, free_extents, sample_instances
 from explainserve.errors import ModelRefused
-from explainserve.signature import InputSpec, Signature
+from explainserve.signature import Signature
 
 Array = NDArray[np.generic]
-
-TRIAL_EXTENT = 32
-"""Stands for a free extent while a model is tried."""
 
 
 def with_rows(model: onnx.ModelProto, declared: Signature, options: LoadOptions) -> tuple[onnx.ModelProto, bool]:
@@ -27,13 +25,14 @@ def with_rows(model: onnx.ModelProto, declared: Signature, options: LoadOptions)
     Exporters bake a batch of one into files, and declare a free batch where a Reshape holds one. Each candidate is
     tried on two rows, and copies must return what the file returns for each row alone.
     """
-    trial = _Trial(declared)
     original = open_session(model, options)
     batched = [spec.name for spec in declared.inputs if spec.batched]
     stated_free = bool(batched) and all(spec.axes[0].size is None for spec in declared.inputs if spec.batched)
-    alone = trial.alone(original)
-    if alone is None:  # nothing can be tried: believe what the file states
+    trials = (_Trial(declared, extents) for extents in free_extents(declared))
+    tried = next(((trial, alone) for trial in trials if (alone := trial.alone(original)) is not None), None)
+    if tried is None:  # nothing can be tried: believe what the file states
         return model, stated_free
+    trial, alone = tried
     if stated_free and trial.keeps_rows(original):
         return model, True
     for reshapes in (False, True) if batched else ():
@@ -47,12 +46,11 @@ def with_rows(model: onnx.ModelProto, declared: Signature, options: LoadOptions)
 
 
 class _Trial:
-    """Two rows of made-up values: normal numbers, and zeros or the stated range where the input holds integers."""
+    """Two random rows at the given free extents."""
 
-    def __init__(self, declared: Signature) -> None:
+    def __init__(self, declared: Signature, extents: FreeExtents) -> None:
         self._declared = declared
-        generator = np.random.default_rng(0)
-        self._rows = {spec.name: _made_up(spec, generator) for spec in declared.inputs}
+        self._rows = sample_instances(declared, 2, extents)
 
     def alone(self, session: onnxruntime.InferenceSession) -> list[list[Array]] | None:
         """All outputs of each row by itself, or None where the model does not run on them."""
@@ -78,7 +76,9 @@ class _Trial:
 
     def _feeds(self, first: int, last: int) -> Mapping[str, Array]:
         return {
-            spec.name: self._rows[spec.name][first:last] if spec.batched else self._rows[spec.name][0]
+            spec.name: np.stack([row[spec.name] for row in self._rows[first:last]])
+            if spec.batched
+            else self._rows[0][spec.name]
             for spec in self._declared.inputs
         }
 
@@ -96,11 +96,3 @@ def _close(found: Array, expected: Array) -> bool:
     found, expected = found.astype(np.float64), expected.astype(np.float64)
     tolerance = 1e-4 * np.abs(expected).max(initial=0.0) + 1e-30
     return bool(np.allclose(found, expected, rtol=0.0, atol=tolerance, equal_nan=True))
-
-
-def _made_up(spec: InputSpec, generator: np.random.Generator) -> Array:
-    shape = (2, *(TRIAL_EXTENT if axis.size is None else axis.size for axis in spec.instance_axes))
-    if spec.differentiable:
-        return generator.standard_normal(shape).astype(spec.dtype)
-    low, high = spec.value_range or (0, 0)
-    return generator.integers(int(low), int(high), shape, endpoint=True).astype(spec.dtype)

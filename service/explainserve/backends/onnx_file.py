@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 
+from explainserve.containment import inside
 from explainserve.errors import ModelRefused
 
 PROTOBUF_BYTES = 2**31 - 1
@@ -45,8 +46,9 @@ def _parsed(path: Path) -> onnx.ModelProto:
     if path.stat().st_size > PROTOBUF_BYTES:
         raise ModelRefused("MODEL_TOO_LARGE", f"{path.name} exceeds 2 GiB", file=path.name)
     model = onnx.ModelProto()
+    content = path.read_bytes()
     try:
-        model.ParseFromString(path.read_bytes())
+        model.ParseFromString(content)
     except Exception as error:  # protobuf's DecodeError derives from Exception directly
         raise _corrupt(path, "it cannot be decoded") from error
     if not model.HasField("graph") or not model.opset_import or not model.graph.output:
@@ -100,10 +102,8 @@ def _located(tensor: onnx.TensorProto, folder: Path) -> tuple[Path, int, int]:
 
 
 def _inside(folder: Path, location: str, tensor: str) -> Path:
-    root = folder.resolve()
-    # resolve() follows symbolic links, so a link inside the folder that leads out of it is seen as what it is.
-    file = (root / location).resolve() if location and "\0" not in location else root
-    if Path(location).is_absolute() or ".." in Path(location).parts or not file.is_relative_to(root):
+    file = inside(folder, location)
+    if file is None:
         raise ModelRefused(
             "EXTERNAL_DATA_ESCAPES",
             f"tensor {tensor!r} refers to {location!r}, which is not inside the model's folder",

@@ -19,8 +19,8 @@ from numpy.typing import DTypeLike, NDArray
 from explainserve.backends import onnx_file, onnx_graph
 from explainserve.backends.contract import LoadOptions, OperatorGap
 from explainserve.backends.onnx_batch import with_rows
-from explainserve.backends.onnx_session import available_device, first_line, open_session
-from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported
+from explainserve.backends.onnx_session import available_device, open_session
+from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported, first_line
 from explainserve.model_config import ModelConfig
 from explainserve.onnx_vjp import Gap, UnsupportedOperators, append_score_head, find_gaps, input_gradient
 from explainserve.onnx_vjp.opset import OLDEST as OLDEST_OPSET
@@ -184,7 +184,7 @@ class OnnxModel:
     def _run_at_once(self, function: _Function, blocks: Blocks, computed: Differentiation) -> list[Array]:
         """One call of onnxruntime. Names without a batch axis lose it on the way in and get it on the way out."""
         bare = {*self._unbatched, function.cotangent} if computed.output in self._unbatched else self._unbatched
-        results = function({name: block[0] if name in bare else block for name, block in blocks.items()})
+        results = function({name: block[0, ...] if name in bare else block for name, block in blocks.items()})
         names = (computed.output, *computed.wrt)
         # A forward function has only its scores, whatever is asked of the rows it was called for.
         return [array[None] if name in bare else array for name, array in zip(names, results, strict=False)]

@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 
 from explainserve.backends.contract import LoadOptions
-from explainserve.errors import ModelRefused
+from explainserve.errors import ModelRefused, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +53,6 @@ def available_device(options: LoadOptions) -> str:
         logger.warning("device %s is unavailable, models run on the CPU: %s", options.device, error.message)
         return "cpu"
     return options.device if ":" in options.device else f"{options.device}:0"
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, short enough for a status."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:500] if lines else type(error).__name__
 
 
 def _try_device(options: LoadOptions) -> None:

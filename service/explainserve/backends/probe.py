@@ -2,13 +2,15 @@
 
 Micro-batches assume that rows do not see each other. A model that mixes the rows of its batch (batch statistics, a mean
 over the batch, attention across it) would give answers that depend on who else is asking, so it is found here and then
-evaluated row by row. The same comparison measures by how much rounding alone moves a gradient.
+evaluated row by row, and so is a model of which it cannot be found out. The same comparison measures by how much
+rounding alone moves a gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +18,26 @@ from numpy.typing import NDArray
 from explainserve.backends.contract import LoadedModel
 from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported
 from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector, Tensors
-from explainserve.signature import InputSpec, ScoreHead, Signature
+from explainserve.signature import InputSpec, ScoreHead, Signature, element_count
 
 MIXING_THRESHOLD = 1e-3
 """Relative L2 difference between a row together with others and alone, above which rows see each other."""
 
 _ROWS = 3
 _SEED = 20240229
-_FREE_EXTENT = 8
-_FREE_SPATIAL_EXTENT = 32
 _MAX_SELECTED = 64
+_MAX_GUESSED_ELEMENTS = 1 << 22
+
+
+class FreeExtents(NamedTuple):
+    """What stands for the free axes of all inputs while a model is tried."""
+
+    other: int
+    spatial: int
+
+
+LIKELIEST = FreeExtents(8, 32)
+_OTHER_GUESSES = tuple(FreeExtents(extent, extent) for extent in (8, 16, 32, 64, 128, 224, 5, 10))
 
 
 @dataclass(frozen=True)
@@ -34,48 +46,66 @@ class ProbeResult:
 
     Attributes:
         rows_independent: rows may share a batch with any others.
-        noise_floor: median relative L2 difference of a row's input gradient together with others and alone; 0 where it
-            was not measured, or where every row is evaluated alone.
+        noise_floor: median relative L2 difference of a row's input gradient together with others and alone; None where
+            it was not measured: no gradient, nothing that runs, or every row is evaluated alone anyway.
         warnings: sentences for people.
     """
 
     rows_independent: bool
-    noise_floor: float
+    noise_floor: float | None
     warnings: tuple[str, ...] = ()
 
 
 def check(model: LoadedModel) -> ProbeResult:
-    """Evaluates three random rows together, together again, and each alone.
+    """Evaluates three random rows together, together again, and each alone, at the first free extents that run.
 
     Raises:
         ModelRefused: it does not evaluate at its own static shapes (PROBE_FAILED), or two evaluations of the same rows
             differ (TRAINING_MODE).
     """
-    instances = sample_instances(model.signature, _ROWS)
-    try:
-        outputs = [_Comparison.of(model, rows) for rows in _output_rows(model.signature, instances)]
-        gradients = list(_gradient_comparisons(model, instances))
-    except EvaluationFailed as error:
-        return _not_probed(model.signature, error)
+    failures = []
+    for extents in free_extents(model.signature):
+        try:
+            return _compared(model, sample_instances(model.signature, _ROWS, extents))
+        except EvaluationFailed as error:
+            failures.append(error)
+    return _not_compared(model.signature, failures[0])
+
+
+def free_extents(signature: Signature) -> tuple[FreeExtents, ...]:
+    """Guesses for the free axes, the likeliest first; a single one where no axis is free. Huge ones are left out."""
+    if not _has_free_axes(signature):
+        return (LIKELIEST,)
+    others = (guess for guess in _OTHER_GUESSES if _guessed_elements(signature, guess) <= _MAX_GUESSED_ELEMENTS)
+    return (LIKELIEST, *others)
+
+
+def sample_instances(
+    signature: Signature, count: int, extents: FreeExtents = LIKELIEST
+) -> tuple[dict[str, NDArray[np.generic]], ...]:
+    """Random instances, the same on every call.
+
+    Floating-point inputs are drawn from their stated range, else from a normal distribution; integers from their stated
+    range, else they are zero, which every table of embeddings has.
+    """
+    random = np.random.default_rng(_SEED)
+    return tuple({spec.name: _sample(spec, random, extents) for spec in signature.inputs} for _ in range(count))
+
+
+def _compared(model: LoadedModel, instances: Sequence[Tensors]) -> ProbeResult:
+    outputs = [_Comparison.of(model, rows) for rows in _output_rows(model.signature, instances)]
+    gradients = list(_gradient_comparisons(model, instances))
     if any(comparison.repeated > MIXING_THRESHOLD for comparison in [*outputs, *gradients]):
         raise ModelRefused(
             "TRAINING_MODE",
             "two evaluations of the same rows differ: the model was exported in training mode, or draws random numbers",
         )
-    noise_floor = max((comparison.median for comparison in gradients), default=0.0)
-    independent = max([noise_floor, *(comparison.largest for comparison in outputs)]) <= MIXING_THRESHOLD
+    noise_floor = max((comparison.median for comparison in gradients), default=None)
+    independent = max([noise_floor or 0.0, *(comparison.largest for comparison in outputs)]) <= MIXING_THRESHOLD
+    measured = independent and not model.fixed_batch
     return ProbeResult(
-        independent, noise_floor if independent else 0.0, tuple(_warnings(model, independent, outputs, gradients))
+        independent, noise_floor if measured else None, tuple(_warnings(model, independent, outputs, gradients))
     )
-
-
-def sample_instances(signature: Signature, count: int) -> tuple[dict[str, NDArray[np.generic]], ...]:
-    """Random instances, the same on every call: floating-point inputs in their stated range, else normal; others zero.
-
-    A free axis gets a small extent, the same wherever its name appears.
-    """
-    random = np.random.default_rng(_SEED)
-    return tuple({spec.name: _sample(spec, random) for spec in signature.inputs} for _ in range(count))
 
 
 def gradient_rows(signature: Signature, instances: Sequence[Tensors]) -> Iterator[Rows]:
@@ -153,33 +183,40 @@ def _selector(element_count: int) -> Selector:
     return Selector(indices, weights)
 
 
-def _sample(spec: InputSpec, random: np.random.Generator) -> NDArray[np.generic]:
-    shape = tuple(_extent(spec, position) for position in range(len(spec.instance_axes)))
+def _sample(spec: InputSpec, random: np.random.Generator, extents: FreeExtents) -> NDArray[np.generic]:
+    shape = _shape(spec, extents)
     if not spec.differentiable:
-        return np.zeros(shape, spec.dtype)
+        low, high = spec.integer_range or (0, 0)
+        return np.asarray(random.integers(low, high, shape, dtype=spec.dtype, endpoint=True))
     if spec.value_range is None:
-        return random.standard_normal(shape).astype(spec.dtype)
-    values = random.uniform(*spec.value_range, shape)
-    return _preprocessed(spec, values).astype(spec.dtype)
+        return np.asarray(random.standard_normal(shape), spec.dtype)
+    return _preprocessed(spec, np.asarray(random.uniform(*spec.value_range, shape))).astype(spec.dtype)
 
 
 def _preprocessed(spec: InputSpec, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(value - mean) / std along the channel axis."""
-    if spec.mean is None or spec.std is None:
+    """What the model gets for values of the stated range, which are its own where no mean and std are stated."""
+    if spec.mean is None:
         return values
-    along = [1] * values.ndim
-    if spec.channel_axis is not None:
-        along[spec.channel_axis] = -1
-    mean, std = (np.asarray(v).reshape(along if len(v) > 1 else -1) for v in (spec.mean, spec.std))
-    return np.asarray((values - mean) / std, np.float64)
+    if spec.channel_axis is None:
+        return spec.model_value(values).reshape(values.shape)
+    return np.moveaxis(spec.model_value(np.moveaxis(values, spec.channel_axis, -1)), -1, spec.channel_axis)
 
 
-def _extent(spec: InputSpec, position: int) -> int:
+def _has_free_axes(signature: Signature) -> bool:
+    return any(axis.size is None for spec in signature.inputs for axis in spec.instance_axes)
+
+
+def _guessed_elements(signature: Signature, extents: FreeExtents) -> int:
+    """Elements of one instance."""
+    return sum(element_count(_shape(spec, extents)) for spec in signature.inputs)
+
+
+def _shape(spec: InputSpec, extents: FreeExtents) -> tuple[int, ...]:
+    """Shape of one instance."""
     axes = spec.instance_axes
-    if (size := axes[position].size) is not None:
-        return size
     spatial = spec.spatial_axes or ((1, 2) if len(axes) == 3 else ())
-    return _FREE_SPATIAL_EXTENT if position in spatial else _FREE_EXTENT
+    guessed = (extents.spatial if position in spatial else extents.other for position in range(len(axes)))
+    return tuple(guess if axis.size is None else axis.size for axis, guess in zip(axes, guessed, strict=True))
 
 
 def _values(evaluations: Iterable[SegmentEvaluation]) -> list[NDArray[np.float64]]:
@@ -206,13 +243,18 @@ def _difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return 0.0 if distance == 0.0 else distance / scale if scale > 0.0 else float("inf")
 
 
-def _not_probed(signature: Signature, error: EvaluationFailed) -> ProbeResult:
-    """A model may well refuse the extents that were guessed for its free axes, but not its own."""
-    if all(axis.size is not None for spec in signature.inputs for axis in spec.instance_axes):
+def _not_compared(signature: Signature, error: EvaluationFailed) -> ProbeResult:
+    """A model may well refuse every extent that was guessed for its free axes, but not its own."""
+    if not _has_free_axes(signature):
         raise ModelRefused(
             "PROBE_FAILED", f"the model does not evaluate a random row of its own shape: {error.message}"
         ) from error
-    return ProbeResult(True, 0.0, (f"not probed at guessed extents of the free axes: {error.message}",))
+    warning = (
+        "whether rows of a batch influence each other could not be checked, since the model runs at none of the "
+        "extents guessed for its free axes, so every row is evaluated alone; state the extents in model.toml. "
+        f"The first guess failed: {error.message}"
+    )
+    return ProbeResult(False, None, (warning,))
 
 
 def _warnings(
@@ -227,4 +269,15 @@ def _warnings(
     if not all(comparison.finite for comparison in gradients):
         yield "gradients at random inputs are not all finite"
     if gradients and all(comparison.vanishes for comparison in gradients):
-        yield "the gradient is zero at random inputs, so gradient methods will attribute nothing"
+        yield _vanishing(model.signature)
+
+
+def _vanishing(signature: Signature) -> str:
+    """Zeros of an integer input may well be what makes a gradient zero."""
+    zeros = [spec.name for spec in signature.inputs if not spec.differentiable and spec.integer_range is None]
+    if not zeros:
+        return "the gradient is zero at random inputs, so gradient methods will attribute nothing"
+    return (
+        f"the gradient is zero where {', '.join(zeros)} is zero, which is all that was tried; "
+        "state its value_range in model.toml to have others tried"
+    )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from explainserve.backends.exported_graph import require_plain_graph
-from explainserve.errors import ModelRefused
+from explainserve.errors import ModelRefused, first_line
 
 MAX_INFLATION_BYTES = 256 << 20
 """How much larger than the file its members may declare to be: only source text is deflated, weights are raw."""
@@ -48,7 +48,7 @@ class TorchArchive:
         try:
             content: bytes = self.reader.get_record(member)
         except (RuntimeError, UnicodeDecodeError) as error:
-            raise _corrupt(self.path, f"{member} cannot be read: {_first_line(error)}") from error
+            raise _corrupt(self.path, f"{member} cannot be read: {first_line(error)}") from error
         return content
 
     def matching(self, prefix: str, suffix: str = "") -> list[str]:
@@ -134,7 +134,7 @@ def _open(path: Path) -> TorchArchive:
         reader = torch._C.PyTorchFileReader(str(path))
         members = tuple(str(name) for name in reader.get_all_records())
     except (RuntimeError, UnicodeDecodeError) as error:  # the latter where torch quotes damaged bytes in its message
-        raise _corrupt(path, _first_line(error)) from error
+        raise _corrupt(path, first_line(error)) from error
     root = names[0].split("/")[0]
     if sorted(f"{root}/{member}" for member in members) != sorted(names):
         raise _corrupt(path, "its members are not all in one folder")
@@ -147,7 +147,7 @@ def _declared_members(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
-        raise _corrupt(path, _first_line(error)) from error
+        raise _corrupt(path, first_line(error)) from error
     names = [info.filename for info in infos]
     file_size = path.stat().st_size
     repeated = [name for name, count in Counter(names).items() if count > 1]
@@ -186,7 +186,7 @@ def _json(archive: TorchArchive, name: str) -> dict[str, Any]:
     try:
         content = json.loads(archive.read(name))
     except (ValueError, RecursionError) as error:
-        raise _corrupt(archive.path, f"{name} is not JSON: {_first_line(error)}") from error
+        raise _corrupt(archive.path, f"{name} is not JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise _corrupt(archive.path, f"{name} is not a JSON object")
     return content
@@ -218,7 +218,3 @@ def _pickle(path: Path, what: str) -> ModelRefused:
 
 def _corrupt(path: Path, why: str) -> ModelRefused:
     return ModelRefused("MODEL_FILE_CORRUPT", f"{path.name} is damaged: {why}", file=path.name)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -26,8 +26,8 @@ from explainserve.backends.contract import LoadedModel, LoadOptions
 from explainserve.backends.torch_archive import require_exported_program
 from explainserve.backends.torch_folding import fold_batch_norm
 from explainserve.backends.torch_gradient import gradient_gaps
-from explainserve.backends.torch_rows import TorchModel, first_line, resolve_device, use_threads
-from explainserve.errors import ModelRefused
+from explainserve.backends.torch_rows import TorchModel, resolve_device, use_threads
+from explainserve.errors import ModelRefused, first_line
 from explainserve.model_config import InputConfig, ModelConfig, OutputConfig
 from explainserve.signature import Axis, InputSpec, OutputSpec, Signature
 

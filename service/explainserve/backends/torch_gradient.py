@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from explainserve.backends.contract import LoadedModel, OperatorGap
-from explainserve.backends.probe import gradient_rows, sample_instances
+from explainserve.backends.probe import free_extents, gradient_rows, sample_instances
 from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported
+from explainserve.plan import Rows
 
 
 def gradient_gaps(model: LoadedModel, captured_no_grad: bool) -> tuple[OperatorGap, ...]:
@@ -18,14 +19,7 @@ def gradient_gaps(model: LoadedModel, captured_no_grad: bool) -> tuple[OperatorG
     """
     if not model.signature.differentiable_inputs:
         return ()
-    (instance,) = sample_instances(model.signature, 1)
-    for rows in gradient_rows(model.signature, (instance,)):
-        try:
-            model.evaluate(rows)
-        except Unsupported:
-            continue
-        except EvaluationFailed:
-            return ()
+    if _has_gradient(model) is not False:
         return ()
     if captured_no_grad:
         raise ModelRefused(
@@ -33,6 +27,25 @@ def gradient_gaps(model: LoadedModel, captured_no_grad: bool) -> tuple[OperatorG
             "the file runs under no_grad, so no gradient reaches its inputs; export the model without torch.no_grad()",
         )
     return (_GAP,)
+
+
+def _has_gradient(model: LoadedModel) -> bool | None:
+    """Whether an output has a gradient, or None where the model runs at none of the guessed extents."""
+    for extents in free_extents(model.signature):
+        instances = sample_instances(model.signature, 1, extents)
+        try:
+            return any(_differentiates(model, rows) for rows in gradient_rows(model.signature, instances))
+        except EvaluationFailed:
+            continue
+    return None
+
+
+def _differentiates(model: LoadedModel, rows: Rows) -> bool:
+    try:
+        model.evaluate(rows)
+    except Unsupported:
+        return False
+    return True
 
 
 _GAP = OperatorGap(

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from explainserve.backends.contract import LoadOptions, OperatorGap
-from explainserve.errors import EvaluationFailed, ExplainServeError, ModelRefused, Unsupported
+from explainserve.errors import EvaluationFailed, ExplainServeError, ModelRefused, Unsupported, first_line
 from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector
-from explainserve.signature import OutputSpec, ScoreHead, Signature
+from explainserve.signature import OutputSpec, ScoreHead, Signature, element_count
 
 Forward = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Outputs of a batch, in the order of the signature, from its inputs in that order."""
@@ -173,7 +173,8 @@ class TorchModel:
             gradients = gradients[torch.from_numpy(kept).to(self._device)]
         precise = gradients.dtype if gradients.dtype is torch.float64 else torch.float32
         weights = torch.tensor(segment.weights[kept], dtype=precise, device=self._device)
-        return (weights @ gradients.to(precise).flatten(1)).reshape(gradients.shape[1:])
+        shape = gradients.shape[1:]
+        return (weights @ gradients.to(precise).reshape(len(gradients), element_count(shape))).reshape(shape)
 
     def _download(self, tensor: Tensor) -> Tensor:
         return tensor.to("cpu", non_blocking=True)
@@ -211,13 +212,6 @@ def use_threads(count: int) -> None:
 def torch_dtype(dtype: np.dtype[np.generic]) -> torch.dtype:
     """torch's name for an element type of numpy."""
     return torch.from_numpy(np.empty(0, dtype)).dtype
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, without the traces that torch appends."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith(("RuntimeError:", "torch.jit.Error:"))]
-    return (told or lines or [type(error).__name__])[0]
 
 
 def _guarded(call: Callable[[], _Result]) -> _Result:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from explainserve.backends.contract import LoadedModel, LoadOptions
-from explainserve.backends.probe import sample_instances
+from explainserve.backends.probe import LIKELIEST, FreeExtents, free_extents, sample_instances
 from explainserve.backends.torch_archive import require_torchscript
 from explainserve.backends.torch_gradient import gradient_gaps
-from explainserve.backends.torch_rows import TorchModel, first_line, resolve_device, use_threads
-from explainserve.errors import ModelRefused
+from explainserve.backends.torch_rows import TorchModel, resolve_device, use_threads
+from explainserve.errors import ModelRefused, first_line
 from explainserve.model_config import ModelConfig
 from explainserve.signature import Signature
 
@@ -35,8 +35,9 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> LoadedModel:
 
     Raises:
         ModelRefused: the file is damaged or unsafe (see `torch_archive`), model.toml does not state the signature
-            (SIGNATURE_INCOMPLETE) or another one than `forward` has (CONFIG_MISMATCH), it was traced in training mode
-            (TRAINING_MODE) or runs without gradients (NO_GRADIENT), or its device is missing (DEVICE_UNAVAILABLE).
+            (SIGNATURE_INCOMPLETE) or another one than `forward` has (CONFIG_MISMATCH), an output is no tensor
+            (UNSUPPORTED_OUTPUT), it was traced in training mode (TRAINING_MODE) or runs without gradients
+            (NO_GRADIENT), or its device is missing (DEVICE_UNAVAILABLE).
     """
     device = resolve_device(options)
     source = require_torchscript(path)
@@ -47,10 +48,11 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> LoadedModel:
         warnings.simplefilter("ignore", DeprecationWarning)
         script = _read(path, device)
         _require_arity(script, signature)
-        frozen = _frozen(script, signature, device)
+        trial = _Trial.of(_Forward.of(script, signature), signature, device)
+        frozen = _frozen(script, trial)
     _require_evaluation_mode(frozen)
-    forward = _Forward(frozen, tuple(spec.name for spec in signature.outputs))
-    fixed_batch = not _accepts_two_rows(forward, signature, device)
+    forward = _Forward.of(frozen, signature)
+    fixed_batch = not _accepts_two_rows(forward, trial)
     model = TorchModel("torchscript", signature, forward, device, fixed_batch)
     model.gaps = gradient_gaps(model, "no_grad" in source)
     return model
@@ -63,13 +65,61 @@ class _Forward:
     module: Module
     names: tuple[str, ...]
 
+    @classmethod
+    def of(cls, module: Module, signature: Signature) -> _Forward:
+        return cls(module, tuple(spec.name for spec in signature.outputs))
+
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         outputs: Any = self.module(*inputs)
-        if isinstance(outputs, torch.Tensor):
-            return [outputs]
-        if not isinstance(outputs, dict):
-            return list(outputs)
-        return [outputs[name] for name in self.names] if set(self.names) <= set(outputs) else list(outputs.values())
+        if isinstance(outputs, dict):
+            named = set(self.names) <= set(outputs)
+            outputs = [outputs[name] for name in self.names] if named else list(outputs.values())
+        values = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        for value in values:
+            if not isinstance(value, torch.Tensor):
+                raise _no_tensor(value)
+        return list(values)
+
+
+def _no_tensor(value: Any) -> ModelRefused:
+    found = type(value).__name__
+    return ModelRefused(
+        "UNSUPPORTED_OUTPUT",
+        f"forward returns a {found} among its outputs; return a tensor, or one tuple, list or dict of tensors",
+        type=found,
+    )
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Random rows at extents at which the module runs, or at the likeliest where it runs at none of the guesses."""
+
+    signature: Signature
+    device: torch.device
+    extents: FreeExtents
+
+    @classmethod
+    def of(cls, forward: _Forward, signature: Signature, device: torch.device) -> _Trial:
+        trials = (cls(signature, device, extents) for extents in free_extents(signature))
+        return next((trial for trial in trials if trial.runs(forward)), cls(signature, device, LIKELIEST))
+
+    def inputs(self, count: int) -> list[torch.Tensor]:
+        """`count` rows of every input, in order."""
+        instances = sample_instances(self.signature, count, self.extents)
+        stacked = [
+            np.stack([instance[spec.name] for instance in instances]) if spec.batched else instances[0][spec.name]
+            for spec in self.signature.inputs
+        ]
+        return [torch.from_numpy(array).to(self.device) for array in stacked]
+
+    def runs(self, forward: _Forward) -> bool:
+        """Whether one row does not raise."""
+        try:
+            with torch.no_grad():
+                forward(self.inputs(1))
+        except RuntimeError:
+            return False
+        return True
 
 
 def _stated_signature(path: Path, config: ModelConfig) -> Signature:
@@ -113,23 +163,21 @@ def _require_arity(script: Module, signature: Signature) -> None:
         )
 
 
-def _frozen(script: Module, signature: Signature, device: torch.device) -> Module:
+def _frozen(script: Module, trial: _Trial) -> Module:
     """The module with constants folded in, batch normalization into convolutions, where that changes nothing else."""
     try:
         frozen: Module = torch.jit.freeze(script)
-        inputs = _sample(signature, 1, device)
-        before, after = (_values(module, signature, inputs) for module in (script, frozen))
+        before, after = (_values(_Forward.of(module, trial.signature), trial) for module in (script, frozen))
     except RuntimeError:
         return script
     same = torch.allclose(before, after, rtol=_FREEZING_TOLERANCE, atol=_FREEZING_TOLERANCE, equal_nan=True)
     return frozen if same else script
 
 
-def _values(module: Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """All numbers that a module returns."""
-    forward = _Forward(module, tuple(spec.name for spec in signature.outputs))
+def _values(forward: _Forward, trial: _Trial) -> torch.Tensor:
+    """All numbers that a module returns for one row."""
     with torch.no_grad():
-        return torch.cat([output.double().flatten() for output in forward(inputs)])
+        return torch.cat([output.double().flatten() for output in forward(trial.inputs(1))])
 
 
 def _require_evaluation_mode(module: Module) -> None:
@@ -145,24 +193,15 @@ def _require_evaluation_mode(module: Module) -> None:
                 )
 
 
-def _accepts_two_rows(forward: _Forward, signature: Signature, device: torch.device) -> bool:
+def _accepts_two_rows(forward: _Forward, trial: _Trial) -> bool:
     """Whether two rows give two rows: a trace may have the batch of its example baked in."""
     try:
         with torch.no_grad():
-            one, two = (forward(_sample(signature, count, device)) for count in (1, 2))
+            one, two = (forward(trial.inputs(count)) for count in (1, 2))
     except RuntimeError:
-        return not _runs(forward, _sample(signature, 1, device))
-    _require_outputs(one, signature)
+        return not trial.runs(forward)
+    _require_outputs(one, trial.signature)
     return all(pair.shape == (2, *single.shape[1:]) for single, pair in zip(one, two, strict=True))
-
-
-def _runs(forward: _Forward, inputs: Sequence[torch.Tensor]) -> bool:
-    try:
-        with torch.no_grad():
-            forward(inputs)
-    except RuntimeError:
-        return False
-    return True
 
 
 def _require_outputs(outputs: Sequence[torch.Tensor], signature: Signature) -> None:
@@ -173,13 +212,3 @@ def _require_outputs(outputs: Sequence[torch.Tensor], signature: Signature) -> N
             expected=len(outputs),
             actual=len(signature.outputs),
         )
-
-
-def _sample(signature: Signature, count: int, device: torch.device) -> list[torch.Tensor]:
-    """Random rows for every input, in order."""
-    instances = sample_instances(signature, count)
-    stacked = [
-        np.stack([instance[spec.name] for instance in instances]) if spec.batched else instances[0][spec.name]
-        for spec in signature.inputs
-    ]
-    return [torch.from_numpy(array).to(device) for array in stacked]

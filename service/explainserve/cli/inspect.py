@@ -22,7 +22,8 @@ def inspect(
     """Write a starter model.toml for a model file.
 
     What the file says of itself stands above as comments, so that the output is a valid model.toml: `explainserve
-    inspect model.onnx > model.toml`. Needs no server. Exits with 1 where the file cannot be served as it is.
+    inspect model.onnx > model.toml`. Needs no server. Exits with 1 where the file cannot be served as it is; where no
+    model.toml would help, only the reason is printed.
     """
     from explainserve.inspection import inspect_file
 
@@ -31,7 +32,7 @@ def inspect(
         from explainserve.cli.documents import document
 
         typer.echo(document(found))
-    else:
+    elif found.starter:
         typer.echo("\n".join([*_comments(found), "", found.starter.rstrip()]))
     if found.refusal is not None:
         raise fail(f"{found.refusal.reason}: {found.refusal.message}")

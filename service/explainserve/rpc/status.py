@@ -65,5 +65,5 @@ def _packed(code: grpc.StatusCode, message: str, info: error_details_pb2.ErrorIn
 
 def _cut(text: str, limit: int) -> str:
     """At most `limit` bytes of UTF-8, whole characters."""
-    encoded = text.encode(errors="replace")
-    return text if len(encoded) <= limit else encoded[: limit - 3].decode(errors="ignore") + "…"
+    encoded = text.encode(errors="backslashreplace")  # names of files may hold what is no character
+    return encoded.decode() if len(encoded) <= limit else encoded[: limit - 3].decode(errors="ignore") + "…"
