@@ -20,6 +20,7 @@ from explainserve.baselines import (
     UniformNoise,
     Zeros,
     digest,
+    effective,
 )
 from explainserve.errors import InvalidRequest, NotFound, Unsupported
 from explainserve.explanation import Instance
@@ -114,6 +115,15 @@ def test_blur_is_a_normalized_gaussian_with_edges_repeated() -> None:
     np.testing.assert_allclose(values(Blur(sigma)), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_default_range_of_an_input_without_mean_and_std_is_its_value_range() -> None:
+    ranged = InputSpec("x", np.dtype(np.float32), (Axis("batch"), Axis("", 500)), value_range=(-3.0, 5.0))
+    instance = Instance({"x": np.zeros(500, np.float32)}, {})
+    (made,) = BaselineSpec(UniformNoise(None, None, 3)).baselines(Signature((ranged,), ()), instance, 0, 1, {})
+
+    assert -3 <= made.moving["x"].min() < -2.5 < 4.5 < made.moving["x"].max() < 5
+    assert effective(UniformNoise(None, None, 3), ranged) == UniformNoise(-3.0, 5.0, 3)
+
+
 def test_uniform_noise_fills_the_value_range_and_repeats_by_seed() -> None:
     noise = values(UniformNoise(None, None, seed=7))
     low, high = model_space(np.zeros(3)), model_space(np.full(3, 255.0))
@@ -163,6 +173,7 @@ def test_data_baselines_are_found_by_name() -> None:
         (Given(np.zeros((3, 6, 5)), pixel_space=True), Unsupported, "NO_PREPROCESSING"),
         (UniformNoise(0.0, 255.0, 0, pixel_space=True), Unsupported, "NO_PREPROCESSING"),
         (UniformNoise(None, None, 0), InvalidRequest, "BASELINE_RANGE_REQUIRED"),
+        (UniformNoise(None, 1.0, 0), InvalidRequest, "BASELINE_RANGE_REQUIRED"),
         (UniformNoise(1.0, 1.0, 0), InvalidRequest, "BASELINE_RANGE_EMPTY"),
         (Blur(2.0), Unsupported, "NO_SPATIAL_AXES"),
         (Given(np.zeros((3, 5, 5))), InvalidRequest, "BASELINE_SHAPE_MISMATCH"),
@@ -202,3 +213,13 @@ def test_values_have_the_inputs_type() -> None:
     double = replace(IMAGE, dtype=np.dtype("f8"))
 
     assert values(Zeros(), double).dtype == np.float64
+
+
+@pytest.mark.parametrize("kind", [Zeros(), Constant((0.5,)), Tone(0.5), UniformNoise(0.0, 1.0, 0, pixel_space=True)])
+def test_an_input_of_shape_batch_gets_a_baseline_without_axes(kind: InputBaseline) -> None:
+    scalar = InputSpec("s", np.dtype("f4"), (Axis("batch"),), value_range=(0.0, 1.0), mean=(0.5,), std=(0.5,))
+    instance = Instance({"s": np.float32(2.0).reshape(())}, {})
+
+    (made,) = BaselineSpec(kind).baselines(Signature((scalar,), ()), instance, 0, 1, {})
+
+    assert made.moving["s"].shape == ()

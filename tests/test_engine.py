@@ -226,19 +226,32 @@ async def test_plan_that_expires_on_the_way_loses_the_rest(
 
 
 async def test_full_queue_refuses_and_recovers(engine: Engine, model: ServedModel, loaded: ClosedForm) -> None:
+    """Places are for requests: those that have one may use it in as many rounds as they like."""
     hold(loaded)
-    first = asyncio.create_task(engine.evaluate(model, plan(path(4)), Request()))
-    await entered(loaded)
-    waiting = asyncio.create_task(engine.evaluate(model, plan(path(100)), Request()))
-    await asyncio.sleep(0)
+    request = Request()
+    with engine.admitted(request, 100):
+        with pytest.raises(LimitExceeded) as refused, engine.admitted(Request(), 1):
+            pass
+        waiting = [asyncio.create_task(engine.evaluate(model, plan(path(50)), request)) for _ in range(2)]
+        await entered(loaded)
+        with engine.admitted(Request(), 4):  # those that are on the device wait no longer
+            pass
+        loaded.gate.set()
+        await asyncio.gather(*waiting)
 
-    refused = await failure(engine.evaluate(model, plan(path(1)), Request()))
-    loaded.gate.set()
-    await asyncio.gather(first, waiting)
+    assert refused.value.metadata == {"reserved_rows": "100", "rows": "1", "limit": "100"}
+    with engine.admitted(Request(), 100):
+        pass
 
-    assert isinstance(refused, LimitExceeded)
-    assert refused.metadata == {"waiting_rows": "100", "rows": "1", "limit": "100"}
-    await engine.evaluate(model, plan(path(1)), Request())
+
+async def test_failed_request_gives_its_place_back(engine: Engine, model: ServedModel, loaded: ClosedForm) -> None:
+    loaded.failure = ValueError()
+    request = Request()
+    with pytest.raises(EvaluationFailed), engine.admitted(request, 100):
+        await engine.evaluate(model, plan(path(60)), request)
+
+    with engine.admitted(Request(), 100):
+        pass
 
 
 async def test_stop_ends_what_waits_and_refuses_what_comes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from closed_form import PATIENCE, ClosedForm, exact_attribution, served, value
 from explainserve.baselines import BaselineSpec, Constant, GaussianNoise, Zeros
 from explainserve.engine import Engine
 from explainserve.errors import DeadlineExceeded, EvaluationFailed, ExplainServeError, InvalidRequest, LimitExceeded
-from explainserve.explainer import Answer, Explainer, Query
+from explainserve.explainer import CONCURRENT_QUESTIONS, FIRST_ROUND_ARRAYS, Answer, Explainer, Query
 from explainserve.explanation import Instance, StopReason
 from explainserve.methods import IntegratedGradients
 from explainserve.metrics import Metrics
@@ -218,6 +219,66 @@ async def test_time_budget_ends_with_the_best_map(explainer: Explainer, model: S
     assert own.attribution.stop_reason is StopReason.TIME_BUDGET
     assert own.attribution.step_count == loaded.gradient_rows <= 16
     np.testing.assert_allclose(own.attribution.tensors["x"], exact_attribution(X[0], np.zeros(3), 0), rtol=0.1)
+
+
+async def test_time_budget_gives_every_question_its_first_round_before_any_a_second(
+    explainer: Explainer, model: ServedModel, loaded: ClosedForm
+) -> None:
+    """The device is held as soon as all first rounds are through; more questions than are in flight together."""
+    count = CONCURRENT_QUESTIONS + 8
+    loaded.holds_after = 8 * count
+    noise = (BaselineSpec(GaussianNoise(0.0, 1.0, 0, count)),)
+    method = replace(ENDLESS, max_step_count=64)
+    answer = await explain(explainer, query(model, X[:1], baselines=noise, method=method, budget_ends_at=soon(3.0)))
+
+    assert [e.attribution.stop_reason for e in answer.explanations] == [StopReason.TIME_BUDGET] * count
+    assert {e.attribution.step_count for e in answer.explanations} == {8}
+
+
+def test_first_rounds_of_a_time_budget_count_towards_memory(model: ServedModel) -> None:
+    """They are kept together, where otherwise only those in flight are."""
+    size = X[0].nbytes
+
+    assert query(model).held_bytes == size * (2 + 2)
+    assert query(model, budget_ends_at=1.0).held_bytes == size * (2 + 2 * (1 + FIRST_ROUND_ARRAYS))
+
+
+async def test_admitted_request_is_never_refused_on_its_way(model: ServedModel, loaded: ClosedForm) -> None:
+    """Between its rounds nothing of it waits, and yet nobody takes its place."""
+    engine = Engine(Scheduler(max_waiting_rows=70), Metrics(CollectorRegistry()))
+    engine.start()
+    explainer = Explainer(engine, max_request_rows=70, max_request_bytes=100_000)
+    loaded.holds_after = 1
+    method = replace(ENDLESS, max_step_count=64)
+    first = asyncio.create_task(explain(explainer, query(model, X[:1], method=method)))
+    assert await asyncio.to_thread(loaded.entered.wait, PATIENCE)
+    other = query(model, X[:1], method=IntegratedGradients(step_count=60))
+
+    refused = await failure(explain(explainer, other))
+    loaded.gate.set()
+    answer = await first
+
+    assert refused.reason == "QUEUE_FULL"
+    assert answer.explanations[0].attribution.step_count == 64
+    assert (await explain(explainer, other)).explanations
+    await asyncio.to_thread(engine.stop)
+
+
+async def test_targets_are_resolved_beside_the_event_loop(
+    explainer: Explainer, model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranking many classes for many targets takes time that other requests need."""
+    threads = []
+    original = TargetSpec.resolve
+
+    def resolve(self: TargetSpec, *arguments: Any) -> Any:
+        threads.append(threading.current_thread())
+        return original(self, *arguments)
+
+    monkeypatch.setattr(TargetSpec, "resolve", resolve)
+    await explain(explainer, query(model))
+
+    assert threads and threading.current_thread() not in threads
 
 
 async def test_rows_of_an_ended_time_budget_are_dropped(

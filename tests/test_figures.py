@@ -205,6 +205,23 @@ def test_region_names_are_unique_per_input_and_instance() -> None:
     assert refused(lambda: check_regions(twice, SIGNATURE, SHAPES)).reason == "REGION_NAME_REPEATED"
 
 
+class Compared(str):
+    """A name that counts how often it is compared."""
+
+    count = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Compared.count += 1
+        return str.__eq__(self, other)
+
+
+def test_names_of_many_regions_are_not_compared_each_with_each() -> None:
+    check_regions([Region(Compared(k), Box(0, 0, 1, 1), "image") for k in range(500)], SIGNATURE, SHAPES)
+
+    assert Compared.count < 5000
+
+
 def test_input_that_is_not_explained_has_no_regions() -> None:
     error = refused(lambda: check_regions([Region("r", Box(0, 0, 1, 1), "image")], SIGNATURE, {"vector": (5,)}))
 
@@ -280,6 +297,6 @@ def test_group_that_makes_no_sense_is_refused(selector: Selector, reason: str) -
 
 def test_folded_maps_belong_to_no_baseline() -> None:
     folded = entries(answer(explanation((0, 0, 0), random(0)), explanation((0, 0, 1), random(1))), True)
-    group = Group("g", (Selector(baseline_index=0),))
-
-    assert refused(lambda: joint_figures(folded, SIGNATURE, FigureOptions(), [group])).reason == "EMPTY_GROUP"
+    for position in (0, -1):
+        group = Group("g", (Selector(baseline_index=position),))
+        assert refused(lambda g=group: joint_figures(folded, SIGNATURE, FigureOptions(), [g])).reason == "EMPTY_GROUP"

@@ -94,6 +94,7 @@ def test_weights_are_a_weighted_sum(scores: np.ndarray, weights: np.ndarray) -> 
         (Margin(Element((0,)), Element((9,))), "TARGET_OUT_OF_RANGE"),
         (Weights(np.ones(3)), "TARGET_WEIGHTS_MISMATCH"),
         (Weights(np.full(4, np.nan)), "TARGET_WEIGHTS_MISMATCH"),
+        (Weights(np.full(4, 1e300)), "TARGET_WEIGHTS_MISMATCH"),
     ],
 )
 def test_what_does_not_fit_is_refused(selection: Selection, reason: str) -> None:

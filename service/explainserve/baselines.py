@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +59,9 @@ class Site:
 
     def from_pixels(self, pixels: Array) -> Array:
         """Preprocesses pixel values of the input's shape."""
-        axis = self.spec.channel_axis if self.spec.channel_axis is not None else -1
+        axis = self.spec.channel_axis
+        if axis is None:
+            return self.spec.pixel_value(pixels.reshape(-1)).reshape(pixels.shape)
         return np.moveaxis(self.spec.pixel_value(np.moveaxis(pixels, axis, -1)), -1, axis)
 
 
@@ -157,7 +159,7 @@ class Blur:
 
 @dataclass(frozen=True)
 class UniformNoise:
-    """Independent uniform noise; the default range is the value range."""
+    """Independent uniform noise; `low` and `high` are both given, or the range is the value range."""
 
     low: float | None
     high: float | None
@@ -165,30 +167,37 @@ class UniformNoise:
     count: int = 1
     pixel_space: bool = False
 
+    def effective(self, spec: InputSpec) -> UniformNoise:
+        """The same noise with its range stated: pixels of 0..255 where they can be preprocessed, else `value_range`.
+
+        Raises:
+            InvalidRequest: one end alone is given, or the input states no range (BASELINE_RANGE_REQUIRED).
+        """
+        if self.low is not None and self.high is not None:
+            return self
+        if self.low is not None or self.high is not None:
+            raise _range_required(spec, "uniform noise needs low and high together, or neither")
+        if self.pixel_space or spec.has_preprocessing:
+            return replace(self, low=0.0, high=255.0, pixel_space=True)
+        if spec.value_range is None:
+            raise _range_required(spec, "it states no value range, so uniform noise needs low and high")
+        low, high = spec.value_range
+        return replace(self, low=low, high=high)
+
     def values(self, site: Site, draw: int) -> Array:
         """The baseline in MODEL space, of the input's shape."""
-        uniform = _generator(self.seed, draw, site.position).random(site.value.shape, np.float32).astype(np.float64)
-        if self.pixel_space:
-            low, high = _ends(self.low, self.high, 0.0, 255.0)
-            return site.from_pixels(low + (high - low) * uniform)
-        low_end, high_end = self._range(site)
-        return site.fill(low_end) + site.fill(high_end - low_end) * uniform
-
-    def _range(self, site: Site) -> tuple[Array, Array]:
-        if self.low is not None and self.high is not None:
-            low, high = _ends(self.low, self.high, self.low, self.high)
-            return np.asarray([low]), np.asarray([high])
-        if site.spec.value_range is None:
+        noise = self.effective(site.spec)
+        assert noise.low is not None and noise.high is not None
+        if not noise.low < noise.high:
             raise InvalidRequest(
-                "BASELINE_RANGE_REQUIRED",
-                f"input {site.spec.name!r} states no value range, so uniform noise needs low and high",
-                input=site.spec.name,
+                "BASELINE_RANGE_EMPTY",
+                f"uniform noise needs low < high, got {noise.low} and {noise.high}",
+                low=noise.low,
+                high=noise.high,
             )
-        low_end = site.spec.pixel_value(0.0) if self.low is None else np.asarray([self.low])
-        high_end = site.spec.pixel_value(255.0) if self.high is None else np.asarray([self.high])
-        if not (low_end < high_end).all():
-            raise _empty_range(low_end.tolist(), high_end.tolist())
-        return low_end, high_end
+        uniform = _generator(self.seed, draw, site.position).random(site.value.shape, np.float32).astype(np.float64)
+        values: Array = noise.low + (noise.high - noise.low) * uniform
+        return site.from_pixels(values) if noise.pixel_space else values
 
 
 @dataclass(frozen=True)
@@ -320,7 +329,8 @@ class BaselineSpec:
 
     def _values(self, site: Site, draw: int) -> NDArray[np.generic]:
         with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused below
-            values = np.ascontiguousarray(self.of(site.spec.name).values(site, draw).astype(site.spec.dtype))
+            # not ascontiguousarray, which makes one axis of none
+            values = self.of(site.spec.name).values(site, draw).astype(site.spec.dtype, order="C")
         if not np.isfinite(values).all():
             raise InvalidRequest(
                 "BASELINE_NOT_FINITE",
@@ -328,6 +338,11 @@ class BaselineSpec:
                 input=site.spec.name,
             )
         return values
+
+
+def effective(kind: InputBaseline, spec: InputSpec) -> InputBaseline:
+    """A baseline of one input with its defaults stated, but for the mean of Gaussian noise where it is the instance."""
+    return kind.effective(spec) if isinstance(kind, UniformNoise) else kind
 
 
 def digest(values: NDArray[np.generic]) -> str:
@@ -340,18 +355,8 @@ def _generator(seed: int, draw: int, position: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, draw, position])))
 
 
-def _ends(low: float | None, high: float | None, default_low: float, default_high: float) -> tuple[float, float]:
-    low = default_low if low is None else low
-    high = default_high if high is None else high
-    if not low < high:
-        raise _empty_range(low, high)
-    return low, high
-
-
-def _empty_range(low: object, high: object) -> InvalidRequest:
-    return InvalidRequest(
-        "BASELINE_RANGE_EMPTY", f"uniform noise needs low < high, got {low} and {high}", low=low, high=high
-    )
+def _range_required(spec: InputSpec, why: str) -> InvalidRequest:
+    return InvalidRequest("BASELINE_RANGE_REQUIRED", f"input {spec.name!r}: {why}", input=spec.name)
 
 
 def _gaussian(values: Array, sigma: float, axis: int) -> Array:

@@ -6,12 +6,17 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from explainserve.errors import EvaluationFailed, ExplainServeError, ShuttingDown
+from explainserve.errors import EvaluationFailed, ExplainServeError, ShuttingDown, first_line
 from explainserve.metrics import Metrics
 from explainserve.plan import Evaluation, Plan
 from explainserve.repository import ServedModel
 from explainserve.scheduling import Batch, Job, Request, Scheduler
+
+LAST_BATCH_SECONDS = 10.0
+"""Time that the batch on the device gets when the engine stops."""
 
 
 class Engine:
@@ -35,22 +40,39 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the device thread after the batch it is at; what waits is ended with ShuttingDown."""
+        """Ends the device thread after the batch it is at; what waits is ended with ShuttingDown.
+
+        A batch that takes longer than LAST_BATCH_SECONDS is left to itself: nothing can interrupt it.
+        """
         with self._wake:
             self._stopping = True
             self._wake.notify_all()
-        self._thread.join()
+        self._thread.join(LAST_BATCH_SECONDS)
         for job in list(self._futures):
             job.error = ShuttingDown("SHUTTING_DOWN", "the server is shutting down")
             self._settle([job])
 
+    @contextmanager
+    def admitted(self, request: Request, row_count: int) -> Iterator[None]:
+        """A place in the queue for all rows that a request may need, as long as the context lasts.
+
+        Raises:
+            LimitExceeded: the queue is full (QUEUE_FULL).
+        """
+        with self._wake:
+            self._scheduler.admit(request, row_count)
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._scheduler.release(request)
+
     async def evaluate(self, model: ServedModel, plan: Plan, request: Request) -> tuple[Evaluation, float]:
-        """Evaluates all rows of a plan; also returns the seconds that its first row waited.
+        """Evaluates all rows of a plan of an admitted request; also returns the seconds that its first row waited.
 
         Cancelling this coroutine drops the rows that still wait.
 
         Raises:
-            LimitExceeded: the queue is full (QUEUE_FULL).
             DeadlineExceeded: `request.expires_at`, in seconds of `time.monotonic`, passed.
             EvaluationFailed: the model raised.
         """
@@ -132,5 +154,4 @@ def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
 def _as_evaluation_failure(error: Exception) -> ExplainServeError:
     if isinstance(error, ExplainServeError):
         return error
-    first_line = next(iter(str(error).splitlines()), "")
-    return EvaluationFailed("MODEL_RAISED", f"the model raised {type(error).__name__}: {first_line}")
+    return EvaluationFailed("MODEL_RAISED", f"the model raised {type(error).__name__}: {first_line(error)}")

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,16 @@ from explainserve.repository import ServedModel
 from explainserve.scheduling import Request
 from explainserve.targets import TargetSpec
 
+T = TypeVar("T")
+
+Place = tuple[int, int, int]
+"""Instance, target of the instance, baseline of the instance."""
+
 CONCURRENT_QUESTIONS = 32
 """Questions of one query whose rounds are in flight together: enough to fill batches, few enough to bound memory."""
+
+FIRST_ROUND_ARRAYS = 12
+"""Arrays of the size of its inputs that a path keeps after its first round, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +88,11 @@ class Query:
 
     @property
     def held_bytes(self) -> int:
-        """Memory of all baselines and maps."""
+        """Memory of all baselines and maps, and with a time budget of all first rounds, which are kept together."""
         baselines = sum(self.baseline_count(index) for index in range(len(self.instances)))
         of_one = sum(array.nbytes for array in self.instances[0].moving.values())
-        return (baselines + self.question_count) * of_one
+        per_question = 1 if self.budget_ends_at is None else 1 + FIRST_ROUND_ARRAYS
+        return (baselines + self.question_count * per_question) * of_one
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,44 +224,56 @@ class Explainer:
         """Computes all attributions.
 
         Raises:
-            LimitExceeded: the queue is full (QUEUE_FULL).
+            LimitExceeded: the queue is full (QUEUE_FULL), before anything is evaluated.
             DeadlineExceeded: the deadline passed, or not even the first round fits into the time budget
                 (TIME_BUDGET_TOO_SHORT).
             EvaluationFailed: the model raised.
         """
         query, usage = prepared.query, Usage()
-        scores = await self._scores(query, prepared.end_points, usage)
-        questions = list(_questions(query, prepared.baselines, scores))
-        usage.saved_rows = 2 * len(questions) - usage.forward_rows
-        gate = asyncio.Semaphore(CONCURRENT_QUESTIONS)
-        explanations = await _all([self._explanation(query, *question, usage, gate) for question in questions])
+        with self._engine.admitted(query.request, prepared.cost.max_rows):
+            scores = await self._scores(query, prepared.end_points, usage)
+            questions = await asyncio.to_thread(_questions, query, prepared.baselines, scores)
+            usage.saved_rows = 2 * len(questions) - usage.forward_rows
+            explanations = await self._explanations(query, questions, usage)
         return Answer(query, explanations, prepared.baselines, usage)
 
     async def outputs(
         self, model: ServedModel, instances: Sequence[Instance], functions: Sequence[Differentiation], request: Request
     ) -> tuple[dict[Differentiation, list[NDArray[np.generic]]], Usage]:
-        """Score tensors of instances, forward-only: per function one array per instance."""
+        """Score tensors of instances, forward-only: per function one array per instance.
+
+        Raises:
+            LimitExceeded: more rows than a request may have (REQUEST_ROWS_EXCEEDED), or the queue is full (QUEUE_FULL).
+            DeadlineExceeded: the deadline passed.
+            EvaluationFailed: the model raised.
+        """
         usage = Usage()
-        segments = [_point(i.moving, i.fixed, function) for function in functions for i in instances]
-        evaluation = await self._evaluate(model, Plan(tuple(segments)), request, usage)
+        plan = Plan(tuple(_point(i.moving, i.fixed, function) for function in functions for i in instances))
+        self._admit_rows(plan.row_count)
+        with self._engine.admitted(request, plan.row_count):
+            evaluation = await self._evaluate(model, plan, request, usage)
         arrays = [_only_output(segment) for segment in evaluation.segments]
         count = len(instances)
         return {f: arrays[k * count : (k + 1) * count] for k, f in enumerate(functions)}, usage
 
-    def _admit(self, query: Query, cost: Cost) -> None:
-        if cost.max_rows > self._max_request_rows:
+    def _admit_rows(self, row_count: int) -> None:
+        if row_count > self._max_request_rows:
             raise LimitExceeded(
                 "REQUEST_ROWS_EXCEEDED",
-                f"the request needs up to {cost.max_rows} rows, the limit is {self._max_request_rows}; ask for fewer "
+                f"the request needs up to {row_count} rows, the limit is {self._max_request_rows}; ask for fewer "
                 "instances, targets, baselines or steps",
-                rows=cost.max_rows,
+                rows=row_count,
                 limit=self._max_request_rows,
             )
+
+    def _admit(self, query: Query, cost: Cost) -> None:
+        self._admit_rows(cost.max_rows)
         if query.held_bytes > self._max_request_bytes:
             raise LimitExceeded(
                 "REQUEST_BYTES_EXCEEDED",
-                f"baselines and maps of the request need {query.held_bytes} bytes of memory, the limit is "
-                f"{self._max_request_bytes}; ask for fewer instances, targets or baselines",
+                "baselines and maps of the request, and with a time budget their first rounds, need "
+                f"{query.held_bytes} bytes of memory, the limit is {self._max_request_bytes}; ask for fewer instances, "
+                "targets or baselines",
                 bytes=query.held_bytes,
                 limit=self._max_request_bytes,
             )
@@ -264,36 +286,82 @@ class Explainer:
             raise _too_short() from None
         return _Scores(end_points, [_only_output(segment) for segment in evaluation.segments])
 
-    async def _explanation(
-        self, query: Query, place: tuple[int, int, int], question: Question, usage: Usage, gate: asyncio.Semaphore
-    ) -> Explanation:
-        async with gate:
-            attribution = await self._rounds(query, question, usage)
-        return Explanation(*place, question, attribution)
+    async def _explanations(
+        self, query: Query, questions: Sequence[tuple[Place, Question]], usage: Usage
+    ) -> tuple[Explanation, ...]:
+        """With a time budget the first round of all questions comes first, so that each has a map when it ends."""
+        gate = asyncio.Semaphore(CONCURRENT_QUESTIONS)
+        begun = [_Inquiry(question) for _, question in questions]
+        if query.budget_ends_at is not None:
+            await _all([self._begin(query, inquiry, usage, gate) for inquiry in begun])
+        attributions = await _all([self._answer(query, inquiry, usage, gate) for inquiry in begun])
+        return tuple(
+            Explanation(*place, question, attribution)
+            for (place, question), attribution in zip(questions, attributions, strict=True)
+        )
 
-    async def _rounds(self, query: Query, question: Question, usage: Usage) -> Attribution:
-        """Evaluates plans until the method answers or the time budget ends."""
-        plan = await asyncio.to_thread(query.method.plan, question)
-        answered: tuple[Plan, Evaluation] | None = None
-        while True:
-            try:
-                async with asyncio.timeout_at(query.budget_ends_at):
-                    evaluation = await self._evaluate(query.model, plan, query.request, usage)
-            except TimeoutError:
-                if answered is None:
-                    raise _too_short() from None
-                return await asyncio.to_thread(_best, query.method, question, *answered)
-            answered = plan, evaluation
-            result = await asyncio.to_thread(query.method.attribution, question, *answered, final=False)
-            if isinstance(result, Attribution):
-                return result
-            plan = result
+    async def _begin(self, query: Query, inquiry: _Inquiry, usage: Usage, gate: asyncio.Semaphore) -> None:
+        async with gate:
+            await self._first_round(query, inquiry, usage)
+
+    async def _answer(self, query: Query, inquiry: _Inquiry, usage: Usage, gate: asyncio.Semaphore) -> Attribution:
+        """Evaluates rounds until the method answers or the time budget ends."""
+        async with gate:
+            if inquiry.outcome is None:
+                await self._first_round(query, inquiry, usage)
+            while isinstance(inquiry.outcome, Plan):
+                if not await self._round(query, inquiry, inquiry.outcome, usage):
+                    inquiry.outcome = await asyncio.to_thread(inquiry.best, query.method)
+        assert inquiry.outcome is not None
+        inquiry.evaluated = None  # frees what the rounds kept
+        return inquiry.outcome
+
+    async def _first_round(self, query: Query, inquiry: _Inquiry, usage: Usage) -> None:
+        plan = await asyncio.to_thread(query.method.plan, inquiry.question)
+        if not await self._round(query, inquiry, plan, usage):
+            raise _too_short()
+
+    async def _round(self, query: Query, inquiry: _Inquiry, plan: Plan, usage: Usage) -> bool:
+        """Evaluates a plan and lets the method judge; False where the time budget ends before."""
+        try:
+            async with asyncio.timeout_at(query.budget_ends_at):
+                evaluation = await self._evaluate(query.model, plan, query.request, usage)
+        except TimeoutError:
+            return False
+        inquiry.evaluated = plan, evaluation
+        inquiry.outcome = await asyncio.to_thread(
+            query.method.attribution, inquiry.question, plan, evaluation, final=False
+        )
+        return True
 
     async def _evaluate(self, model: ServedModel, plan: Plan, request: Request, usage: Usage) -> Evaluation:
         evaluation, queue_seconds = await self._engine.evaluate(model, plan, request)
         usage.add(plan, queue_seconds)
         usage.compute_seconds = request.compute_seconds  # plans share batches, so theirs do not add up
         return evaluation
+
+
+@dataclass(eq=False)
+class _Inquiry:
+    """A question on its way to an answer.
+
+    Attributes:
+        evaluated: the last round with what came back for it.
+        outcome: what the method made of it: the answer or the next round; None before the first.
+    """
+
+    question: Question
+    evaluated: tuple[Plan, Evaluation] | None = None
+    outcome: Attribution | Plan | None = None
+
+    def best(self, method: Method) -> Attribution:
+        """The answer from what there is."""
+        assert self.evaluated is not None
+        attribution = method.attribution(self.question, *self.evaluated, final=True)
+        assert isinstance(attribution, Attribution), (
+            "A method asked for more rows after its final round. This is a bug."
+        )
+        return attribution
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,14 +404,16 @@ def _end_points(query: Query, baselines: tuple[tuple[Baseline, ...], ...]) -> En
 
 def _questions(
     query: Query, baselines: tuple[tuple[Baseline, ...], ...], scores: _Scores
-) -> Iterator[tuple[tuple[int, int, int], Question]]:
-    """Every question with its place: (instance, target, baseline)."""
+) -> list[tuple[Place, Question]]:
+    """Every question with its place."""
+    questions = []
     for i, instance in enumerate(query.instances):
         for t, (function, target) in enumerate(_resolved(query, i, scores)):
             at_instance = target.selector.value(scores.at(function, i, None))
             for b, baseline in enumerate(baselines[i]):
                 at_baseline = target.selector.value(scores.at(function, i, b))
-                yield (i, t, b), Question(instance, target, baseline, at_instance, at_baseline)
+                questions.append(((i, t, b), Question(instance, target, baseline, at_instance, at_baseline)))
+    return questions
 
 
 def _resolved(query: Query, instance_index: int, scores: _Scores) -> Iterator[tuple[Differentiation, Target]]:
@@ -373,7 +443,7 @@ def _cost(query: Query, end_point_rows: int) -> Cost:
     )
 
 
-async def _all(coroutines: Sequence[Coroutine[object, object, Explanation]]) -> tuple[Explanation, ...]:
+async def _all(coroutines: Sequence[Coroutine[object, object, T]]) -> tuple[T, ...]:
     """Runs them together; the first error cancels the others and is raised alone."""
     try:
         async with asyncio.TaskGroup() as group:
@@ -381,12 +451,6 @@ async def _all(coroutines: Sequence[Coroutine[object, object, Explanation]]) -> 
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return tuple(task.result() for task in tasks)
-
-
-def _best(method: Method, question: Question, plan: Plan, evaluation: Evaluation) -> Attribution:
-    attribution = method.attribution(question, plan, evaluation, final=True)
-    assert isinstance(attribution, Attribution), "A method asked for more rows after its final round. This is a bug."
-    return attribution
 
 
 def _point(moving: Tensors, fixed: Tensors, function: Differentiation) -> Segment:

@@ -3,15 +3,16 @@ groups."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from explainserve.errors import InvalidRequest
-from explainserve.explainer import Answer, Explanation
+from explainserve.explainer import Answer, Explanation, Query
 from explainserve.explanation import StopReason, Target
 from explainserve.normalization import Normalization, normalizations
 from explainserve.regions import Box, RegionSum, check_box, check_mask, region_sums
@@ -40,11 +41,14 @@ class Selector:
     target_index: int | None = None
     baseline_index: int | None = None
 
-    def matches(self, entry: Entry) -> bool:
-        """Whether the map is selected."""
-        wanted = (self.method_index, self.instance_index, self.target_index, self.baseline_index)
-        place = (0, entry.instance_index, entry.target_index, entry.baseline_index)
-        return all(w is None or w == p for w, p in zip(wanted, place, strict=True))
+    def matches(self, places: Places) -> NDArray[np.bool_]:
+        """Which maps are selected, shape (maps,)."""
+        selected = np.full(len(places.positions), self.method_index in (None, 0))
+        wanted = (self.instance_index, self.target_index, self.baseline_index)
+        for position, own in zip(wanted, places.positions.T, strict=True):
+            if position is not None:
+                selected &= own == position
+        return selected
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,59 @@ class Group:
     name: str
     selectors: tuple[Selector, ...]
     pairwise: bool = False
+
+
+FOLDED = np.iinfo(np.int64).min
+"""Baseline position of a mean over baselines: no selector names it."""
+
+Unit = tuple[str, str]
+"""Output and score of a map."""
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the maps of a response stand, in its order, and in which units; known before they are computed.
+
+    Attributes:
+        positions: instance, target and baseline (FOLDED for a mean over them), int64, shape (maps, 3).
+        units: position in `names`, int64, shape (maps,).
+        names: the distinct units, ordered.
+    """
+
+    positions: NDArray[np.int64]
+    units: NDArray[np.int64]
+    names: tuple[Unit, ...]
+
+    @classmethod
+    def of(cls, places: Sequence[tuple[int, int, int | None, Unit]]) -> Places:
+        """From (instance, target, baseline or None, unit) of each map."""
+        names = tuple(sorted({unit for *_, unit in places}))
+        code = {unit: position for position, unit in enumerate(names)}
+        positions = [(i, t, FOLDED if b is None else b) for i, t, b, _ in places]
+        return cls(
+            np.array(positions, np.int64).reshape(-1, 3), np.array([code[unit] for *_, unit in places], np.int64), names
+        )
+
+    def members(self, group: Group) -> list[int]:
+        """Positions of a group's maps.
+
+        Raises:
+            InvalidRequest: it selects nothing (EMPTY_GROUP), or maps of different units (INCOMMENSURABLE_GROUP).
+        """
+        selected = np.zeros(len(self.positions), np.bool_)
+        for selector in group.selectors:
+            selected |= selector.matches(self)
+        if not selected.any():
+            raise InvalidRequest("EMPTY_GROUP", f"group {group.name!r} selects no attribution", group=group.name)
+        units = ["/".join(self.names[k]) for k in np.unique(self.units[selected])]
+        if len(units) > 1:
+            raise InvalidRequest(
+                "INCOMMENSURABLE_GROUP",
+                f"group {group.name!r} mixes maps of different units: {', '.join(units)}",
+                group=group.name,
+                units=", ".join(units),
+            )
+        return np.flatnonzero(selected).tolist()
 
 
 @dataclass(frozen=True)
@@ -98,11 +155,22 @@ class Entry:
     map_error: float | None
     alphas: NDArray[np.float64]
     scores: NDArray[np.float64]
+    _statistics: dict[tuple[str, View], Statistics] = field(default_factory=dict, init=False)
 
     @property
     def output_change(self) -> float:
         """F(x) - F(x')."""
         return self.instance_output_value - self.baseline_output_value
+
+    def values(self, spec: InputSpec, view: View) -> NDArray[np.float64]:
+        """One view of the map of one input."""
+        return reduce_to_view(self.tensors[spec.name], view, spec.channel_axis)
+
+    def statistics(self, spec: InputSpec, view: View) -> Statistics:
+        """Figures of one view, computed once: sorting is the dear part, and groups of one map ask again."""
+        if (spec.name, view) not in self._statistics:
+            self._statistics[spec.name, view] = statistics(self.values(spec, view), view)
+        return self._statistics[spec.name, view]
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,22 +223,29 @@ def check_regions(regions: Sequence[Region], signature: Signature, shapes: dict[
         InvalidRequest: REGION_OUT_OF_BOUNDS, REGION_INPUT_REQUIRED, REGION_NAME_REPEATED.
     """
     named = [_named(region, signature, shapes) for region in regions]
-    keys = [(region.name, region.input, region.instance_index) for region in named]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise InvalidRequest("REGION_NAME_REPEATED", f"two regions are named {key[0]!r}", region=key[0])
+    keys = Counter((region.name, region.input, region.instance_index) for region in named)
+    for (name, *_), count in keys.items():
+        if count > 1:
+            raise InvalidRequest("REGION_NAME_REPEATED", f"two regions are named {name!r}", region=name)
     for region in named:
         _check_area(region, signature.input(region.input), shapes[region.input])
     return named
 
 
+def group_sizes(query: Query, fold_baselines: bool, groups: Sequence[Group]) -> list[int]:
+    """Numbers of maps in each group, before anything is computed.
+
+    Raises:
+        InvalidRequest: as `Places.members`.
+    """
+    places = Places.of(list(_planned(query, fold_baselines)) if groups else [])
+    return [len(places.members(group)) for group in groups]
+
+
 def input_figures(entry: Entry, spec: InputSpec, options: FigureOptions, regions: Sequence[Region]) -> InputFigures:
     """Figures of one input of one map."""
     tensor = entry.tensors[spec.name]
-    figures = [
-        statistics(reduce_to_view(tensor, view, spec.channel_axis), view)
-        for view in (options.views_of(spec) if options.statistics else ())
-    ]
+    figures = [entry.statistics(spec, view) for view in (options.views_of(spec) if options.statistics else ())]
     sums = [
         found
         for region in regions
@@ -186,12 +261,13 @@ def joint_figures(
     """Figures of the default group, split by unit, and of the named groups.
 
     Raises:
-        InvalidRequest: a group selects nothing (EMPTY_GROUP), or maps of different units (INCOMMENSURABLE_GROUP).
+        InvalidRequest: as `Places.members`.
     """
     everything = _by_unit(maps) if options.joint else {}
+    places = Places.of([(e.instance_index, e.target_index, e.baseline_index, _unit(e)) for e in maps])
     joint = [_joint(name, members, maps, signature, options, pairwise=False) for name, members in everything.items()]
     for group in groups:
-        joint.append(_joint(group.name, _members(group, maps), maps, signature, options, pairwise=group.pairwise))
+        joint.append(_joint(group.name, places.members(group), maps, signature, options, pairwise=group.pairwise))
     return joint
 
 
@@ -306,23 +382,20 @@ def _by_unit(maps: Sequence[Entry]) -> dict[str, list[int]]:
     return {f"all/{output}/{score}": members for (output, score), members in units.items()}
 
 
-def _unit(entry: Entry) -> tuple[str, str]:
+def _unit(entry: Entry) -> Unit:
     return entry.target.output, entry.target.score.name
 
 
-def _members(group: Group, maps: Sequence[Entry]) -> list[int]:
-    members = [k for k, entry in enumerate(maps) if any(selector.matches(entry) for selector in group.selectors)]
-    if not members:
-        raise InvalidRequest("EMPTY_GROUP", f"group {group.name!r} selects no attribution", group=group.name)
-    units = sorted({"/".join(_unit(maps[k])) for k in members})
-    if len(units) > 1:
-        raise InvalidRequest(
-            "INCOMMENSURABLE_GROUP",
-            f"group {group.name!r} mixes maps of different units: {', '.join(units)}",
-            group=group.name,
-            units=", ".join(units),
-        )
-    return members
+def _planned(query: Query, fold_baselines: bool) -> Iterator[tuple[int, int, int | None, Unit]]:
+    """Places of the maps to come, in the order of `entries`."""
+    for i in range(len(query.instances)):
+        baselines: Sequence[int | None] = [None] if fold_baselines else range(query.baseline_count(i))
+        units = [
+            (spec.function(query.model.signature).output, spec.score.name)
+            for spec in query.targets_of(i)
+            for _ in range(spec.target_count)
+        ]
+        yield from ((i, t, b, unit) for t, unit in enumerate(units) for b in baselines)
 
 
 def _joint(
@@ -339,12 +412,17 @@ def _joint(
     for spec in (signature.input(tensor) for tensor in maps[members[0]].tensors):
         pooled: list[Statistics] = []
         for view in options.views_of(spec):
-            reduced = [reduce_to_view(maps[k].tensors[spec.name], view, spec.channel_axis) for k in members]
-            pooled.append(pooled_statistics(reduced, view))
+            pooled.append(_pooled([maps[k] for k in members], spec, view))
             if pairwise:
-                pairs += _pairs(members, [statistics(values, view) for values in reduced], spec.name, view)
+                pairs += _pairs(members, [maps[k].statistics(spec, view) for k in members], spec.name, view)
         inputs[spec.name] = InputFigures(tuple(pooled), _recipes(pooled))
     return JointFigures(name, tuple(members), inputs, tuple(pairs))
+
+
+def _pooled(members: list[Entry], spec: InputSpec, view: View) -> Statistics:
+    if len(members) == 1:
+        return members[0].statistics(spec, view)
+    return pooled_statistics([member.values(spec, view) for member in members], view)
 
 
 def _pairs(members: list[int], figures: list[Statistics], name: str, view: View) -> list[PairRange]:
@@ -363,10 +441,12 @@ __all__ = [
     "InputFigures",
     "JointFigures",
     "PairRange",
+    "Places",
     "Region",
     "Selector",
     "check_regions",
     "entries",
+    "group_sizes",
     "input_figures",
     "joint_figures",
 ]

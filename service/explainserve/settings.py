@@ -27,7 +27,8 @@ class Settings(BaseSettings):
         max_batch_rows: rows of one micro-batch where a model states no limit of its own.
         max_step_count: cap of gradient evaluations of one path.
         max_request_rows: cap of rows of one request.
-        max_waiting_rows: rows of all requests that may wait.
+        max_request_parts: cap of each kind of part of one request: targets, baselines, regions, groups, selectors.
+        max_waiting_rows: cap of rows that all admitted requests together may still need.
         max_message_bytes: largest request and reply.
         max_instances: cap of instances of one request.
         grace_seconds: time that running requests get on shutdown.
@@ -47,9 +48,15 @@ class Settings(BaseSettings):
     max_batch_rows: PositiveInt = 16
     max_step_count: PositiveInt = 512
     max_request_rows: PositiveInt = 65_536
+    max_request_parts: PositiveInt = 4096
     max_waiting_rows: PositiveInt = 262_144
     max_message_bytes: PositiveInt = 64 * 1024 * 1024
     max_instances: PositiveInt = 256
     grace_seconds: Annotated[float, Field(ge=0)] = 30.0
     default_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     log_format: Literal["json", "console"] = "json"
+
+    @property
+    def row_limit(self) -> int:
+        """Most rows of one request: one that needs more than may wait would never be admitted."""
+        return min(self.max_request_rows, self.max_waiting_rows)

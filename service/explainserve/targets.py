@@ -212,16 +212,17 @@ class _Resolution:
         return Selector(np.arange(first, first + count, dtype=np.int64), np.full(count, weight, np.float32))
 
     def _weight_selector(self, tensor: NDArray[np.floating]) -> Selector:
-        if tensor.shape != self.scores.shape or not np.isfinite(tensor).all():
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused
+            flat = tensor.reshape(-1).astype(np.float32)
+        if tensor.shape != self.scores.shape or not np.isfinite(flat).all():
             raise InvalidRequest(
                 "TARGET_WEIGHTS_MISMATCH",
-                f"target weights of shape {list(tensor.shape)} are finite and of the shape of output "
+                f"target weights of shape {list(tensor.shape)} are finite in float32 and of the shape of output "
                 f"{self.output.name!r}, {list(self.scores.shape)}",
                 output=self.output.name,
                 expected=list(self.scores.shape),
                 actual=list(tensor.shape),
             )
-        flat = tensor.reshape(-1).astype(np.float32)
         indices = np.flatnonzero(flat)
         return Selector(indices, flat[indices])
 

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 
 from explainserve.rpc.tensors import encode
+from explainserve.settings import Settings
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1 import tensor_pb2
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
+from rpc.conftest import LIMITS
 from rpc.loopback import (
     Loopback,
     adaptive,
@@ -27,6 +30,7 @@ from rpc.loopback import (
     refusal,
     request,
     steps,
+    until,
 )
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -178,6 +182,9 @@ TARGETS = {
     "weights that are NaN": Case(
         plain(targets=[{"weights": encode(np.full(3, np.nan, np.float32))}]), INVALID, "TARGET_WEIGHTS_MISMATCH"
     ),
+    "weights beyond float32": Case(
+        plain(targets=[{"weights": encode(np.full(3, 1e300))}]), INVALID, "TARGET_WEIGHTS_MISMATCH"
+    ),
     "nothing selected": Case(plain(targets=[{}]), INVALID, "TARGET_REQUIRED"),
     "nothing in an element": Case(plain(targets=[{"element": {}}]), INVALID, "TARGET_REQUIRED"),
     "half a margin": Case(
@@ -271,8 +278,8 @@ BASELINES = {
     "noise upside down": Case(
         plain(baselines=[every(uniform_noise={"low": 1.0, "high": 1.0})]), INVALID, "BASELINE_RANGE_EMPTY"
     ),
-    "noise above the range": Case(
-        image(baselines=[every(uniform_noise={"low": 1e3})]), INVALID, "BASELINE_RANGE_EMPTY"
+    "noise with one end": Case(
+        image(baselines=[every(uniform_noise={"low": 0.0})]), INVALID, "BASELINE_RANGE_REQUIRED", {"input": "image"}
     ),
     "noise up to NaN": Case(
         plain(baselines=[every(uniform_noise={"low": 0.0, "high": np.nan})]), INVALID, "BASELINE_NOT_FINITE"
@@ -353,6 +360,15 @@ METHODS = {
         "QUADRATURE_CONFLICT",
         {"quadrature": "adaptive", "step_count": "8"},
     ),
+    "steps with tolerances": Case(
+        plain(methods=steps(8, tolerance=0.1, completeness_tolerance=0.1)),
+        INVALID,
+        "QUADRATURE_CONFLICT",
+        {"options": "tolerance, completeness_tolerance", "step_count": "8"},
+    ),
+    "steps with a cap of its own": Case(
+        plain(methods=steps(8, max_step_count=64, quadrature="QUADRATURE_LEFT")), INVALID, "QUADRATURE_CONFLICT"
+    ),
     "fixed rule without steps": Case(
         plain(methods=adaptive(quadrature="QUADRATURE_LEFT")), INVALID, "QUADRATURE_CONFLICT", {"quadrature": "left"}
     ),
@@ -419,6 +435,13 @@ REGIONS = {
 GROUPS = {
     "nothing": Case(
         plain(groups=[{"name": "g", "selectors": [{"target_index": 7}]}]), INVALID, "EMPTY_GROUP", {"group": "g"}
+    ),
+    "one baseline of a mean": Case(
+        plain(
+            groups=[{"name": "g", "selectors": [{"baseline_index": 0}]}], baseline_reduction="BASELINE_REDUCTION_MEAN"
+        ),
+        INVALID,
+        "EMPTY_GROUP",
     ),
     "another method": Case(plain(groups=[{"name": "g", "selectors": [{"method_index": 1}]}]), INVALID, "EMPTY_GROUP"),
     "no selector": Case(plain(groups=[{"name": "g"}]), INVALID, "EMPTY_GROUP", {"group": "g"}),
@@ -518,17 +541,20 @@ def test_bad_request_is_refused_with_its_reason(stub: ExplainerServiceStub, name
     assert refused.message
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n.split(":")[0] in ("region", "baseline", "method", "input")])
+KNOWN_BEFOREHAND = ("region", "baseline", "method", "input", "group")
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(KNOWN_BEFOREHAND)])
 def test_bad_request_is_refused_before_it_is_computed(service: Loopback, name: str) -> None:
-    """Nothing that can be known beforehand costs a gradient; groups select among resolved targets."""
-    before = service.metric("explainserve_rows_total", kind="gradient")
+    """Nothing that can be known beforehand costs a row."""
+    before = service.metric("explainserve_rows_total")
 
     refusal(lambda: service.stub.Explain(CASES[name].request, timeout=60))
 
-    assert service.metric("explainserve_rows_total", kind="gradient") == before
+    assert service.metric("explainserve_rows_total") == before
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("input", "baseline", "method", "model"))])
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith((*KNOWN_BEFOREHAND, "model"))])
 def test_estimate_refuses_what_explain_refuses(stub: ExplainerServiceStub, name: str) -> None:
     case = CASES[name]
 
@@ -550,10 +576,49 @@ def test_model_that_raises_fails_its_own_request(stub: ExplainerServiceStub) -> 
     assert (refused.code, refused.reason) == (INTERNAL, "MODEL_RAISED")
 
 
-def test_request_above_the_message_limit(stub: ExplainerServiceStub) -> None:
+def test_request_above_the_message_limit(service: Loopback) -> None:
+    large = plain_input(normal(3 * 2**16, 4))
+    counted = {"method": "Explain", "code": "RESOURCE_EXHAUSTED"}
+    before = service.metric("explainserve_requests_total", **counted)
+
+    refused = refusal(lambda: service.stub.Explain(large, timeout=60, metadata=[("x-request-id", "too-large")]))
+
+    assert (refused.code, refused.reason) == (EXHAUSTED, "MESSAGE_TOO_LARGE")
+    assert refused.metadata == {"size": str(large.ByteSize()), "limit": str(2 * 1024 * 1024)}
+    assert refused.trailing["x-request-id"] == "too-large"
+    until(lambda: service.metric("explainserve_requests_total", **counted) == before + 1)
+
+
+def test_request_far_above_the_message_limit_is_not_read(stub: ExplainerServiceStub) -> None:
     refused = refusal(lambda: stub.Explain(plain_input(normal(3 * 2**18, 4)), timeout=60))
 
-    assert refused.code is EXHAUSTED
+    assert (refused.code, refused.reason) == (EXHAUSTED, "")
+
+
+PART = {"name": "p", "selectors": [{}] * 50}
+PARTS = {
+    "targets": {"targets": [element(0)] * 101},
+    "baselines": {"baselines": [every(zeros={})] * 101},
+    "regions": {"regions": [{"name": "p"}] * 101},
+    "groups": {"groups": [{"name": "p"}] * 101},
+    "selectors": {"groups": [PART, PART, {"name": "p", "selectors": [{}]}]},
+}
+
+
+@pytest.fixture(scope="module")
+def few_parts(folder: Path) -> Iterator[Loopback]:
+    loopback = Loopback(Settings(models=folder, **{**LIMITS, "max_request_parts": 100}))
+    yield loopback
+    loopback.stop()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_too_many_parts_are_refused_before_one_is_looked_at(few_parts: Loopback, part: str) -> None:
+    """Not even the missing input is noticed."""
+    refused = refusal(lambda: few_parts.stub.Explain(request("plain", {}, **PARTS[part]), timeout=60))
+
+    assert (refused.code, refused.reason) == (EXHAUSTED, "TOO_MANY_PARTS")
+    assert refused.metadata == {"part": part, "count": "101", "limit": "100"}
 
 
 def noisy(count: int, **fields: Any) -> pb.ExplainRequest:
@@ -569,6 +634,37 @@ def test_reply_above_the_message_limit_is_refused_before_it_is_computed(service:
     assert int(refused.metadata["reply_bytes"]) > int(refused.metadata["limit"]) == 2 * 1024 * 1024
     assert "ExplainStream" in refused.message
     assert service.metric("explainserve_rows_total", model="image") == before
+
+
+def test_pairs_count_towards_the_reply(service: Loopback) -> None:
+    """Maps leave everything out; 150 of them have 11175 pairs, each in two views."""
+    before = service.metric("explainserve_rows_total", model="image")
+    groups = [{"name": f"g{k}", "selectors": [{}], "pairwise": True} for k in range(2)]
+    left_out = {"omit_tensors": True, "omit_statistics": True, "omit_score_path": True}
+    many = noisy(150, methods=steps(1), groups=groups, response_options=left_out)
+
+    refused = refusal(lambda: service.stub.Explain(many, timeout=60))
+    alone = pb.ExplainRequest()
+    alone.CopyFrom(many)
+    alone.ClearField("groups")
+
+    assert (refused.code, refused.reason) == (EXHAUSTED, "REPLY_TOO_LARGE")
+    assert service.metric("explainserve_rows_total", model="image") == before
+    assert len(service.stub.Explain(alone, timeout=60).attributions) == 150
+
+
+def test_reply_that_is_larger_than_estimated_is_refused_with_its_size(
+    service: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("explainserve.rpc.responses.reply_bytes", lambda *_: 0)
+    counted = {"method": "Explain", "code": "RESOURCE_EXHAUSTED"}
+    before = service.metric("explainserve_requests_total", **counted)
+
+    refused = refusal(lambda: service.stub.Explain(noisy(1000, methods=steps(1)), timeout=60))
+
+    assert (refused.code, refused.reason) == (EXHAUSTED, "REPLY_TOO_LARGE")
+    assert int(refused.metadata["reply_bytes"]) > int(refused.metadata["limit"]) == 2 * 1024 * 1024
+    until(lambda: service.metric("explainserve_requests_total", **counted) == before + 1)
 
 
 def test_too_many_rows_are_refused_before_they_are_computed(service: Loopback) -> None:
@@ -600,14 +696,34 @@ def test_memory_of_one_request_is_bounded(stub: ExplainerServiceStub) -> None:
     assert refused.metadata["bytes"] == str(4 * 1024 * 2 * pixels[0].nbytes)
 
 
-def test_full_queue_refuses_at_once(serve: Callable[..., Loopback]) -> None:
+def test_request_that_the_queue_can_never_hold_is_no_matter_of_trying_again(serve: Callable[..., Loopback]) -> None:
     small = serve(max_waiting_rows=40)
+    large = plain(methods=steps(39))
 
-    refused = refusal(lambda: small.stub.Explain(plain(methods=steps(41)), timeout=60))
+    refused = refusal(lambda: small.stub.Explain(large, timeout=60))
+    expected = small.stub.EstimateCost(pb.EstimateCostRequest(explain=large), timeout=60)
+
+    assert (refused.code, refused.reason) == (EXHAUSTED, "REQUEST_ROWS_EXCEEDED")
+    assert refused.metadata == {"rows": "41", "limit": "40"}
+    assert (expected.max_row_count, expected.row_limit) == (41, 40)
+    assert small.stub.Explain(plain(methods=steps(38)), timeout=60).attributions
+
+
+def test_full_queue_refuses_at_once_and_never_those_it_admitted(serve: Callable[..., Loopback]) -> None:
+    """Rounds of one request come and go; its place is kept for all of them until it ends."""
+    small = serve(max_waiting_rows=522)
+    strict = adaptive(tolerance=1e-7, completeness_tolerance=1e-7, max_step_count=512)
+    first = small.stub.Explain.future(request("slow", {"x": X}, targets=[element(0)], methods=strict), timeout=60)
+    until(lambda: small.metric("explainserve_rows_total", model="slow", kind="gradient") > 0)
+
+    refused = refusal(lambda: small.stub.Explain(plain(methods=steps(512)), timeout=60))
+    predicted = small.stub.Predict(pb.PredictRequest(model=named("plain"), inputs={"x": encode(X)}), timeout=60)
 
     assert (refused.code, refused.reason) == (EXHAUSTED, "QUEUE_FULL")
-    assert refused.metadata == {"waiting_rows": "0", "rows": "41", "limit": "40"}
-    assert small.stub.Explain(plain(methods=steps(40)), timeout=60).attributions
+    assert refused.metadata.items() >= {"rows": "514", "limit": "522"}.items()
+    assert predicted.predictions
+    assert first.result().attributions[0].step_count == 512
+    assert small.stub.Explain(plain(methods=steps(512)), timeout=60).attributions
 
 
 def test_bytes_that_are_no_message(service: Loopback) -> None:

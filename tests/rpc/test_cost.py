@@ -9,6 +9,7 @@ import pytest
 
 from explainserve.rpc.tensors import encode
 from explainserve.v1 import explainer_service_pb2 as pb
+from explainserve.v1 import statistics_pb2
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
 from rpc.loopback import Loopback, adaptive, element, every, label, normal, request, steps
 
@@ -58,6 +59,39 @@ REQUESTS: dict[str, pb.ExplainRequest] = {
         response_options={"views": [1, 2, 3, 4], "include_baseline_tensors": True},
         methods=steps(40),
     ),
+    "pairs": request(
+        "image",
+        {"image": IMAGES},
+        targets=[{"top_k": {"count": 4}}],
+        baselines=[every(uniform_noise={"count": 10})],
+        groups=[{"name": "n" * 300, "selectors": [{}], "pairwise": True}],
+        response_options={"views": [1, 2, 3, 4], "omit_tensors": True, "omit_statistics": True},
+        methods=steps(1),
+    ),
+    "draws of long constants": request(
+        "image",
+        {"image": IMAGES[:1]},
+        baselines=[every(gaussian_noise={"std": 1.0, "count": 200}), every(constant={"values": [1.5] * 3})],
+        baseline_reduction="BASELINE_REDUCTION_MEAN",
+        response_options={"include_baseline_tensors": True},
+        methods=steps(1),
+    ),
+    "regions and points": request(
+        "image",
+        {"image": IMAGES},
+        regions=[{**BOX, "name": f"{k}" * 50} for k in range(200)],
+        methods=steps(512),
+        response_options={"omit_tensors": True},
+    ),
+    "many groups": request(
+        "plain",
+        {"x": X},
+        targets=[element(0), element(1)],
+        baselines=[every(gaussian_noise={"std": 1.0, "count": 40})],
+        groups=[{"name": f"g{k}", "selectors": [{"baseline_index": k % 40}, {"target_index": 0}]} for k in range(60)],
+        methods=steps(1),
+        response_options={"omit_tensors": True, "omit_statistics": True, "omit_score_path": True},
+    ),
     "little": request(
         "image",
         {"image": IMAGES},
@@ -103,6 +137,23 @@ def test_reply_is_no_larger_than_estimated(stub: ExplainerServiceStub, name: str
     assert answer.ByteSize() <= expected.reply_bytes
 
 
+def test_pairs_are_those_of_the_maps_that_a_group_selects(stub: ExplainerServiceStub) -> None:
+    """Of 80 maps in one instance pair and in all of them."""
+    pairs = REQUESTS["pairs"]
+    none, few = pb.ExplainRequest(), pb.ExplainRequest()
+    none.CopyFrom(pairs)
+    few.CopyFrom(pairs)
+    none.ClearField("groups")
+    few.groups[0].selectors[0].MergeFrom(statistics_pb2.AttributionSelector(target_index=0, baseline_index=0))
+    answer = stub.Explain(pairs, timeout=60)
+    size = sum(pair.ByteSize() for pair in answer.joint[1].pairs)
+
+    least = estimate(stub, none).reply_bytes
+    assert len(answer.joint[1].pairs) == 4 * 80 * 79 // 2
+    assert estimate(stub, few).reply_bytes - least < size / 10
+    assert size < estimate(stub, pairs).reply_bytes - least < 3 * size
+
+
 def test_end_points_are_shared(stub: ExplainerServiceStub) -> None:
     """Two targets of one score need the instance and the baseline once; equal rows are evaluated once."""
     two = request("plain", {"x": X[:1]}, targets=[element(0), element(1)], methods=steps(4))
@@ -131,3 +182,14 @@ def test_estimate_of_what_would_be_refused(stub: ExplainerServiceStub) -> None:
     assert expected.max_backward_count == 16 * 1024 * 512
     assert expected.max_row_count > expected.row_limit
     assert expected.reply_bytes > 16 * 1024 * 3 * 64 * 64 * 4 > expected.reply_bytes_limit
+
+
+def test_estimate_of_the_absurd(stub: ExplainerServiceStub) -> None:
+    """More pairs of maps than any integer of the wire counts."""
+    pairs = [{"name": "g", "selectors": [{}], "pairwise": True}]
+    draws = [every(uniform_noise={"count": 1024})]
+    absurd = request(
+        "image", {"image": IMAGES}, targets=[{"top_k": {"count": 2**31 - 1}}], baselines=draws, groups=pairs
+    )
+
+    assert estimate(stub, absurd).reply_bytes == 2**63 - 1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from explainserve.rpc.tensors import encode
-from explainserve.v1 import attribution_pb2, method_pb2, statistics_pb2, target_pb2
+from explainserve.v1 import attribution_pb2, baseline_pb2, method_pb2, model_pb2, statistics_pb2, target_pb2
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
 from rpc.folder import LABELS, MEAN, STD, WEIGHTS, image_logits, training_mean
@@ -267,6 +267,27 @@ def test_noise_counts_are_expanded(stub: ExplainerServiceStub) -> None:
         assert (echoed.low, echoed.high, echoed.seed, echoed.count) == (-1.0, 1.0, 5, 3)
     assert len({draw.inputs[0].sha256 for draw in draws}) == 3
     np.testing.assert_array_equal(maps(response), maps(again))
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "space", "ends"),
+    [
+        ("image", {"image": images(1)}, model_pb2.SPACE_PIXEL, (0.0, 255.0)),
+        ("ranged", {"x": X2[:1]}, model_pb2.SPACE_MODEL, (-1.0, 1.0)),
+    ],
+)
+def test_default_range_of_noise_is_echoed_and_makes_the_same_values_again(
+    stub: ExplainerServiceStub, model: str, x: dict[str, Any], space: int, ends: tuple[float, float]
+) -> None:
+    fields = {"targets": [element(0)], "methods": steps(2)}
+    (used,) = explain(stub, model, x, baselines=[every(uniform_noise={"seed": 3})], **fields).baselines
+    again = baseline_pb2.Baseline(every_input=used.inputs[0].effective)
+    (repeated,) = explain(stub, model, x, baselines=[again], **fields).baselines
+    noise = used.inputs[0].effective.uniform_noise
+
+    assert (used.inputs[0].effective.space, noise.low, noise.high, noise.seed, noise.count) == (space, *ends, 3, 1)
+    assert noise.HasField("low")
+    assert repeated.inputs[0].sha256 == used.inputs[0].sha256
 
 
 def test_mean_over_baselines_is_the_mean_of_each(stub: ExplainerServiceStub) -> None:

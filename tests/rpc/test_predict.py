@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +10,13 @@ import grpc
 import numpy as np
 import pytest
 
+from explainserve.rpc import responses
+from explainserve.rpc.servicer import Servicer
 from explainserve.rpc.tensors import encode
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
 from rpc.folder import LABELS, WEIGHTS, image_logits
-from rpc.loopback import Array, array, named, normal, refusal
+from rpc.loopback import Array, Loopback, array, named, normal, refusal
 
 
 def request(model: str, inputs: Mapping[str, Array], **fields: Any) -> pb.PredictRequest:
@@ -159,5 +162,42 @@ def test_tensors_above_the_message_limit_are_refused(serve: Any) -> None:
     refused = refusal(lambda: predict(small.stub, "wide", x, include_tensors=True))
 
     assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "REPLY_TOO_LARGE")
-    assert refused.metadata == {"reply_bytes": str(16 * 2048 * 4), "limit": str(2**16)}
+    assert refused.metadata["limit"] == str(2**16)
+    assert 16 * 2048 * 4 < int(refused.metadata["reply_bytes"]) < 1.1 * 16 * 2048 * 4
     assert predict(small.stub, "wide", x).predictions
+
+
+def test_classes_above_the_message_limit_are_refused_before_they_are_computed(serve: Any) -> None:
+    small = serve(max_message_bytes=2**16)
+    x = {"x": normal(4, 4)}
+
+    refused = refusal(lambda: predict(small.stub, "wide", x, top_k=2048))
+
+    assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "REPLY_TOO_LARGE")
+    assert small.metric("explainserve_rows_total") == 0
+    assert len(predict(small.stub, "wide", x, top_k=100).predictions[0].classes) == 100
+
+
+@pytest.mark.parametrize("name", ["wide", "image"])
+def test_reply_is_no_larger_than_it_counts(service: Loopback, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    inputs = {"x": normal(2, 4)} if name == "wide" else {"image": IMAGES}
+    counted: list[int] = []
+    monkeypatch.setattr(Servicer, "_admit_reply", lambda self, size: counted.append(size))
+    answer = predict(service.stub, name, inputs, top_k=2048, include_tensors=True)
+
+    assert sum(prediction.ByteSize() for prediction in answer.predictions) <= min(counted)
+
+
+def test_replies_are_built_beside_the_event_loop(service: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranking many classes takes time that other requests need."""
+    threads: list[str] = []
+    original = responses.predict_response
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(responses, "predict_response", recorded)
+    predict(service.stub, "wide", {"x": normal(1, 4)})
+
+    assert threads and "server" not in threads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -205,15 +206,51 @@ def test_a_failing_batch_ends_exactly_the_jobs_in_it() -> None:
 
 def test_a_full_queue_refuses_at_once_and_admits_again_later() -> None:
     scheduler = Scheduler(max_waiting_rows=10)
-    scheduler.submit(job(8), 0.0)
+    first = Request()
+    scheduler.admit(first, 9)
+    scheduler.submit(job(8, request=first), 0.0)
 
     with pytest.raises(LimitExceeded) as refused:
-        scheduler.submit(job(3), 0.0)
+        scheduler.admit(Request(), 2)
 
     assert refused.value.reason == "QUEUE_FULL"
-    assert refused.value.metadata["limit"] == "10"
+    assert refused.value.metadata == {"reserved_rows": "9", "rows": "2", "limit": "10"}
     drain(scheduler)
-    scheduler.submit(job(10), 0.0)
+    scheduler.admit(Request(), 9)  # all but what the first may still bring
+    with pytest.raises(LimitExceeded):
+        scheduler.admit(Request(), 1)
+    scheduler.release(first)
+    scheduler.admit(Request(), 1)
+
+
+@given(data=st.data())
+def test_places_are_given_back_whatever_becomes_of_a_request(data: st.DataObject) -> None:
+    """No more rows wait than the limit while requests come, bring rows, lose them and go; in the end it is empty."""
+    scheduler = Scheduler(max_waiting_rows=30)
+    open_rows: dict[Request, int] = {}
+    for _ in range(data.draw(st.integers(1, 30))):
+        rows = data.draw(st.integers(1, 12))
+        with suppress(LimitExceeded):
+            scheduler.admit(request := Request(), rows)
+            open_rows[request] = rows
+        for own in data.draw(st.lists(st.sampled_from([*open_rows, None]), max_size=3)):
+            if own is not None and open_rows.get(own):
+                part = data.draw(st.integers(1, open_rows[own]))
+                scheduler.submit(one := job(part, request=own), 0.0)
+                open_rows[own] -= part
+                if data.draw(st.booleans()):
+                    scheduler.cancel(one)
+        assert scheduler.waiting_row_count <= 30
+        if data.draw(st.booleans()) and (batch := scheduler.next_batch(0.0)) is not None:
+            run(scheduler, batch)
+        if open_rows and data.draw(st.booleans()):
+            scheduler.release(gone := next(iter(open_rows)))
+            del open_rows[gone]
+            for one in [j for j in scheduler._jobs if j.request is gone]:
+                scheduler.cancel(one)
+    for request in open_rows:
+        scheduler.release(request)
+    scheduler.admit(Request(), 30)
 
 
 def test_waits_and_device_time_are_counted() -> None:

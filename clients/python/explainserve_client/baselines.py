@@ -53,7 +53,8 @@ class Blur:
 
 @dataclass(frozen=True, slots=True)
 class UniformNoise:
-    """Uniform noise in [low, high), by default over the value range; each of `count` draws is a baseline of its own."""
+    """Uniform noise in [low, high), both given or neither: then over the value range. Each of `count` draws is a
+    baseline of its own."""
 
     low: float | None = None
     high: float | None = None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -60,8 +61,11 @@ def serve(
         int, _knob("max_step_count", "Most gradient evaluations of one path that a request may ask for.", min=1)
     ] = 512,
     max_request_rows: Annotated[int, _knob("max_request_rows", "Most rows of one request.", min=1)] = 65_536,
+    max_request_parts: Annotated[
+        int, _knob("max_request_parts", "Most targets, baselines, regions, groups and selectors of one request.", min=1)
+    ] = 4096,
     max_waiting_rows: Annotated[
-        int, _knob("max_waiting_rows", "Most rows of all requests that wait.", min=1)
+        int, _knob("max_waiting_rows", "Most rows that all admitted requests together may still need.", min=1)
     ] = 262_144,
     max_message_bytes: Annotated[
         int, _knob("max_message_bytes", "Largest request and largest reply, in bytes.", min=1)
@@ -137,6 +141,14 @@ async def _run(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     typer.echo(f"gRPC listening on {settings.host}:{server.port}")
     typer.echo(f"HTTP listening on {settings.host}:{server.http_port}")
     await server.serve_until(stopped.wait)
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """Ends the process now: threads still at work for requests that were ended cannot be stopped, only left."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _on_signal(loop: asyncio.AbstractEventLoop, callback: Any, *arguments: object) -> None:

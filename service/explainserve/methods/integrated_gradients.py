@@ -175,7 +175,7 @@ def _attribution(
     reason: StopReason,
     map_error: float | None,
 ) -> Attribution:
-    """The answer; whatever the rule says of itself, a map or score that is not finite is NON_FINITE without an error."""
+    """The answer; whatever the rule says, a map or score that is not finite is NON_FINITE without an error."""
     alphas, scores = path
     finite = np.isfinite(scores).all() and all(np.isfinite(tensor).all() for tensor in tensors.values())
     return Attribution(

@@ -16,7 +16,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from explainserve.errors import ExplainServeError, InvalidRequest
+from explainserve.errors import ExplainServeError, InvalidRequest, LimitExceeded
 from explainserve.metrics import Metrics
 from explainserve.rpc import status
 
@@ -26,6 +26,7 @@ _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _OWN_SERVICES = "/explainserve."
 
 Deserializer = Callable[[bytes], Any]
+Serializer = Callable[[Any], bytes]
 
 Handler = Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Awaitable[Any]]
 
@@ -37,11 +38,13 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
     Args:
         metrics: instruments to feed.
         log: logger of finished RPCs.
+        max_message_bytes: largest request and largest reply of a unary RPC. gRPC itself refuses without a reason.
     """
 
-    def __init__(self, metrics: Metrics, log: structlog.stdlib.BoundLogger) -> None:
+    def __init__(self, metrics: Metrics, log: structlog.stdlib.BoundLogger, max_message_bytes: int) -> None:
         self._metrics = metrics
         self._log = log
+        self._max_message_bytes = max_message_bytes
 
     async def intercept_service(
         self,
@@ -53,17 +56,41 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return handler
         method = details.method.rsplit("/", 1)[-1]
-        codecs = None, handler.response_serializer
         if handler.unary_unary is not None:
-            answer = self._observed(method, handler.request_deserializer, handler.unary_unary)
-            return grpc.unary_unary_rpc_method_handler(answer, *codecs)
+            whole = self._serialized(handler.unary_unary, handler.response_serializer)
+            answer = self._observed(method, handler.request_deserializer, whole)
+            return grpc.unary_unary_rpc_method_handler(answer)
         if handler.unary_stream is not None and details.method.startswith(_OWN_SERVICES):
             answer = self._observed(method, handler.request_deserializer, handler.unary_stream)
-            return grpc.unary_stream_rpc_method_handler(answer, *codecs)
+            return grpc.unary_stream_rpc_method_handler(answer, None, handler.response_serializer)
         return handler
 
+    def _serialized(self, handler: Any, serialize: Serializer | None) -> Handler:
+        """Writes the reply itself: grpc would refuse a large one without a reason, after it was logged as OK."""
+
+        async def serialized(message: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            reply = await handler(message, context)
+            data = reply if serialize is None else serialize(reply)
+            size, limit = len(data), self._max_message_bytes
+            if size > limit:
+                text = f"the reply has {size} bytes, the limit is {limit}"
+                raise LimitExceeded("REPLY_TOO_LARGE", text, reply_bytes=size, limit=limit)
+            return data
+
+        return serialized
+
+    def _message(self, deserialize: Deserializer | None, data: bytes) -> Any:
+        size, limit = len(data), self._max_message_bytes
+        if size > limit:
+            text = f"the request has {size} bytes, the limit is {limit}"
+            raise LimitExceeded("MESSAGE_TOO_LARGE", text, size=size, limit=limit)
+        try:
+            return data if deserialize is None else deserialize(data)
+        except DecodeError as error:
+            raise InvalidRequest("MESSAGE_MALFORMED", f"the bytes are no message of this method: {error}") from error
+
     def _observed(self, method: str, deserialize: Deserializer | None, handler: Any) -> Handler:
-        """Reads the message itself: grpc would answer a malformed one without a reason, and unseen."""
+        """Reads the message itself: grpc would answer a malformed or large one without a reason, and unseen."""
 
         async def observed(message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             identifier = _request_id(context)
@@ -74,7 +101,7 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
             failure: Exception | None = None
             with self._metrics.active_requests.labels(method).track_inprogress():
                 try:
-                    return await handler(_message(deserialize, message), context)
+                    return await handler(self._message(deserialize, message), context)
                 except asyncio.CancelledError:
                     code = _cancelled_code(context)
                     raise
@@ -112,13 +139,6 @@ class _StatusWithId(grpc.Status):
 
 def _with_request_id(base: grpc.Status, identifier: str) -> grpc.Status:
     return _StatusWithId(base, identifier)
-
-
-def _message(deserialize: Deserializer | None, data: bytes) -> Any:
-    try:
-        return data if deserialize is None else deserialize(data)
-    except DecodeError as error:
-        raise InvalidRequest("MESSAGE_MALFORMED", f"the bytes are no message of this method: {error}") from error
 
 
 def _request_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:

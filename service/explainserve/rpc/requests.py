@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,6 +127,7 @@ def explain(
     Raises:
         InvalidRequest, LimitExceeded, NotFound, Unimplemented, Unsupported: with the reason.
     """
+    _check_part_counts(message, settings.max_request_parts)
     arrays = inputs(message.inputs, model.signature, settings)
     moving = _moving(model, message.fixed_inputs)
     name, chosen = method(message.methods, model, settings)
@@ -229,14 +231,26 @@ def top_k(value: int) -> int:
     return value or 5
 
 
+_Adaptive = Literal["tolerance", "completeness_tolerance", "max_step_count"]
+_ADAPTIVE_OPTIONS: tuple[_Adaptive, ...] = ("tolerance", "completeness_tolerance", "max_step_count")
+
+
 def _integrated_gradients(message: method_pb2.IntegratedGradients, cap: int) -> IntegratedGradients:
     """The default of `max_step_count` stays below the cap, so that a plain request is never refused for it."""
+    idle = [name for name in _ADAPTIVE_OPTIONS if message.HasField(name)] if message.HasField("step_count") else []
+    if idle:
+        raise InvalidRequest(
+            "QUADRATURE_CONFLICT",
+            f"{', '.join(idle)} of the adaptive rule and step_count of a fixed rule exclude each other",
+            options=", ".join(idle),
+            step_count=message.step_count,
+        )
     default = max(MIN_STEP_COUNT, min(IntegratedGradients.max_step_count, cap))
     given: dict[str, Any] = {"max_step_count": default} | {
-        name: getattr(message, name)
-        for name in ("step_count", "tolerance", "completeness_tolerance", "max_step_count")
-        if message.HasField(name)
+        name: getattr(message, name) for name in _ADAPTIVE_OPTIONS if message.HasField(name)
     }
+    if message.HasField("step_count"):
+        given["step_count"] = message.step_count
     return IntegratedGradients(quadrature=_lookup(QUADRATURES, message.quadrature, "quadrature"), **given)
 
 
@@ -352,6 +366,21 @@ def _budget_end(message: explainer_service_pb2.ExplainRequest, arrived: float) -
     if seconds <= 0:
         raise InvalidRequest("TIME_BUDGET_INVALID", f"time_budget {seconds} s is not positive", seconds=seconds)
     return arrived + seconds
+
+
+def _check_part_counts(message: explainer_service_pb2.ExplainRequest, limit: int) -> None:
+    """Before anything else: parts are cheap to send, and what follows looks at each of them."""
+    counts = {name: len(getattr(message, name)) for name in ("targets", "baselines", "regions", "groups")}
+    counts["selectors"] = sum(len(group.selectors) for group in message.groups)
+    for part, count in counts.items():
+        if count > limit:
+            raise LimitExceeded(
+                "TOO_MANY_PARTS",
+                f"{count} {part} are above the limit of {limit}",
+                part=part,
+                count=count,
+                limit=limit,
+            )
 
 
 def _check_instance_indices(message: explainer_service_pb2.ExplainRequest, count: int) -> None:
@@ -548,14 +577,9 @@ def _area(message: statistics_pb2.Region) -> Box | NDArray[np.bool_]:
 
 
 def _groups(messages: Sequence[statistics_pb2.Group]) -> tuple[Group, ...]:
-    names = [message.name for message in messages]
+    names = Counter(message.name for message in messages)
     for message in messages:
-        if (
-            not message.name
-            or message.name == "all"
-            or message.name.startswith("all/")
-            or names.count(message.name) > 1
-        ):
+        if not message.name or message.name == "all" or message.name.startswith("all/") or names[message.name] > 1:
             raise InvalidRequest(
                 "GROUP_NAME_INVALID",
                 f"group name {message.name!r} is empty, reserved or repeated",

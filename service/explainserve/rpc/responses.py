@@ -20,7 +20,7 @@ from explainserve import baselines as domain_baselines
 from explainserve.cautions import Caution, cautions_for_map, cautions_for_response
 from explainserve.explainer import Answer, Cost, Usage
 from explainserve.explanation import Baseline, StopReason, Target, absolute_sum, attribution_sum
-from explainserve.figures import Entry, InputFigures, JointFigures, entries, input_figures
+from explainserve.figures import Entry, InputFigures, JointFigures, entries, group_sizes, input_figures
 from explainserve.figures import joint_figures as joint_figures_of
 from explainserve.methods import METHODS, IntegratedGradients, Method
 from explainserve.repository import ModelEntry, ServedModel
@@ -131,41 +131,126 @@ def set_serialize_duration(message: attribution_pb2.Provenance, seconds: float) 
 def cost_response(
     request: Explain, cost: Cost, *, row_limit: int, reply_bytes_limit: int
 ) -> explainer_service_pb2.EstimateCostResponse:
-    """The cost of a request on an idle server."""
+    """The cost of a request on an idle server.
+
+    Raises:
+        InvalidRequest: as `reply_bytes`.
+    """
     lowest, highest = cost.min_gradient_rows, cost.max_gradient_rows
-    return explainer_service_pb2.EstimateCostResponse(
-        min_row_count=cost.end_point_rows + lowest,
-        max_row_count=cost.end_point_rows + highest,
-        min_forward_count=cost.end_point_rows + lowest,
-        max_forward_count=cost.end_point_rows + highest,
-        min_backward_count=lowest,
-        max_backward_count=highest,
-        reply_bytes=reply_bytes(request, cost),
-        attribution_count=_map_count(request, cost),
-        row_limit=row_limit,
-        reply_bytes_limit=reply_bytes_limit,
-    )
+    figures = {
+        "min_row_count": cost.end_point_rows + lowest,
+        "max_row_count": cost.end_point_rows + highest,
+        "min_forward_count": cost.end_point_rows + lowest,
+        "max_forward_count": cost.end_point_rows + highest,
+        "min_backward_count": lowest,
+        "max_backward_count": highest,
+        "reply_bytes": reply_bytes(request, cost, row_limit),
+        "attribution_count": _map_count(request, cost),
+        "row_limit": row_limit,
+        "reply_bytes_limit": reply_bytes_limit,
+    }
+    # A short message can ask for more than an int64 counts.
+    return explainer_service_pb2.EstimateCostResponse(**{name: min(n, 2**63 - 1) for name, n in figures.items()})
 
 
-_STATISTICS_BYTES = 2200
-_MAP_BYTES = 4096
+_RESPONSE_BYTES = 8192  # provenance, cautions
+_MAP_BYTES = 4096  # numbers, and all cautions at once
+_INPUT_BYTES = 384  # shape and layout, twice where there is a spread
+_STATISTICS_BYTES = 2200  # one view with its recipes
 _REGION_BYTES = 192
-_POINT_BYTES = 18
+_POINT_BYTES = 16
+_GROUP_BYTES = 64
+_MEMBER_BYTES = 4
+_PAIR_BYTES = 64
+_BASELINE_BYTES = 320  # digest, positions, numbers of noise
+_CLASS_BYTES = 40
 
 
-def reply_bytes(request: Explain, cost: Cost) -> int:
-    """Size of the reply: tensors exactly, the rest as an upper estimate."""
-    options, model = request.options, request.query.model
-    elements = {name: int(np.prod(shape, dtype=np.int64)) for name, shape in shapes(request).items()}
-    tensor_bytes = 4 * sum(elements.values()) * (2 if request.fold_baselines else 1)
-    views = sum(len(request.figures.views_of(model.signature.input(name))) for name in elements)
-    per_map = _MAP_BYTES + _POINT_BYTES * request.query.method.cost().max_gradient_rows
-    per_map += 0 if options.omit_tensors else tensor_bytes
-    per_map += 0 if options.omit_statistics else views * _STATISTICS_BYTES
-    per_map += sum(2 * (_REGION_BYTES + len(region.name.encode())) for region in request.regions)
-    baselines = cost.question_count * 4 * sum(elements.values()) if options.include_baseline_tensors else 0
-    groups = (1 + len(request.groups)) * views * _STATISTICS_BYTES
-    return _map_count(request, cost) * per_map + baselines + groups
+def reply_bytes(request: Explain, cost: Cost, row_limit: int) -> int:
+    """Size of the reply: tensors exactly, the rest as an upper estimate.
+
+    Args:
+        row_limit: above it groups are not looked at, and count as if each held all maps.
+
+    Raises:
+        InvalidRequest: a group selects nothing, or maps of different units (EMPTY_GROUP, INCOMMENSURABLE_GROUP).
+    """
+    maps = _map_count(request, cost)
+    if cost.max_rows > row_limit:
+        sizes = [maps] * len(request.groups)
+    else:
+        sizes = group_sizes(request.query, request.fold_baselines, request.groups)
+    layouts = sum(_text_bytes(input_spec(spec).ByteSize()) for spec in _explained(request))
+    joint = _joint_bytes(request, maps, sizes)
+    return _RESPONSE_BYTES + layouts + maps * _bytes_of_map(request) + joint + _baselines_bytes(request)
+
+
+def _explained(request: Explain) -> list[InputSpec]:
+    return [request.query.model.signature.input(name) for name in shapes(request)]
+
+
+def _text_bytes(text: str | int) -> int:
+    """Of a name, or of that many bytes, with what stands before them."""
+    return 8 + (text if isinstance(text, int) else len(text.encode()))
+
+
+def _bytes_of_map(request: Explain) -> int:
+    options, signature = request.options, request.query.model.signature
+    total = _MAP_BYTES + max(_text_bytes(spec.name) + 2 * _label_bytes(spec) for spec in signature.outputs)
+    for spec in _explained(request):
+        views = 0 if options.omit_statistics else len(request.figures.views_of(spec))
+        total += _INPUT_BYTES + 2 * _text_bytes(spec.name) + views * _STATISTICS_BYTES  # a caution names it too
+        elements = int(np.prod(shapes(request)[spec.name], dtype=np.int64))
+        total += 0 if options.omit_tensors else 4 * elements * (2 if request.fold_baselines else 1)
+    if not options.omit_regions:
+        total += sum(2 * (_REGION_BYTES + _text_bytes(region.name)) for region in request.regions)
+    if not (options.omit_score_path or request.fold_baselines):
+        total += _POINT_BYTES * (2 + request.query.method.cost().max_gradient_rows)
+    return total
+
+
+def _label_bytes(spec: OutputSpec) -> int:
+    return _text_bytes(max((len(label.encode()) for label in spec.labels), default=0))
+
+
+def _joint_bytes(request: Explain, maps: int, sizes: Sequence[int]) -> int:
+    views = {spec.name: len(request.figures.views_of(spec)) for spec in _explained(request)}
+    figures = sum(_GROUP_BYTES + _text_bytes(name) + count * _STATISTICS_BYTES for name, count in views.items())
+    pair = sum(count * (_PAIR_BYTES + _text_bytes(name)) for name, count in views.items())
+    total = 0
+    if request.figures.joint:
+        signature = request.query.model.signature
+        units = {(spec.function(signature).output, spec.score) for spec in request.query.targets}
+        total += _MEMBER_BYTES * maps + sum(_GROUP_BYTES + _text_bytes(output) + figures for output, _ in units)
+    for group, size in zip(request.groups, sizes, strict=True):
+        total += _GROUP_BYTES + _text_bytes(group.name) + _MEMBER_BYTES * size + figures
+        total += pair * (size * (size - 1) // 2) if group.pairwise else 0
+    return total
+
+
+def _baselines_bytes(request: Explain) -> int:
+    query, total = request.query, 0
+    for spec in query.baselines:
+        own = _BASELINE_BYTES
+        for name, values in query.instances[0].moving.items():
+            own += _BASELINE_BYTES + _text_bytes(name) + _effective_baseline(spec.of(name)).ByteSize()
+            own += values.nbytes if request.options.include_baseline_tensors else 0
+        copies = len(query.instances) if spec.instance_index is None else 1
+        total += own * copies * spec.baseline_count(tuple(query.instances[0].moving))
+    return total
+
+
+def prediction_bytes(spec: OutputSpec, shape: Sequence[int], count: int, *, include_tensor: bool) -> int:
+    """Size of a prediction, as an upper estimate.
+
+    Args:
+        shape: of the scores of one instance.
+        count: of classes that are asked for.
+    """
+    total = _INPUT_BYTES + _text_bytes(spec.name)
+    if len(shape) == 1 and spec.class_axis == 1:
+        total += min(count, shape[0]) * (_CLASS_BYTES + _label_bytes(spec))
+    return total + (math.prod(shape) * spec.dtype.itemsize if include_tensor else 0)
 
 
 def _map_count(request: Explain, cost: Cost) -> int:
@@ -229,7 +314,32 @@ def input_spec(spec: InputSpec) -> model_pb2.InputSpec:
     return message
 
 
-def prediction(
+def predict_response(
+    model: ServedModel,
+    specs: Sequence[OutputSpec],
+    scores: Sequence[Sequence[NDArray[np.generic]]],
+    usage: Usage,
+    count: int,
+    *,
+    include_tensors: bool,
+) -> explainer_service_pb2.PredictResponse:
+    """The whole response of Predict, ordered by instance, output.
+
+    Args:
+        scores: per output one array per instance.
+        count: of classes that are asked for.
+    """
+    return explainer_service_pb2.PredictResponse(
+        predictions=[
+            _prediction(spec, index, own[index], count, include_tensor=include_tensors)
+            for index in range(len(scores[0]))
+            for spec, own in zip(specs, scores, strict=True)
+        ],
+        provenance=provenance(model, usage, []),
+    )
+
+
+def _prediction(
     spec: OutputSpec, index: int, scores: NDArray[np.generic], count: int, *, include_tensor: bool
 ) -> explainer_service_pb2.Prediction:
     """One output of one instance, with its highest classes where it has a class axis and no other."""
@@ -320,7 +430,7 @@ def _map_cautions(entry: Entry, request: Explain, answer: Answer) -> list[Cautio
 def _negligible(entry: Entry) -> bool:
     """F(x) - F(x') is within float32 rounding of the two."""
     size = max(abs(entry.instance_output_value), abs(entry.baseline_output_value))
-    return bool(abs(entry.output_change) <= 8 * np.finfo(np.float32).eps * size)
+    return math.isfinite(size) and abs(entry.output_change) <= 8 * float(np.finfo(np.float32).eps) * size
 
 
 def _is_constant(baseline: Baseline) -> bool:
@@ -366,7 +476,7 @@ def _joint(figures: JointFigures) -> statistics_pb2.JointStatistics:
 
 
 def _used_baselines(answer: Answer, *, include_tensors: bool) -> list[baseline_pb2.UsedBaseline]:
-    used = []
+    used, signature, effective = [], answer.query.model.signature, domain_baselines.effective
     for instance_index, own in enumerate(answer.baselines):
         for baseline_index, baseline in enumerate(own):
             spec = answer.query.baselines[baseline.request_index]
@@ -376,7 +486,9 @@ def _used_baselines(answer: Answer, *, include_tensors: bool) -> list[baseline_p
                     baseline_index=baseline_index,
                     request_baseline_index=baseline.request_index,
                     inputs=[
-                        _used_input(name, spec.of(name), baseline, values, include_tensors)
+                        _used_input(
+                            name, effective(spec.of(name), signature.input(name)), baseline, values, include_tensors
+                        )
                         for name, values in baseline.moving.items()
                     ],
                 )
@@ -523,7 +635,8 @@ __all__ = [
     "input_spec",
     "model_message",
     "model_summary",
-    "prediction",
+    "predict_response",
+    "prediction_bytes",
     "provenance",
     "reply_bytes",
     "set_serialize_duration",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import structlog
@@ -31,6 +32,10 @@ _REPOSITORY_SERVICE = model_repository_service_pb2.DESCRIPTOR.services_by_name["
 
 _MEMORY_PER_MESSAGE_BYTE = 16
 """Bytes of baselines and maps that one request may hold in memory, for each byte of the largest message."""
+
+
+_RECEIVED_PER_MESSAGE_BYTE = 2
+"""Requests up to this many times the limit are read, to be refused with a reason; larger ones gRPC cuts off."""
 
 
 class Server:
@@ -75,9 +80,7 @@ class Server:
         options = LoadOptions(settings.device, settings.allow_device_fallback, settings.thread_count)
         repository = Repository(settings.models, options, settings.max_batch_rows)
         self._engine = Engine(Scheduler(settings.max_waiting_rows), self._metrics)
-        explainer = Explainer(
-            self._engine, settings.max_request_rows, _MEMORY_PER_MESSAGE_BYTE * settings.max_message_bytes
-        )
+        explainer = Explainer(self._engine, settings.row_limit, _MEMORY_PER_MESSAGE_BYTE * settings.max_message_bytes)
         self._health = health.aio.HealthServicer()
         self._server = self._grpc_server(Servicer(repository, explainer, self._metrics, settings))
         self.port = self._server.add_insecure_port(_address(settings.host, settings.port))
@@ -93,8 +96,8 @@ class Server:
         self._ready = False
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._settings.grace_seconds if grace_seconds is None else grace_seconds)
-        await asyncio.to_thread(self._engine.stop)
-        await asyncio.to_thread(self._http.stop)
+        await _in_own_thread(self._engine.stop)
+        await _in_own_thread(self._http.stop)
 
     async def serve_until(self, stopped: Callable[[], Awaitable[object]]) -> None:
         """Runs until `stopped` returns, then stops in order."""
@@ -114,10 +117,10 @@ class Server:
     def _grpc_server(self, servicer: Servicer) -> grpc.aio.Server:
         limit = self._settings.max_message_bytes
         server = grpc.aio.server(
-            interceptors=[ObservingInterceptor(self._metrics, self._log)],
+            interceptors=[ObservingInterceptor(self._metrics, self._log, limit)],
             options=[
                 ("grpc.so_reuseport", 0),  # else two servers bind one port without an error
-                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_receive_message_length", _RECEIVED_PER_MESSAGE_BYTE * limit),
                 ("grpc.max_send_message_length", limit),
             ],
         )
@@ -127,6 +130,12 @@ class Server:
         names = (SERVICE, _REPOSITORY_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         return server
+
+
+async def _in_own_thread(work: Callable[[], None]) -> None:
+    """Not in those of requests, which may all be at work for requests that were ended."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        await asyncio.get_running_loop().run_in_executor(thread, work)
 
 
 def _address(host: str, port: int) -> str:

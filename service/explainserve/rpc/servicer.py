@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -17,6 +18,7 @@ from explainserve.repository import Repository, ServedModel
 from explainserve.rpc import requests, responses
 from explainserve.scheduling import Request
 from explainserve.settings import Settings
+from explainserve.signature import OutputSpec
 from explainserve.v1 import attribution_pb2, model_pb2
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceServicer
@@ -38,7 +40,9 @@ class Servicer(ExplainerServiceServicer):
         """Raw attributions with all figures."""
         checked = await self._checked(request, context)
         prepared = await asyncio.to_thread(self._explainer.prepare, checked.query)
-        self._admit_reply(responses.reply_bytes(checked, prepared.cost))
+        self._admit_reply(
+            await asyncio.to_thread(responses.reply_bytes, checked, prepared.cost, self._settings.row_limit)
+        )
         answer = await self._explainer.explain(prepared)
         started = time.monotonic()
         response = await asyncio.to_thread(responses.explain_response, checked, answer)
@@ -58,19 +62,15 @@ class Servicer(ExplainerServiceServicer):
             model.signature.outputs
         )
         functions = [Differentiation(spec.name, spec.score_head(score)) for spec in specs]
+        stated = [_stated_shape(spec) for spec in specs]
+        self._admit_predictions(specs, stated, len(instances), count, request.include_tensors)
         rows = Request(expires_at=self._deadline(context))
         outputs, usage = await self._explainer.outputs(model, instances, functions, rows)
-        if request.include_tensors:  # free axes of an output have an extent only now
-            self._admit_reply(sum(array.nbytes for arrays in outputs.values() for array in arrays))
-        return pb.PredictResponse(
-            predictions=[
-                responses.prediction(
-                    spec, index, outputs[function][index], count, include_tensor=request.include_tensors
-                )
-                for index in range(len(instances))
-                for spec, function in zip(specs, functions, strict=True)
-            ],
-            provenance=responses.provenance(model, usage, []),
+        found = [outputs[function][0].shape for function in functions]  # free axes have an extent only now
+        self._admit_predictions(specs, found, len(instances), count, request.include_tensors)
+        scores = [outputs[function] for function in functions]
+        return await asyncio.to_thread(
+            responses.predict_response, model, specs, scores, usage, count, include_tensors=request.include_tensors
         )
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
@@ -86,10 +86,11 @@ class Servicer(ExplainerServiceServicer):
         """What an Explain request would cost."""
         checked = await self._checked(request.explain, context)
         cost = await asyncio.to_thread(self._explainer.cost, checked.query)
-        return responses.cost_response(
+        return await asyncio.to_thread(
+            responses.cost_response,
             checked,
             cost,
-            row_limit=self._settings.max_request_rows,
+            row_limit=self._settings.row_limit,
             reply_bytes_limit=self._settings.max_message_bytes,
         )
 
@@ -118,6 +119,22 @@ class Servicer(ExplainerServiceServicer):
         remaining = context.time_remaining()
         limit = self._settings.default_timeout_seconds
         return time.monotonic() + (limit if remaining is None else remaining)
+
+    def _admit_predictions(
+        self,
+        specs: Sequence[OutputSpec],
+        shapes: Sequence[tuple[int, ...] | None],
+        instance_count: int,
+        class_count: int,
+        include_tensors: bool,
+    ) -> None:
+        """Shapes are those of one instance, None where a free axis leaves them open."""
+        of_one = sum(
+            responses.prediction_bytes(spec, shape, class_count, include_tensor=include_tensors)
+            for spec, shape in zip(specs, shapes, strict=True)
+            if shape is not None
+        )
+        self._admit_reply(instance_count * of_one)
 
     def _admit_reply(self, size: int) -> None:
         limit = self._settings.max_message_bytes
@@ -157,6 +174,13 @@ class RepositoryServicer(ModelRepositoryServiceServicer):
     async def UnloadModel(self, request: object, context: Context) -> NoReturn:
         """Not built yet."""
         raise _unimplemented("UnloadModel", "unloading a model while the server runs; restart it instead")
+
+
+def _stated_shape(spec: OutputSpec) -> tuple[int, ...] | None:
+    """Of one instance; None where an axis is free."""
+    sizes = [axis.size for axis in spec.axes[1:]]
+    known = tuple(size for size in sizes if size is not None)
+    return known if len(known) == len(sizes) else None
 
 
 def _stop_reason(code: attribution_pb2.StopReason.ValueType) -> str:

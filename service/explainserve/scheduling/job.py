@@ -20,12 +20,14 @@ class Request:
         expires_at: time after which its rows are dropped; infinity where there is none.
         last_turn: number of the last turn it took; smaller waits longer.
         compute_seconds: time of the batches that held rows of any of its jobs, each batch once.
+        reserved_rows: rows that it may still bring to the device, those that wait included; set by the scheduler.
     """
 
     priority: int = 0
     expires_at: float = float("inf")
     last_turn: int = 0
     compute_seconds: float = 0.0
+    reserved_rows: int = 0
 
 
 @dataclass(frozen=True, eq=False)

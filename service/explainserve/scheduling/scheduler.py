@@ -6,6 +6,10 @@ request with such rows gets an equal share of the batch, and what is left is fil
 before turns, the earlier deadline before the later one between equals. A newcomer queues behind those that wait, and
 before anyone who was served since. Cancelled and expired jobs fall out when a batch is packed.
 
+The queue is bounded where requests come in: one is admitted only if all rows that it may ever need fit beside those
+that admitted requests still may. So whoever is admitted is never refused on the way, and no more rows than the limit
+ever wait.
+
 A plain value: times come in as arguments, and whoever shares it between threads holds a lock.
 """
 
@@ -37,7 +41,7 @@ class Scheduler:
     """Waiting jobs of one device.
 
     Args:
-        max_waiting_rows: rows that may wait; a job that would exceed it is refused.
+        max_waiting_rows: rows that may wait; a request that could exceed it is not admitted.
     """
 
     def __init__(self, max_waiting_rows: int) -> None:
@@ -45,28 +49,37 @@ class Scheduler:
         self._jobs: list[Job] = []
         self._last_turn = 0
         self._waiting_rows = 0
+        self._reserved_rows = 0
 
     @property
     def waiting_row_count(self) -> int:
         """Rows that were not packed yet."""
         return self._waiting_rows
 
-    def submit(self, job: Job, now: float) -> None:
-        """Admits a job.
+    def admit(self, request: Request, row_count: int) -> None:
+        """Reserves all rows that a request may need, at most `max_waiting_rows`.
 
         Raises:
-            LimitExceeded: too many rows wait already (QUEUE_FULL).
+            LimitExceeded: other requests may still need too many rows (QUEUE_FULL).
         """
-        rows = job.plan.row_count
-        if self._waiting_rows + rows > self._max_waiting_rows:
+        if self._reserved_rows + row_count > self._max_waiting_rows:
             raise LimitExceeded(
                 "QUEUE_FULL",
-                f"{self._waiting_rows} rows wait and {rows} more would exceed {self._max_waiting_rows}; "
-                "try again later",
-                waiting_rows=self._waiting_rows,
-                rows=rows,
+                f"requests that are being answered may still need {self._reserved_rows} rows, and {row_count} more "
+                f"would exceed {self._max_waiting_rows}; try again later",
+                reserved_rows=self._reserved_rows,
+                rows=row_count,
                 limit=self._max_waiting_rows,
             )
+        self._reserve(request, row_count)
+
+    def release(self, request: Request) -> None:
+        """Gives back what a request did not need, when it ends."""
+        self._reserve(request, -request.reserved_rows)
+
+    def submit(self, job: Job, now: float) -> None:
+        """Takes a job of an admitted request."""
+        rows = job.plan.row_count
         job.submitted_at = now
         if all(job.request is not other.request for other in self._jobs):
             job.request.last_turn = max(job.request.last_turn, self._last_turn)
@@ -95,6 +108,7 @@ class Scheduler:
         slices = tuple(self._pack(key, leader.max_batch_rows, [job for job in waiting if key in job.keys]))
         for piece in slices:
             self._waiting_rows -= piece.last - piece.first
+            self._reserve(piece.job.request, -min(piece.last - piece.first, piece.job.request.reserved_rows))
             if piece.job.started_at is None:
                 piece.job.started_at = now
         segments = tuple(piece.segment for piece in slices)
@@ -130,6 +144,10 @@ class Scheduler:
         for job in failed:
             self._end(job, error)
         return failed
+
+    def _reserve(self, request: Request, row_count: int) -> None:
+        request.reserved_rows += row_count
+        self._reserved_rows += row_count
 
     def _pack(self, key: Hashable, budget: int, jobs: list[Job]) -> Iterator[Slice]:
         """Equal shares for all requests first, then what is left in the same order."""

@@ -447,7 +447,7 @@ class Provenance(_message.Message):
     device: _builtins.str
     """Such as "cpu" or "cuda:0"."""
     precision: _builtins.str
-    """"float32"."""
+    """Element type in which the model is evaluated: "float16", "float32" or "float64"."""
     noise_floor: _builtins.float
     """Relative L2 noise of the model's gradients, measured at load; absent where not measured."""
     row_count: _builtins.int

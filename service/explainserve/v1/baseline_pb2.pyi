@@ -170,9 +170,12 @@ class UniformNoiseBaseline(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     low: _builtins.float
-    """Optional. Low end, in the stated space. Default: low end of the value range (0 in PIXEL space)."""
+    """Optional. Low end, in the stated space; together with `high`, or not at all (BASELINE_RANGE_REQUIRED). Default: the value
+    range. That is 0 to 255 in PIXEL space where the input states its preprocessing, whichever space is asked for; and
+    `value_range` itself, in MODEL space, where it states no mean and std.
+    """
     high: _builtins.float
-    """Optional. High end, greater than `low`. Default: high end of the value range (255 in PIXEL space)."""
+    """Optional. High end, greater than `low`."""
     seed: _builtins.int
     """Optional. Seed of the generator, at least 0. Default 0."""
     count: _builtins.int
@@ -433,7 +436,9 @@ class UsedInputBaseline(_message.Message):
     """Draw number of a noise baseline, from 0."""
     @_builtins.property
     def effective(self) -> Global___InputBaseline:
-        """The request's baseline with every default filled in; a tensor is left out here."""
+        """The request's baseline with every default filled in, so that it makes the same values again: the default range of uniform
+        noise comes with the space it is stated in. Left out are a tensor, and the mean of Gaussian noise where it is the instance.
+        """
 
     @_builtins.property
     def tensor(self) -> _tensor_pb2.Tensor:

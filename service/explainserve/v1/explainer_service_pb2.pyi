@@ -163,8 +163,8 @@ class ExplainRequest(_message.Message):
     @_builtins.property
     def time_budget(self) -> _duration_pb2.Duration:
         """Optional. Anytime limit, positive, counted from arrival: the answer is OK with the best map so far and stop reason
-        TIME_BUDGET; DEADLINE_EXCEEDED where not even the first round fits. Adaptive quadrature only stops early; a fixed rule that does not
-        fit answers DEADLINE_EXCEEDED. Default: none.
+        TIME_BUDGET; DEADLINE_EXCEEDED where not even the first round of every map fits. Adaptive quadrature only stops early; a
+        fixed rule that does not fit answers DEADLINE_EXCEEDED. Default: none.
         """
 
     def __init__(
@@ -965,7 +965,10 @@ class EstimateCostRequest(_message.Message):
     EXPLAIN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def explain(self) -> Global___ExplainRequest:
-        """Required. The request; values of its inputs are not used beyond their shapes."""
+        """Required. The request, in full: it is checked as Explain checks it, and instances and baselines with equal values share
+        end points. The model is not evaluated, so what depends on its scores is not known yet (a top-k count above the number
+        of classes, for example).
+        """
 
     def __init__(
         self,
@@ -997,15 +1000,17 @@ class EstimateCostResponse(_message.Message):
     ROW_LIMIT_FIELD_NUMBER: _builtins.int
     REPLY_BYTES_LIMIT_FIELD_NUMBER: _builtins.int
     min_row_count: _builtins.int
-    """Fewest rows (model evaluations)."""
+    """Fewest rows (model evaluations) of an answer that ends by its tolerances; a time budget that ends, or a score that is not
+    finite, can end the adaptive rule earlier, after its first 8 rows.
+    """
     max_row_count: _builtins.int
     """Most rows."""
     min_forward_count: _builtins.int
-    """Fewest forward evaluations."""
+    """Fewest forward evaluations, in the same sense."""
     max_forward_count: _builtins.int
     """Most forward evaluations."""
     min_backward_count: _builtins.int
-    """Fewest backward evaluations."""
+    """Fewest backward evaluations, in the same sense."""
     max_backward_count: _builtins.int
     """Most backward evaluations."""
     reply_bytes: _builtins.int

@@ -72,7 +72,7 @@ class IntegratedGradients(_message.Message):
     MAX_STEP_COUNT_FIELD_NUMBER: _builtins.int
     step_count: _builtins.int
     """Optional. Number of gradient evaluations of one path, from 1 (trapezoid: 2) to the server's cap (default 512).
-    Given: a fixed rule. Not given: adaptive.
+    Given: a fixed rule, which takes none of the options of the adaptive one (QUADRATURE_CONFLICT). Not given: adaptive.
     """
     quadrature: Global___Quadrature.ValueType
     """Optional. Default: midpoint where `step_count` is given, adaptive otherwise. ADAPTIVE together with `step_count`, and a

@@ -393,7 +393,9 @@ class AttributionSelector(_message.Message):
     target_index: _builtins.int
     """Position among the instance's resolved targets."""
     baseline_index: _builtins.int
-    """Position among the instance's baselines."""
+    """Position among the instance's baselines. Means over baselines (BASELINE_REDUCTION_MEAN) have none: leave it absent, a
+    selector that names one selects none of them.
+    """
     def __init__(
         self,
         *,
