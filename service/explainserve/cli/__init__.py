@@ -9,6 +9,7 @@ them, so that `--help` is quick.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -58,4 +59,6 @@ for _command in (serve, explain, predict, models, health, inspect):
 
 def main() -> None:
     """Entry point of the command and of `python -m explainserve`."""
+    # gRPC's own notes, such as a connection that a stopped server took away, are not for standard error
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     app(prog_name="explainserve")
