@@ -33,7 +33,7 @@ from torch import nn
 import networks
 import trained
 from explainserve_client import IntegratedGradients
-from serving import Served, Times, interleaved, serving
+from serving import Occupation, Served, Times, interleaved, serving
 
 HERE = Path(__file__).parent
 BATCH_ROWS = 16
@@ -413,26 +413,27 @@ def _goal_lines(goal: Goal) -> Iterator[str]:
 
 
 def _ratio(times: Times, peer: Times) -> str:
-    return f"{times.median / peer.median:.2f}"
+    """Of medians, and of the fastest runs."""
+    return f"{times.median / peer.median:.2f} ({times.fastest / peer.fastest:.2f})"
 
 
 def _layout(channels_last: bool) -> str:
     return "channels-last" if channels_last else "contiguous"
 
 
-def machine_lines(threads: int, loads: tuple[float, float]) -> list[str]:
+def machine_lines(threads: int, others_share: float) -> list[str]:
     """What it ran on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     libraries = ("torch", "captum", "onnxruntime", "onnx", "grpcio", "protobuf", "numpy")
     return [
         f"Machine: {len(os.sched_getaffinity(0))} cores, {platform.machine()}, {memory:.0f} GiB; {threads} threads for",
-        f"everyone; load in the minute before {loads[0]:.1f}, at the end {loads[1]:.1f}.",
+        f"everyone. Other processes took {others_share:.0%} of the processor meanwhile.",
         f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in libraries) + ".",
     ]
 
 
 def report(
-    rows: dict[str, RowTimes], errors: dict[str, ErrorTimes], run: Run, threads: int, loads: tuple[float, float]
+    rows: dict[str, RowTimes], errors: dict[str, ErrorTimes], run: Run, threads: int, others_share: float
 ) -> str:
     """The markdown page."""
     lines = [
@@ -441,8 +442,9 @@ def report(
         "Written by `benchmarks/against_captum.py`. Ours: a server process and a client, over gRPC on loopback,",
         "figures and score path included. Captum: in process, frozen parameters, as many rows per batch as our server",
         f"({BATCH_ROWS}). Runs in turn, {run.rounds} of each. Processor time is of both processes and all threads.",
+        "Ratios are of medians and, in brackets, of the fastest runs.",
         "",
-        *machine_lines(threads, loads),
+        *machine_lines(threads, others_share),
         "",
     ]
     if rows:
@@ -477,10 +479,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     run = Run(arguments.rounds, arguments.images, arguments.reference, cache_folder())
-    load_before = os.getloadavg()[0]
+    started = Occupation.now()
     rows = {} if arguments.only == "error" else measure_rows(run, arguments.threads, arguments.steps)
     errors = {} if arguments.only == "rows" else measure_errors(run, arguments.threads)
-    page = report(rows, errors, run, arguments.threads, (load_before, os.getloadavg()[0]))
+    page = report(rows, errors, run, arguments.threads, Occupation.now().others_share(started))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(page, encoding="utf-8")
     print(page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -62,6 +63,29 @@ def serving(models: Path, threads: int, log: Path) -> Iterator[Served]:
             process.terminate()
 
 
+@dataclass(frozen=True)
+class Occupation:
+    """Processor seconds since the machine started: of everything, and of this process and its ended children."""
+
+    at: float
+    busy: float
+    own: float
+
+    @classmethod
+    def now(cls) -> Occupation:
+        """Reads the clocks; servers that still run do not count."""
+        ticks = [int(value) for value in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        own = time.process_time() + children.ru_utime + children.ru_stime
+        idle = ticks[3] + ticks[4]
+        return cls(time.perf_counter(), (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK"), own)
+
+    def others_share(self, since: Occupation) -> float:
+        """Processor time that went to others, of all there was: more than a few percent and the figures mean little."""
+        others = (self.busy - since.busy) - (self.own - since.own)
+        return max(0.0, others) / ((self.at - since.at) * (os.cpu_count() or 1))
+
+
 @dataclass
 class Times:
     """Wall and processor seconds of the runs of one contestant; processor time is of both processes."""
@@ -73,6 +97,11 @@ class Times:
     def median(self) -> float:
         """Median of wall seconds."""
         return float(np.median(self.wall))
+
+    @property
+    def fastest(self) -> float:
+        """Least of wall seconds: what is left where other work on the machine disturbs."""
+        return min(self.wall)
 
     @property
     def median_cpu(self) -> float:
