@@ -8,7 +8,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from explainserve.onnx_vjp import GRADIENT_RULES, UnsupportedOperators, find_gaps, input_gradient, overridden, standard
-from explainserve.onnx_vjp.registry import Rule
+from explainserve.onnx_vjp.emitter import Emitter, Node
+from explainserve.onnx_vjp.registry import Composition, Refusal, Rule
 from onnx_vjp.vjp_oracle import run
 
 F = TensorProto.FLOAT
@@ -170,6 +171,62 @@ def test_a_function_of_the_model_itself_is_inlined() -> None:
     graph = onnx.shape_inference.infer_shapes(graph)
     (dx,) = gradients(graph, ["x"], "y", f32(1, 1), {"x": f32(3, 4)})
     np.testing.assert_array_equal(dx, f32(6, 8))
+
+
+def test_several_tensors_are_differentiated_at_once() -> None:
+    nodes = [node("Exp", "x", "h"), node("Neg", "h", "a"), node("Mul", "h h", "b")]
+    graph = model(nodes, {"x": [2]}, ["a", "b"])
+    result = input_gradient(graph, ["x"], ["a", "b"])
+    x, da, db = f32(0.5, 1.0), f32(1, 2), f32(3, 4)
+    feeds = {"x": x, result.cotangents["a"]: da, result.cotangents["b"]: db}
+    (dx,) = run(result.model, feeds, [result.gradients["x"]])
+    np.testing.assert_allclose(dx, -da * np.exp(x) + db * 2 * np.exp(2 * x), rtol=1e-6)
+
+
+def test_an_intermediate_tensor_and_its_gradient_come_together() -> None:
+    nodes = [node("Exp", "x", "h"), node("Mul", "h h", "y")]
+    result = input_gradient(model(nodes, {"x": [2]}, ["y"]), ["h"], "y")
+    x, ones = f32(0.5, 1.0), f32(1, 1)
+    h, dh = run(result.model, {"x": x, result.cotangent: ones}, ["h", result.gradients["h"]])
+    np.testing.assert_allclose(h, np.exp(x), rtol=1e-6)
+    np.testing.assert_allclose(dh, 2 * h, rtol=1e-6)
+
+
+# -- compositions ------------------------------------------------------------------------------------------------------
+
+
+def _square_of_rows(op: Emitter, node: Node) -> list[str | None]:
+    """Twice the row sums of squares: needs the rank, which is unknown behind an operator that inference lacks."""
+    (x,) = node.inputs
+    return [op.Mul(op.ReduceSum(op.Mul(x, x), [op.rank(x) - 1], keepdims=1), 2), None]
+
+
+def _never(op: Emitter, node: Node) -> list[str | None]:
+    raise Refusal("never works", "leave it out")
+
+
+FOREIGN = {("elsewhere", "Squares", 1): Composition(_square_of_rows), ("elsewhere", "Never", 1): Composition(_never)}
+
+
+def test_a_composition_takes_the_place_of_its_node_whatever_inference_knows() -> None:
+    nodes = [
+        helper.make_node("Squares", ["x"], ["a", "unused"], domain="elsewhere"),
+        helper.make_node("Squares", ["a"], ["b"], domain="elsewhere"),
+        node("Add", "b shift", "y"),
+    ]
+    graph = model(nodes, {"x": ["n", 3]}, ["y"], {"shift": f32(1)})
+    result = input_gradient(graph, ["x"], "y", rules=overridden(standard(), FOREIGN))
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    y, dx = run(result.model, {"x": x, result.cotangent: np.ones((2, 1), np.float32)}, ["y", result.gradients["x"]])
+    rows = 2 * (x**2).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(y, 2 * rows**2 + 1, rtol=1e-6)
+    np.testing.assert_allclose(dx, 4 * rows * 4 * x, rtol=1e-6)
+
+
+def test_a_composition_that_refuses_is_a_gap_with_its_reason() -> None:
+    nodes = [node("Exp", "x", "h"), helper.make_node("Never", ["h"], ["y"], name="culprit", domain="elsewhere")]
+    (gap,) = find_gaps(model(nodes, {"x": [2]}, ["y"]), ["x"], "y", rules=overridden(standard(), FOREIGN))
+    assert (gap.node, gap.reason, gap.remedy) == ("culprit", "never works", "leave it out")
 
 
 def test_a_rule_that_forgets_an_input_is_a_bug() -> None:

@@ -1,18 +1,20 @@
 """Reverse-mode differentiation of ONNX graphs. Knows onnx and numpy, nothing of the service.
 
-Start at `input_gradient` (gradient.py: the walk), then rules/ (the derivative table); registry.py holds the three
-states of an operator.
+Start at `input_gradient` (gradient.py), then the walk (walk.py) and rules/ (the derivative table); registry.py holds
+the three states of an operator.
 """
 
 from explainserve.onnx_vjp.gaps import Gap, UnsupportedOperators
 from explainserve.onnx_vjp.gradient import GradientGraph, find_gaps, input_gradient
 from explainserve.onnx_vjp.heads import HEADS, append_score_head
 from explainserve.onnx_vjp.registry import (
+    Composition,
     Refused,
     Rule,
     State,
     Table,
     ZeroGradient,
+    composition,
     overridden,
     refused,
     rule,
@@ -25,6 +27,7 @@ from explainserve.onnx_vjp.tables import GRADIENT_RULES
 __all__ = [
     "GRADIENT_RULES",
     "HEADS",
+    "Composition",
     "Gap",
     "GradientGraph",
     "Refused",
@@ -34,6 +37,7 @@ __all__ = [
     "UnsupportedOperators",
     "ZeroGradient",
     "append_score_head",
+    "composition",
     "find_gaps",
     "input_gradient",
     "overridden",

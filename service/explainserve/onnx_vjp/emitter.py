@@ -5,7 +5,7 @@ Rules are written against operator set 18 or newer; `opset.py` raises older mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,12 @@ Operand = str | float | int | Sequence[int] | np.ndarray | None
 class Node:
     """A forward node as a rule sees it. An absent optional input is the empty string."""
 
-    def __init__(self, proto: NodeProto, live: frozenset[str]) -> None:
+    def __init__(self, proto: NodeProto, live: frozenset[str], twins: Mapping[str, str] | None = None) -> None:
         self.proto = proto
         self.inputs: tuple[str, ...] = tuple(proto.input)
         self.outputs: tuple[str, ...] = tuple(proto.output)
         self._live = live
+        self._twins = twins or {}
 
     def input(self, index: int) -> str:
         """The name of an input, or the empty string where it is absent."""
@@ -41,6 +42,10 @@ class Node:
     def differentiates(self, index: int) -> bool:
         """Whether the gradient of this input is needed at all: a rule may spare itself work that is costly to write."""
         return self.input(index) in self._live
+
+    def twin(self, value: str) -> str:
+        """The same tensor in the other forward pass of a rule that compares two; itself where both share it."""
+        return self._twins.get(value, value)
 
 
 class Emitter:

@@ -1,34 +1,70 @@
-"""Operators that ONNX defines by other operators, replaced by their bodies where they have no rule of their own."""
+"""Operators that are made of others, replaced by what they are made of where they have no rule of their own.
+
+ONNX defines some operators by function bodies; compositions of the rule table define more.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
-from onnx import FunctionProto, NodeProto, defs
+from onnx import FunctionProto, NodeProto, TensorProto, defs, helper
 
+from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.graph import Graph
 from explainserve.onnx_vjp.path import live_path, version_of
-from explainserve.onnx_vjp.registry import Table, canonical_domain, lookup
+from explainserve.onnx_vjp.registry import Composition, Refusal, Table, canonical_domain, lookup
 
 
-def expand_functions(graph: Graph, wrt: Sequence[str], of: str, table: Table) -> None:
-    """Replace, until none is left, every node of the live path that has no state in `table` but a function body."""
+def expand(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) -> Mapping[str, Refusal]:
+    """Replace, until none is left, every node of the live path that has a composition in `table`, or no state there
+    but a function body.
+
+    Returns the compositions that refuse a node, by the name of its first output.
+    """
     while True:
-        bodies = {
-            id(node): body
+        refusals: dict[str, Refusal] = {}
+        parts = {
+            id(node): replacement
             for node in live_path(graph, wrt, of, table).nodes
-            if lookup(table, node.domain, node.op_type, version_of(graph, node)) is None
-            and (body := _body(graph, node))
+            if (replacement := _replacement(graph, node, table, refusals))
         }
-        if not bodies:
-            return
-        graph.nodes = [
-            part
-            for node in graph.nodes
-            for part in (_instance(graph, node, bodies[id(node)]) if id(node) in bodies else [node])
-        ]
+        if not parts:
+            return refusals
+        opaque = any(_is_opaque(graph, node) for node in graph.nodes if id(node) in parts)
+        graph.nodes = [part for node in graph.nodes for part in parts.get(id(node), [node])]
+        if opaque:
+            graph.infer_again()
+
+
+def _replacement(graph: Graph, node: NodeProto, table: Table, refusals: dict[str, Refusal]) -> list[NodeProto] | None:
+    state = lookup(table, node.domain, node.op_type, version_of(graph, node))
+    if isinstance(state, Composition):
+        try:
+            return _composed(graph, node, state)
+        except Refusal as refusal:
+            refusals[node.output[0]] = refusal
+            return None
+    body = _body(graph, node) if state is None else None
+    return _instance(graph, node, body) if body else None
+
+
+def _is_opaque(graph: Graph, node: NodeProto) -> bool:
+    """Whether shape inference does not know the operator, so that all behind it is unknown too."""
+    return any(graph.dtype(name) == TensorProto.UNDEFINED for name in node.output if name)
+
+
+def _composed(graph: Graph, node: NodeProto, state: Composition) -> list[NodeProto]:
+    around, graph.nodes = graph.nodes, []
+    try:
+        values = state.formula(Emitter(graph), Node(node, frozenset()))
+        for value, name in zip(values, node.output, strict=False):
+            if name and value:
+                graph.append(helper.make_node("Identity", [value], [name], name=graph.fresh(f"{name}/composed")))
+        return graph.nodes
+    finally:
+        graph.nodes = around
 
 
 def _body(graph: Graph, node: NodeProto) -> FunctionProto | None:

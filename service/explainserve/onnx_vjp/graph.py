@@ -115,6 +115,10 @@ class Graph:
         self._taken.add(name)
         return name
 
+    def infer_again(self) -> None:
+        """Infer all types from the start: nodes were replaced that inference could not see through."""
+        self.shapes = Shapes(self.model(self.nodes, [], []))
+
     def append(self, node: NodeProto) -> None:
         """Add a node after all others, and infer the types of its outputs."""
         self.nodes.append(node)

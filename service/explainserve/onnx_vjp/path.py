@@ -24,8 +24,8 @@ def version_of(graph: Graph, node: NodeProto) -> int:
     return graph.opsets.get(canonical_domain(node.domain), 1)
 
 
-def live_path(graph: Graph, wrt: Sequence[str], of: str, table: Table) -> LivePath:
-    """Everything that depends on a `wrt` and on which `of` depends, through float tensors and operators whose
+def live_path(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) -> LivePath:
+    """Everything that depends on a `wrt` and on which an `of` depends, through float tensors and operators whose
     gradient is not zero.
     """
     dependent = set(wrt)
@@ -34,7 +34,7 @@ def live_path(graph: Graph, wrt: Sequence[str], of: str, table: Table) -> LivePa
             # Quantized values are integers and must not end the path silently: what is refused carries it on.
             through = isinstance(_state(graph, node, table), Refused)
             dependent.update(name for name in node.output if name and (through or graph.is_float(name)))
-    needed = {of} & dependent
+    needed = dependent.intersection(of)
     nodes: list[NodeProto] = []
     for node in reversed(graph.nodes):
         sources = dependent.intersection(consumed(node))

@@ -1,7 +1,8 @@
 """The three states of an operator, and the tables that hold them.
 
-An operator has a gradient rule, a gradient that is zero wherever it exists, or is refused with a reason. An operator
-that is in no table is expanded when ONNX defines it as a function, and is a gap otherwise.
+An operator has a gradient rule, a gradient that is zero wherever it exists, or is refused with a reason. Instead of a
+rule of its own it can be a composition of operators that have one. An operator that is in no table is expanded when
+ONNX defines it as a function, and is a gap otherwise.
 """
 
 from __future__ import annotations
@@ -31,6 +32,16 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Composition:
+    """An operator written in others, which take its place before the walk.
+
+    `formula(op, node)` emits them and returns one value, or None where it computes none, per output of the node.
+    """
+
+    formula: Callable[[Emitter, Node], Sequence[str | None]]
+
+
+@dataclass(frozen=True)
 class ZeroGradient:
     """The derivative is zero wherever it exists, so nothing flows through."""
 
@@ -56,7 +67,7 @@ class Refusal(Exception):
         self.remedy = remedy
 
 
-State = Rule | ZeroGradient | Refused
+State = Rule | Composition | ZeroGradient | Refused
 Key = tuple[str, str, int]
 Table = Mapping[Key, State]
 
@@ -76,6 +87,19 @@ def rule(
     def register(formula: Formula) -> Formula:
         for operator in operators:
             _register((domain, operator, since), Rule(formula, broadcasts, every_output))
+        return formula
+
+    return register
+
+
+def composition(
+    *operators: str, domain: str = "", since: int = 1
+) -> Callable[[Callable[[Emitter, Node], Sequence[str | None]]], Callable[[Emitter, Node], Sequence[str | None]]]:
+    """Register the decorated formula as what the operators are made of, from opset version `since` on."""
+
+    def register(formula: Callable[[Emitter, Node], Sequence[str | None]]) -> Any:
+        for operator in operators:
+            _register((domain, operator, since), Composition(formula))
         return formula
 
     return register

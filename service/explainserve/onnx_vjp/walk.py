@@ -1,0 +1,114 @@
+"""Reverse-mode differentiation of an ONNX graph: the walk.
+
+The walk visits the nodes between `wrt` and `of` from the last to the first, asks each one's rule for the vector-
+Jacobian product, undoes broadcasting, and sums the cotangents of tensors that are used more than once. Nothing else
+of the graph is touched.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from onnx import NodeProto
+
+from explainserve.onnx_vjp import rules as _rules  # noqa: F401  (fills the registry)
+from explainserve.onnx_vjp.emitter import Emitter, Node
+from explainserve.onnx_vjp.functions import expand
+from explainserve.onnx_vjp.gaps import Gap
+from explainserve.onnx_vjp.graph import Graph
+from explainserve.onnx_vjp.path import live_path, version_of
+from explainserve.onnx_vjp.placement import summed
+from explainserve.onnx_vjp.registry import Refusal, Refused, Rule, State, Table, lookup
+
+
+class Walk:
+    """Writes the vector-Jacobian product of `of` with respect to `wrt` behind the nodes of `graph`.
+
+    Operators of the path that are made of others are replaced on construction; `vjp` then does the walk. `gaps` lists
+    what could not be differentiated.
+    """
+
+    def __init__(self, graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) -> None:
+        self.graph, self.wrt, self.of, self.table = graph, tuple(wrt), tuple(of), table
+        self.gaps: list[Gap] = []
+        self._refusals = expand(graph, self.wrt, self.of, table)
+        self.path = live_path(graph, self.wrt, self.of, table)
+        self._cotangents: dict[str, list[str]] = defaultdict(list)
+
+    def vjp(self, cotangents: Mapping[str, str], op: Emitter, twins: Mapping[str, str] | None = None) -> dict[str, str]:
+        """The tensor that holds the product for each `wrt` on which an `of` depends.
+
+        `cotangents` has one tensor per `of`, of its shape and type; `twins` the tensors of another forward pass by
+        the names of this one's, for rules that compare the two.
+        """
+        for name, cotangent in cotangents.items():
+            if name in self.path.tensors:
+                self._cotangents[name].append(cotangent)
+        for node in reversed(self.path.nodes):
+            self._visit(op, Node(node, self.path.tensors, twins or {}))
+        sums = {name: self._sum(op, name) for name in self.wrt}
+        return {name: value for name, value in sums.items() if value is not None}
+
+    def _sum(self, op: Emitter, name: str) -> str | None:
+        parts = self._cotangents.get(name)
+        if not parts:
+            return None
+        parts[:] = [summed(op, parts)]
+        self.graph.shapes.assign(parts[0], name)
+        return parts[0]
+
+    def _visit(self, op: Emitter, node: Node) -> None:
+        state = lookup(self.table, node.proto.domain, node.proto.op_type, version_of(self.graph, node.proto))
+        outputs = [self._sum(op, name) if name else None for name in node.outputs]
+        try:
+            gradients = self._gradients(op, state, node, outputs)
+        except Refusal as refusal:
+            self.gaps.append(_gap(node.proto, refusal))
+            # Any value keeps the walk going, so that the gaps behind this one are found too.
+            gradients = [name if node.differentiates(index) else None for index, name in enumerate(node.inputs)]
+            state = None
+        broadcast = isinstance(state, Rule) and state.broadcasts
+        for index, (name, gradient) in enumerate(zip(node.inputs, gradients, strict=False)):
+            if gradient is not None and node.differentiates(index):
+                gradient = op.sum_to(gradient, name) if broadcast else gradient
+                self.graph.shapes.assign(gradient, name)
+                self._cotangents[name].append(gradient)
+
+    def _gradients(
+        self, op: Emitter, state: State | None, node: Node, outputs: list[str | None]
+    ) -> Sequence[str | None]:
+        rule = self._rule(state, node)
+        if not any(outputs):
+            return [None] * len(node.inputs)
+        if rule.every_output:
+            gradients = rule.formula(op, node, outputs)
+        elif any(outputs[1:]):
+            raise Refusal("only the first output has a gradient rule", "remove the use of the other outputs")
+        else:
+            gradients = rule.formula(op, node, outputs[0])
+        _check_arity(node, gradients)
+        return gradients
+
+    def _rule(self, state: State | None, node: Node) -> Rule:
+        if isinstance(state, Refused):
+            raise Refusal(state.reason, state.remedy)
+        if refusal := self._refusals.get(node.outputs[0]):
+            raise refusal
+        if not isinstance(state, Rule):
+            raise Refusal(
+                "no gradient rule", "export the model with standard operators, or use a method that needs no gradient"
+            )
+        return state
+
+
+def _gap(node: NodeProto, refusal: Refusal) -> Gap:
+    return Gap(node.op_type, node.domain, node.name or node.output[0], refusal.reason, refusal.remedy)
+
+
+def _check_arity(node: Node, gradients: Sequence[str | None]) -> None:
+    if len(gradients) < len(node.inputs) or any(isinstance(gradient, tuple) for gradient in gradients):
+        raise AssertionError(
+            f"the rule of {node.proto.op_type} returned {len(gradients)} gradients for {len(node.inputs)} inputs. "
+            "This is a bug."
+        )
