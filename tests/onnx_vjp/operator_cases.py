@@ -1,15 +1,13 @@
-"""Cases by operator: those of onnx's own backend suite, and ours for what it leaves out."""
+"""Cases by operator for what onnx's backend suite leaves out."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
-from statistics import NormalDist
 
 import numpy as np
 from onnx import TensorProto
 
-from onnx_vjp.vjp_oracle import Case, Function, frozen, single
+from onnx_vjp.vjp_oracle import Case, Function, single
 
 _rng = np.random.default_rng(3)
 
@@ -20,37 +18,6 @@ def _x(*shape: int) -> np.ndarray:
 
 def _i(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
-
-
-def suite_cases(operators: set[str]) -> list[Case]:
-    """Single-node cases of the backend suite with float32 in and out."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from onnx.backend.test.case.node import collect_testcases
-
-        collected = collect_testcases(None)
-    return [case for entry in collected if (case := _single_float_case(entry, operators)) is not None]
-
-
-def _single_float_case(entry: object, operators: set[str]) -> Case | None:
-    model = getattr(entry, "model", None)
-    sets = getattr(entry, "data_sets", None)
-    if model is None or not sets or len(model.graph.node) != 1 or model.graph.node[0].op_type not in operators:
-        return None
-    feeds = {value.name: np.asarray(data) for value, data in zip(model.graph.input, sets[0][0], strict=False)}
-    kinds = {value.type.tensor_type.elem_type for value in model.graph.output[:1]}
-    floats = [data for data in feeds.values() if data.dtype == np.float32]
-    odd = any(data.dtype.kind not in "fiub" or data.dtype in (np.float16, np.float64) for data in feeds.values())
-    empty = any(data.size == 0 for data in floats)
-    if kinds != {TensorProto.FLOAT} or not floats or odd or empty:
-        return None
-    node = model.graph.node[0]
-    exact = node.op_type == "Gelu" and not node.attribute  # the reference evaluates erf in float32
-    return frozen(Case(str(getattr(entry, "name", "")), model, feeds, _gelu if exact else None))
-
-
-def _gelu(x: np.ndarray) -> np.ndarray:
-    return x * np.vectorize(NormalDist().cdf)(x)
 
 
 def _global_norm(p: int) -> Function:
