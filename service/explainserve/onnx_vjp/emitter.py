@@ -89,9 +89,10 @@ class Emitter:
         values = [self.graph.constant(name) if name else None for name in node.input]
         if not node.input or any(value is None for value, name in zip(values, node.input, strict=True) if name):
             return None
-        return tuple(
-            self.graph.add_constant(np.ascontiguousarray(value)) for value in self.graph.evaluate(node, values)
-        )
+        outputs = self.graph.folded(node, values)
+        if outputs is None:
+            return None
+        return tuple(self.graph.add_constant(np.asarray(value, order="C")) for value in outputs)
 
     def _appended(self, node: NodeProto) -> tuple[str, ...]:
         names = tuple(self.graph.fresh(f"vjp/{node.op_type}") for _ in node.output)

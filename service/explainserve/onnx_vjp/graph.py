@@ -21,6 +21,9 @@ _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
 
+# What they return is of a size that their values decide, within that of their inputs.
+_SELECTING = frozenset({"Compress", "NonZero", "Unique"})
+
 
 class Graph:
     """A private, growing copy of a model's graph. `model` must outlive nothing: it is copied."""
@@ -49,6 +52,10 @@ class Graph:
     def __contains__(self, name: object) -> bool:
         return name in self._taken and (name in self.shapes or name in self.producers)
 
+    def version(self, node: NodeProto) -> int:
+        """The operator set version that the graph imports for the node's domain."""
+        return self.opsets.get(canonical_domain(node.domain), 1)
+
     def dtype(self, name: str) -> int:
         """The TensorProto data type, UNDEFINED where shape inference did not find it."""
         return self.shapes.dtype(name)
@@ -65,30 +72,60 @@ class Graph:
 
     def constant(self, name: str) -> np.ndarray | None:
         """The value of a tensor that does not depend on the model's inputs, else None."""
-        if name not in self._values:
-            self._values[name] = None  # Malformed graphs may have cycles.
-            self._values[name] = self._evaluated(name)
+        pending, opened = [name], set[str]()  # chains of constants are longer than Python's own stack
+        while pending:
+            top = pending[-1]
+            if top not in self._values and top not in opened:
+                opened.add(top)
+                pending += self._folded_from(top)
+                continue
+            if top not in self._values:
+                self._values[top] = self._evaluated(top)
+            pending.pop()
         return self._values[name]
+
+    def _folded_from(self, name: str) -> list[str]:
+        """What has to be constant for a tensor to be."""
+        node = self.producers.get(name)
+        if name in self.initializers or node is None or not _is_folded(node) or self._static_shape(node) is not None:
+            return []
+        return [source for source in node.input if source]
 
     def _evaluated(self, name: str) -> np.ndarray | None:
         if name in self.initializers:
             return numpy_helper.to_array(self.initializers[name])
         node = self.producers.get(name)
-        if node is None or node.op_type in _RANDOM or any(attribute.HasField("g") for attribute in node.attribute):
+        if node is None or not _is_folded(node):
             return None
-        if node.op_type == "Shape" and (shape := self.shape(node.input[0])) and all(isinstance(d, int) for d in shape):
-            start, end = (next((a.i for a in node.attribute if a.name == key), None) for key in ("start", "end"))
-            return np.array(shape[start:end], dtype=np.int64)
-        inputs = [self.constant(source) if source else None for source in node.input]
-        if any(value is None for value, source in zip(inputs, node.input, strict=True) if source) or self._is_huge(
-            name
-        ):
+        if (shape := self._static_shape(node)) is not None:
+            return shape
+        inputs = [self._values.get(source) if source else None for source in node.input]
+        if any(value is None for value, source in zip(inputs, node.input, strict=True) if source):
             return None
-        return self.evaluate(node, inputs)[list(node.output).index(name)]
+        outputs = self.folded(node, inputs)
+        return None if outputs is None else outputs[list(node.output).index(name)]
 
-    def _is_huge(self, name: str) -> bool:
-        shape = self.shape(name) or ()
-        return int(np.prod([d for d in shape if isinstance(d, int)], dtype=np.int64)) > FOLDED_ELEMENTS
+    def _static_shape(self, node: NodeProto) -> np.ndarray | None:
+        """What a Shape node returns where the shape of its input is static."""
+        shape = self.shape(node.input[0]) if node.op_type == "Shape" and node.input else None
+        if shape is None or not all(isinstance(dimension, int) for dimension in shape):
+            return None
+        start, end = (next((a.i for a in node.attribute if a.name == key), None) for key in ("start", "end"))
+        return np.array(shape[start:end], dtype=np.int64)
+
+    def folded(self, node: NodeProto, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray] | None:
+        """The outputs of one node on values, or None where computing them is left to the runtime: they are large, or
+        their size is not known beforehand, or the reference evaluator does not have them.
+        """
+        feeds = {name: value for name, value in zip(node.input, inputs, strict=True) if value is not None}
+        count = self.shapes.element_count(node, self.version(node), feeds)
+        if node.op_type not in _SELECTING and (count is None or count > FOLDED_ELEMENTS):
+            return None
+        try:
+            with np.errstate(all="ignore"):
+                return self.evaluate(node, inputs)
+        except Exception:  # the evaluator lets through whatever numpy raises on values that do not fit
+            return None
 
     def evaluate(self, node: NodeProto, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         """Run one node on values, by the reference evaluator of the graph's operator set."""
@@ -128,7 +165,7 @@ class Graph:
         """Make the outputs of a node known: their producer and, as far as they can be inferred, their types."""
         self.producers.update({name: node for name in node.output if name})
         constants = {name: value for name in node.input if name and (value := self.constant(name)) is not None}
-        self.shapes.add_node(node, self.opsets.get(canonical_domain(node.domain), 1), constants)
+        self.shapes.add_node(node, self.version(node), constants)
 
     def add_constant(self, value: np.ndarray, hint: str = "constant") -> str:
         """Add an initializer and return its name."""
@@ -165,6 +202,10 @@ class Graph:
         info = onnx.ValueInfoProto(name=name)
         info.type.CopyFrom(self.shapes.type_proto(like))
         return info
+
+
+def _is_folded(node: NodeProto) -> bool:
+    return node.op_type not in _RANDOM and not any(attribute.HasField("g") for attribute in node.attribute)
 
 
 def consumed(node: NodeProto) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from onnx import NodeProto
 
 from explainserve.onnx_vjp.graph import Graph, consumed
-from explainserve.onnx_vjp.registry import Refused, State, Table, ZeroGradient, canonical_domain, lookup
+from explainserve.onnx_vjp.registry import Refused, State, Table, ZeroGradient, lookup
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class LivePath:
 
 def version_of(graph: Graph, node: NodeProto) -> int:
     """The operator set version that the graph imports for the node's domain."""
-    return graph.opsets.get(canonical_domain(node.domain), 1)
+    return graph.version(node)
 
 
 def live_path(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) -> LivePath:

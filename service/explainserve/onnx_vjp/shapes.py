@@ -9,6 +9,7 @@ equal), the symbolic inference of ONNX answers instead. A dynamic dimension is t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -98,22 +99,51 @@ class Shapes:
 
     def add_node(self, node: NodeProto, version: int, constants: Mapping[str, np.ndarray]) -> None:
         """Infer the types of a new node's outputs, as far as its inputs and the constants among them tell."""
+        for types in self._all:
+            found = self._of_node(node, version, types, constants)
+            types.update((name, kind) for name, kind in found.items() if name and kind.tensor_type.elem_type)
+
+    def element_count(self, node: NodeProto, version: int, values: Mapping[str, np.ndarray]) -> int | None:
+        """Elements of all outputs of a node on values, or None where inference does not find them."""
+        types = {
+            name: helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+            for name, value in values.items()
+        }
+        found = self._of_node(node, version, types, values)
+        counts = [_element_count(found[name]) if name in found else None for name in node.output if name]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+    def _of_node(
+        self, node: NodeProto, version: int, types: Mapping[str, TypeProto], constants: Mapping[str, np.ndarray]
+    ) -> Mapping[str, TypeProto]:
+        """Types of the outputs, as far as those of the inputs and the constants among them tell."""
+        node = _stand_in(node)
         data = {
             name: numpy_helper.from_array(value, name)
             for name, value in constants.items()
             if value.size <= SHAPE_ELEMENTS
         }
-        node = _stand_in(node)
-        for types in self._all:
-            inputs = {name: types[name] for name in node.input if name in types}
-            try:
-                schema = defs.get_schema(node.op_type, version, node.domain)
-                found = onnx.shape_inference.infer_node_outputs(
-                    schema, node, inputs, data, {}, list(self._imports), self._ir_version
-                )
-            except (onnx.shape_inference.InferenceError, defs.SchemaError, KeyError):
-                continue
-            types.update((name, kind) for name, kind in found.items() if name and kind.tensor_type.elem_type)
+        try:
+            schema = defs.get_schema(node.op_type, version, node.domain)
+            found: Mapping[str, TypeProto] = onnx.shape_inference.infer_node_outputs(
+                schema,
+                node,
+                {name: types[name] for name in node.input if name in types},
+                data,
+                {},
+                list(self._imports),
+                self._ir_version,
+            )
+        except (onnx.shape_inference.InferenceError, defs.SchemaError, KeyError):
+            return {}
+        return found
+
+
+def _element_count(kind: TypeProto) -> int | None:
+    """Elements of a tensor whose shape is static, else None."""
+    dims = [dim.dim_value for dim in kind.tensor_type.shape.dim if dim.HasField("dim_value") and dim.dim_value >= 0]
+    static = kind.tensor_type.HasField("shape") and len(dims) == len(kind.tensor_type.shape.dim)
+    return math.prod(dims) if static else None
 
 
 def _stand_in(node: NodeProto) -> NodeProto:
