@@ -4,9 +4,11 @@ Start at `input_gradient` (gradient.py), then the walk (walk.py) and rules/ (the
 the three states of an operator.
 """
 
+from explainserve.onnx_vjp.cut import Bypass, Cut, cut
 from explainserve.onnx_vjp.gaps import Gap, UnsupportedOperators
 from explainserve.onnx_vjp.gradient import GradientGraph, find_gaps, input_gradient
 from explainserve.onnx_vjp.heads import HEADS, append_score_head
+from explainserve.onnx_vjp.layers import Layer, layers
 from explainserve.onnx_vjp.registry import (
     Composition,
     Refused,
@@ -22,27 +24,35 @@ from explainserve.onnx_vjp.registry import (
     state_of,
     zero_gradient,
 )
+from explainserve.onnx_vjp.split import SplitGradient, split
 from explainserve.onnx_vjp.tables import GRADIENT_RULES
 
 __all__ = [
     "GRADIENT_RULES",
     "HEADS",
+    "Bypass",
     "Composition",
+    "Cut",
     "Gap",
     "GradientGraph",
+    "Layer",
     "Refused",
     "Rule",
+    "SplitGradient",
     "State",
     "Table",
     "UnsupportedOperators",
     "ZeroGradient",
     "append_score_head",
     "composition",
+    "cut",
     "find_gaps",
     "input_gradient",
+    "layers",
     "overridden",
     "refused",
     "rule",
+    "split",
     "standard",
     "state_of",
     "zero_gradient",

@@ -76,14 +76,18 @@ def _body(graph: Graph, node: NodeProto) -> FunctionProto | None:
     except defs.SchemaError:
         return None
     if schema.has_function:
-        chosen = max(
-            v for v in schema.function_opset_versions if v <= version or v == min(schema.function_opset_versions)
-        )
-        return _parsed(schema.get_function_with_opset_version(chosen))
+        return _parsed(schema.get_function_with_opset_version(_newest(schema.function_opset_versions, version)))
     if schema.has_context_dependent_function:
         types = [graph.shapes.type_proto(name).SerializeToString() if name else b"" for name in node.input]
-        return _parsed(schema.get_context_dependent_function(node.SerializeToString(), types))
+        chosen = _newest(schema.context_dependent_function_opset_versions, version)
+        return _parsed(
+            schema.get_context_dependent_function_with_opset_version(chosen, node.SerializeToString(), types)
+        )
     return None
+
+
+def _newest(versions: Sequence[int], limit: int) -> int:
+    return max((version for version in versions if version <= limit), default=min(versions))
 
 
 def _parsed(serialized: bytes) -> FunctionProto | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx
 from onnx import NodeProto, helper
@@ -12,7 +12,8 @@ from explainserve.onnx_vjp.emitter import Emitter
 from explainserve.onnx_vjp.gaps import Gap, UnsupportedOperators
 from explainserve.onnx_vjp.graph import Graph, consumed
 from explainserve.onnx_vjp.opset import prepared
-from explainserve.onnx_vjp.registry import Table, standard
+from explainserve.onnx_vjp.registry import Rule, Table, standard
+from explainserve.onnx_vjp.twin import add_twin
 from explainserve.onnx_vjp.walk import Walk
 
 
@@ -24,11 +25,17 @@ class GradientGraph:
     each `wrt` to the output that holds sum over all `of` of cotangent * d of / d wrt, in the shape and type of that
     `wrt`. A `wrt` or `of` that is an intermediate tensor is an output under its own name too, so that its value and
     its gradient come from the same forward pass.
+
+    Under rules that compare two forward passes, such as DeepLIFT's, `gradients` holds multipliers, `baselines` maps
+    each `wrt` to the extra input that holds its baseline, and `baseline_values` each `of` to the output that holds its
+    value there; otherwise both are empty.
     """
 
     model: onnx.ModelProto
     cotangents: dict[str, str]
     gradients: dict[str, str]
+    baselines: dict[str, str] = field(default_factory=dict)
+    baseline_values: dict[str, str] = field(default_factory=dict)
 
     @property
     def cotangent(self) -> str:
@@ -69,27 +76,35 @@ class _Differentiation:
         self.of = (of,) if isinstance(of, str) else tuple(dict.fromkeys(of))
         _check_tensors(graph, (*self.wrt, *self.of))
         walk = Walk(graph, self.wrt, self.of, table)
+        compares = any(isinstance(state, Rule) and state.compares for state in table.values())
+        self.baselines = {name: self._input(f"baseline/{name}", name) for name in self.wrt} if compares else {}
         self.forward_count = len(graph.nodes)
-        self.cotangents = {name: self._cotangent(name) for name in self.of}
+        self.twins = add_twin(graph, tuple(graph.nodes), self.baselines)
+        self.cotangents = {
+            name: self._input("cotangent" if len(self.of) == 1 else f"cotangent/{name}", name) for name in self.of
+        }
         op = Emitter(graph)
-        sums = walk.vjp(self.cotangents, op)
+        sums = walk.vjp(self.cotangents, op, self.twins)
         self.gaps = walk.gaps
         self.sums = {name: sums.get(name) or op.zeros_like(name) for name in self.wrt}
 
-    def _cotangent(self, of: str) -> str:
-        name = self.graph.fresh("cotangent" if len(self.of) == 1 else f"cotangent/{of}")
-        self.graph.shapes.assign(name, of)
+    def _input(self, hint: str, like: str) -> str:
+        """A new input of the type and shape of another tensor."""
+        name = self.graph.fresh(hint)
+        self.graph.shapes.assign(name, like)
         return name
 
     def result(self) -> GradientGraph:
         graph = self.graph
         names = {name: graph.fresh(f"gradient/{name}") for name in self.wrt}
         nodes = graph.nodes + [helper.make_node("Identity", [self.sums[name]], [names[name]]) for name in self.wrt]
-        kept = _without_unused(nodes, self.forward_count, names.values())
-        inputs = [graph.value_info(cotangent, of) for of, cotangent in self.cotangents.items()]
+        values = {name: self.twins[name] for name in self.of if name in self.twins}
+        kept = _without_unused(nodes, self.forward_count, (*names.values(), *values.values()))
+        added = [*self.cotangents.items(), *self.baselines.items()]
+        inputs = [graph.value_info(name, like) for like, name in added]
         outputs = [graph.value_info(name, name) for name in self._intermediates()]
-        outputs += [graph.value_info(names[name], name) for name in self.wrt]
-        return GradientGraph(graph.model(kept, inputs, outputs), self.cotangents, names)
+        outputs += [graph.value_info(name, like) for like, name in [*values.items(), *names.items()]]
+        return GradientGraph(graph.model(kept, inputs, outputs), self.cotangents, names, self.baselines, values)
 
     def _intermediates(self) -> list[str]:
         known = {value.name for value in (*self.graph.proto.graph.input, *self.graph.proto.graph.output)}

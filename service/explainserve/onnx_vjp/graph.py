@@ -185,16 +185,26 @@ class Graph:
     def model(
         self, nodes: Iterable[NodeProto], inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]
     ) -> onnx.ModelProto:
-        """A model of `nodes`, with further inputs and outputs; initializers that nothing uses are left out."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self.proto)
+        """The model with `nodes` for its own, and with further inputs and outputs."""
+        own = self.proto.graph
+        return self.part(nodes, [*own.input, *inputs], [*own.output, *outputs])
+
+    def part(
+        self, nodes: Iterable[NodeProto], inputs: Iterable[onnx.ValueInfoProto], outputs: Iterable[onnx.ValueInfoProto]
+    ) -> onnx.ModelProto:
+        """A model of `nodes` alone, with the initializers that they use."""
+        own = self.proto
+        model = onnx.ModelProto(ir_version=own.ir_version, opset_import=self.opset_imports())
+        model.producer_name, model.producer_version = own.producer_name, own.producer_version
+        model.metadata_props.extend(own.metadata_props)
         graph = model.graph
-        del graph.node[:], graph.initializer[:], graph.value_info[:]
+        graph.name = own.graph.name
+        graph.sparse_initializer.extend(own.graph.sparse_initializer)
         graph.node.extend(nodes)
-        used = {name for node in graph.node for name in consumed(node)} | {output.name for output in graph.output}
-        graph.initializer.extend(tensor for name, tensor in self.initializers.items() if name in used)
         graph.input.extend(inputs)
         graph.output.extend(outputs)
+        used = {name for node in graph.node for name in consumed(node)} | {output.name for output in graph.output}
+        graph.initializer.extend(tensor for name, tensor in self.initializers.items() if name in used)
         return model
 
     def value_info(self, name: str, like: str) -> onnx.ValueInfoProto:

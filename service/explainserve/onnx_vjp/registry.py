@@ -24,11 +24,13 @@ class Rule:
 
     `broadcasts`: the returned values have the broadcast shape, and the walk sums them down to each input's own shape.
     `every_output`: the formula receives a list with one cotangent (or None) per output, instead of the first output's.
+    `compares`: the formula reads a second forward pass, at the baseline, through `Node.twin`.
     """
 
     formula: Formula
     broadcasts: bool = False
     every_output: bool = False
+    compares: bool = False
 
 
 @dataclass(frozen=True)

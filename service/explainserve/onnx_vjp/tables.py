@@ -2,7 +2,7 @@
 
 Guided backpropagation (Springenberg et al. 2015, arXiv:1412.6806) passes only positive cotangents through the
 rectifier's derivative; the deconvnet (Zeiler and Fergus 2014, arXiv:1311.2901) applies the rectifier to the cotangent
-instead.
+instead. DeepLIFT's rescale rule has contracts of its own: see deeplift.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from explainserve.onnx_vjp import rules as _rules  # noqa: F401  (fills the registry)
+from explainserve.onnx_vjp.deeplift import rescale_rule
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Formula, Gradients, Key, Rule, State, Table, overridden, standard
 
@@ -60,4 +61,5 @@ GRADIENT_RULES: Mapping[str, Table] = {
     "standard": standard(),
     "guided_backpropagation": _for_rectifiers(standard(), _guided),
     "deconvnet": _for_rectifiers(standard(), _deconvnet),
+    "deeplift_rescale": rescale_rule(),
 }

@@ -17,10 +17,15 @@ def max_pool(op: Emitter, node: Node, g: str) -> Gradients:
     """Indices count over the whole tensor and name the first maximum of each window, as in torch; windows that share
     one add up.
     """
+    return (unpooled(op, node, g),)
+
+
+def unpooled(op: Emitter, node: Node, g: str) -> str:
+    """`g`, of the output's shape, added to zeros of the input's shape at the maxima of a MaxPool."""
     x = node.inputs[0]
     positions = op.Reshape(_indices(op, node), [-1])
     blank = op.zeros(op.Reshape(op.Size(x), [1]), x)
-    return (op.reshape_like(op.ScatterElements(blank, positions, op.Reshape(g, [-1]), axis=0, reduction="add"), x),)
+    return op.reshape_like(op.ScatterElements(blank, positions, op.Reshape(g, [-1]), axis=0, reduction="add"), x)
 
 
 def _indices(op: Emitter, node: Node) -> str:

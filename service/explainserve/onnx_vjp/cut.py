@@ -1,0 +1,105 @@
+"""Cutting a model at intermediate tensors, so that a path can run over embeddings or any layer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import onnx
+from onnx import NodeProto
+
+from explainserve.onnx_vjp.graph import Graph, consumed
+from explainserve.onnx_vjp.opset import prepared
+from explainserve.onnx_vjp.routes import around, dependents
+
+
+@dataclass(frozen=True)
+class Bypass:
+    """A route by which the values of an input reach an output without passing a cut tensor.
+
+    What is found of the cut tensor is then not all that the input does. `route` names the tensors on the way, both
+    ends included.
+    """
+
+    input: str
+    output: str
+    route: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"input '{self.input}' reaches output '{self.output}' around the cut: {' -> '.join(self.route)}"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model in two parts.
+
+    `before` takes the inputs of the model that the cut tensors depend on, and returns those tensors. `after` takes the
+    tensors, and whatever other inputs of the model its outputs depend on (masks, or inputs with a `bypasses` entry),
+    and returns the outputs of the model that depend on a cut tensor. Both keep all names.
+    """
+
+    before: onnx.ModelProto
+    after: onnx.ModelProto
+    bypasses: tuple[Bypass, ...]
+
+
+def cut(model: onnx.ModelProto, tensors: Sequence[str]) -> Cut:
+    """Split `model` at intermediate tensors of any type; none of them may be an input.
+
+    Raises ValueError for a malformed graph, for a tensor that does not exist or is an input, for one that no output
+    depends on, and for one that depends on another of `tensors`.
+    """
+    graph = Graph(prepared(model))
+    wanted = tuple(dict.fromkeys(tensors))
+    outputs = [value.name for value in graph.proto.graph.output]
+    reached = _checked(graph, wanted, outputs)
+    before = _needed(graph.nodes, wanted, ())
+    after = _needed(graph.nodes, reached, wanted)
+    return Cut(
+        _part(graph, before, [], wanted),
+        _part(graph, after, wanted, reached),
+        tuple(_bypasses(graph, before, wanted, reached)),
+    )
+
+
+def _checked(graph: Graph, wanted: Sequence[str], outputs: Sequence[str]) -> list[str]:
+    """The outputs that depend on the tensors."""
+    inputs = {value.name for value in graph.proto.graph.input}
+    reached: set[str] = set()
+    for name in wanted:
+        if name not in graph or (name not in graph.producers and name not in inputs):
+            raise ValueError(f"the model has no tensor '{name}'")
+        if name in inputs:
+            raise ValueError(f"tensor '{name}' is an input of the model: there is nothing before it to cut off")
+        found = dependents(graph.nodes, name)
+        if others := found.intersection(wanted) - {name}:
+            raise ValueError(f"tensor '{min(others)}' depends on '{name}': only one of them can be cut")
+        if not found.intersection(outputs):
+            raise ValueError(f"no output depends on tensor '{name}'")
+        reached |= found
+    return [name for name in outputs if name in reached]
+
+
+def _needed(nodes: Sequence[NodeProto], results: Collection[str], given: Collection[str]) -> list[NodeProto]:
+    """The nodes that compute `results` from the inputs and from `given`, in order."""
+    needed, found = set(results) - set(given), []
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            found.append(node)
+            needed.update(name for name in consumed(node) if name not in given)
+    return found[::-1]
+
+
+def _part(graph: Graph, nodes: Sequence[NodeProto], given: Sequence[str], results: Sequence[str]) -> onnx.ModelProto:
+    read = {name for node in nodes for name in consumed(node)}
+    inputs = [graph.value_info(name, name) for name in given]
+    inputs += [value for value in graph.proto.graph.input if value.name in read]
+    declared = {value.name: value for value in graph.proto.graph.output}
+    return graph.part(nodes, inputs, [declared.get(name) or graph.value_info(name, name) for name in results])
+
+
+def _bypasses(graph: Graph, before: Sequence[NodeProto], wanted: Sequence[str], outputs: Sequence[str]) -> list[Bypass]:
+    read = {name for node in before for name in consumed(node)}
+    sources = [value.name for value in graph.proto.graph.input if value.name in read]
+    routes = (around(graph.nodes, source, outputs, wanted) for source in sources)
+    return [Bypass(route[0], route[-1], route) for route in routes if route]

@@ -1,0 +1,85 @@
+"""The intermediate tensors that a person can pick: layers for CAM methods, embeddings for paths."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx
+from onnx import NodeProto
+
+from explainserve.onnx_vjp.graph import Graph
+from explainserve.onnx_vjp.opset import prepared
+from explainserve.onnx_vjp.registry import canonical_domain
+from explainserve.onnx_vjp.routes import bottlenecks, dependents
+from explainserve.onnx_vjp.shapes import Shape
+
+OPERATORS = frozenset(
+    {
+        *("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "Add", "Concat", "Mul"),
+        *("Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Clip", "Gelu", "Swish", "HardSwish", "Mish", "Sigmoid", "Tanh"),
+        *("BatchNormalization", "LayerNormalization", "GroupNormalization", "InstanceNormalization"),
+        *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LSTM", "GRU", "RNN", "Attention"),
+    }
+)
+"""Operators whose outputs are offered."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A floating-point tensor between the inputs and the outputs.
+
+    `module` is the path of the module that computes it, where the exporter tells (`layer1.0.conv1`), else empty.
+    `shape` has an int, a symbol or None (unknown) per axis, or is None where even the rank is unknown. `bypassed` names
+    the inputs whose values reach an output around the tensor too, such as past a branch of a residual block.
+    """
+
+    name: str
+    operator: str
+    module: str
+    shape: Shape | None
+    bypassed: tuple[str, ...]
+
+
+def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
+    """The tensors of a model that OPERATORS compute from its inputs, in topological order.
+
+    Raises ValueError for a malformed graph.
+    """
+    graph = Graph(prepared(model))
+    outputs = [value.name for value in graph.proto.graph.output]
+    sources = [value.name for value in graph.proto.graph.input]
+    reach = {source: dependents(graph.nodes, source) for source in sources}
+    narrow = {source: bottlenecks(graph.nodes, source, outputs) for source in sources}
+    return tuple(
+        Layer(
+            name,
+            node.op_type,
+            _module(node),
+            graph.shape(name),
+            tuple(source for source in sources if name in reach[source] and name not in narrow[source]),
+        )
+        for node, name in _offered(graph)
+        if any(name in reach[source] for source in sources)
+    )
+
+
+def _offered(graph: Graph) -> Iterator[tuple[NodeProto, str]]:
+    for node in graph.nodes:
+        name = node.output[0]
+        if node.op_type in OPERATORS and not canonical_domain(node.domain) and graph.is_float(name):
+            yield node, name
+
+
+def _module(node: NodeProto) -> str:
+    """The module's path: the exporter of torch writes it into the node's metadata, older ones into its name."""
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "")
+    try:
+        path = ast.literal_eval(scopes) if scopes else []
+    except (ValueError, SyntaxError):
+        path = []
+    if isinstance(path, list) and len(path) > 1:
+        return str(path[-2])
+    parts = node.name.strip("/").split("/") if node.name.startswith("/") else []
+    return parts[-2] if len(parts) > 1 else ""
