@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import numpy as np
 from onnx import TensorProto
 
+from onnx_vjp.sampling_oracles import ORACLES
 from onnx_vjp.vjp_oracle import Case, Function, single
 
 _rng = np.random.default_rng(3)
@@ -30,6 +34,7 @@ def own_cases() -> Iterator[Case]:
     yield from _pooling()
     yield from _shapes()
     yield from _indexing()
+    yield from _sampling()
     yield from _rest()
 
 
@@ -156,6 +161,54 @@ def _indexing() -> Iterator[Case]:
         )
     yield single("TopK", {"x": _x(3, 7), "k": _i(3)}, outputs=2, axis=1)
     yield single("TopK", {"x": _x(3, 7), "k": _i(2)}, outputs=2, axis=0, largest=0)
+
+
+def _sampling() -> Iterator[Case]:
+    image, grid = _x(2, 3, 5, 4), _x(2, 3, 2, 2)
+    for mode, padding in product(("linear", "cubic", "nearest"), ("zeros", "border", "reflection")):
+        for aligned, dynamic in ((0, None), (1, ())):
+            yield _by_oracle(
+                "GridSample",
+                {"x": image, "g": grid},
+                mode=mode,
+                padding_mode=padding,
+                align_corners=aligned,
+                dynamic=dynamic,
+            )
+    volume = {"x": _x(1, 2, 3, 5, 4), "g": _x(1, 2, 3, 2, 3)}
+    for padding in ("border", "reflection"):
+        yield _by_oracle("GridSample", volume, padding_mode=padding, dynamic=())
+    yield _by_oracle("GridSample", {"x": image, "g": grid}, mode="bicubic", version=16)
+    yield _by_oracle("AffineGrid", {"t": _x(2, 2, 3), "s": _i(2, 1, 3, 4)}, version=20, dynamic=("s",))
+
+    regions = np.array([[0.3, 0.8, 7.2, 5.4], [-3.0, 1.1, 2.3, 12.7], [2.2, 2.1, 2.6, 2.5]], np.float32)
+    feeds = {"x": _x(2, 3, 6, 5), "r": regions, "i": _i(1, 0, 1)}
+    for mode, ratio, coordinates in product(("avg", "max"), (0, 2), ("half_pixel", "output_half_pixel")):
+        yield single(
+            "RoiAlign",
+            feeds,
+            mode=mode,
+            sampling_ratio=ratio,
+            coordinate_transformation_mode=coordinates,
+            output_height=2,
+            output_width=3,
+            spatial_scale=0.8,
+            dynamic=("i",) if ratio else None,
+            version=16,
+        )
+
+    moved = {"x": _x(2, 4, 5, 6), "w": _x(6, 2, 3, 2), "o": _x(2, 24, 2, 3), "_b": _x(6), "m": _x(2, 12, 2, 3)}
+    shape = {"group": 2, "offset_group": 2, "strides": [2, 2], "pads": [1, 0, 1, 1], "dilations": [2, 1]}
+    for dynamic in (None, ()):
+        yield _by_oracle("DeformConv", moved, kernel_shape=[3, 2], dynamic=dynamic, **shape)
+    plain = {"x": _x(1, 2, 4, 4), "w": _x(3, 2, 2, 2), "o": _x(1, 8, 3, 3), "b": _x(3)}
+    yield _by_oracle("DeformConv", plain)
+
+
+def _by_oracle(operator: str, feeds: dict[str, np.ndarray], **attributes: Any) -> Case:
+    """A case whose reference is one of ours."""
+    case = single(operator, feeds, **attributes)
+    return replace(case, function=ORACLES[operator](case.node, feeds))
 
 
 def _rest() -> Iterator[Case]:

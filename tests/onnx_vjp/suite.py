@@ -14,6 +14,7 @@ from onnx import TensorProto, TypeProto, helper
 from onnx.backend.test.case.test_case import TestCase
 
 from onnx_vjp.precision import in_type
+from onnx_vjp.sampling_oracles import ORACLES
 from onnx_vjp.vjp_oracle import CONTROLS, POSITIVE, Case, Feeds, named
 
 
@@ -47,11 +48,12 @@ def case(name: str) -> Case:
     feeds = _with_plain_inputs(model, given)
     _with_plain_outputs(model, results)
     node = original(name).model.graph.node[-1]
+    oracle = ORACLES.get(node.op_type)
     return Case(
         name,
         in_type(model, TensorProto.FLOAT),
         {key: _narrow(value) for key, value in feeds.items()},
-        None,
+        oracle(node, feeds) if oracle else None,
         named(node, CONTROLS),
         named(node, POSITIVE),
     )

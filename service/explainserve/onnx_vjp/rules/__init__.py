@@ -11,6 +11,7 @@ from explainserve.onnx_vjp.rules import (
     pooling,
     reductions,
     resizing,
+    sampling,
     shape,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "pooling",
     "reductions",
     "resizing",
+    "sampling",
     "shape",
 ]

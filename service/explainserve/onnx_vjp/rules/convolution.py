@@ -15,14 +15,15 @@ from explainserve.onnx_vjp.rules.windows import Windows, static, windows
 @rule("Conv")
 def conv(op: Emitter, node: Node, g: str) -> Gradients:
     x, kernel = node.inputs[:2]
-    view = windows(op, node, _kernel_sizes(op, node))
+    view = windows(op, node, kernel_sizes(op, node))
     groups = node.attribute("group", 1)
     dx = _input_gradient(op, g, kernel, x, view, groups) if node.differentiates(0) else None
     dkernel = _kernel_gradient(op, x, g, kernel, view, groups) if node.differentiates(1) else None
-    return dx, dkernel, _bias_gradient(op, node, g)
+    return dx, dkernel, bias_gradient(op, node, g)
 
 
-def _kernel_sizes(op: Emitter, node: Node) -> list[int]:
+def kernel_sizes(op: Emitter, node: Node) -> list[int]:
+    """The spatial sizes of the kernel; refused where neither the node nor the kernel's shape tells them."""
     shape = op.shape(node.inputs[1])
     sizes = node.attribute("kernel_shape") or (shape[2:] if shape else [None])
     if not all(isinstance(size, int) for size in sizes):
@@ -30,9 +31,10 @@ def _kernel_sizes(op: Emitter, node: Node) -> list[int]:
     return list(sizes)
 
 
-def _bias_gradient(op: Emitter, node: Node, g: str) -> str | None:
+def bias_gradient(op: Emitter, node: Node, g: str, position: int = 2) -> str | None:
+    """The cotangent summed over all axes but that of the channels; `position` is that of the bias among the inputs."""
     others = [axis for axis in range(op.rank(node.outputs[0])) if axis != 1]
-    return op.ReduceSum(g, others, keepdims=0) if node.differentiates(2) else None
+    return op.ReduceSum(g, others, keepdims=0) if node.differentiates(position) else None
 
 
 def _input_gradient(op: Emitter, g: str, kernel: str, x: str, view: Windows, groups: int) -> str:
@@ -104,7 +106,7 @@ def conv_transpose(op: Emitter, node: Node, g: str) -> Gradients:
     if node.differentiates(1):
         raise Refusal("the kernel of ConvTranspose depends on a differentiated tensor", "use constant kernels")
     x, kernel = node.inputs[:2]
-    sizes = _kernel_sizes(op, node)
+    sizes = kernel_sizes(op, node)
     rank = len(sizes)
     strides, dilations = node.attribute("strides") or [1] * rank, node.attribute("dilations") or [1] * rank
     pads = _transpose_pads(op, node, sizes, strides, dilations)
@@ -115,7 +117,7 @@ def conv_transpose(op: Emitter, node: Node, g: str) -> Gradients:
         # Output padding can leave room for one more window than there are inputs.
         axes = list(range(2, 2 + rank))
         dx = op.Slice(dx, [0] * rank, op.Gather(op.dims(x), axes), axes)
-    return dx, None, _bias_gradient(op, node, g)
+    return dx, None, bias_gradient(op, node, g)
 
 
 def _transpose_pads(op: Emitter, node: Node, sizes: list[int], strides: list[int], dilations: list[int]) -> list[int]:

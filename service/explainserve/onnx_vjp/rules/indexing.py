@@ -67,10 +67,10 @@ def _slice_positions(op: Emitter, node: Node, order: int, axis: int) -> str:
         for name in (node.inputs[1], node.inputs[2], node.input(4))
     ]
     start, end, step = bounds
-    return op.Slice(_counted(op, op.dim(node.inputs[0], axis)), start, end, [0], step)
+    return op.Slice(counted(op, op.dim(node.inputs[0], axis)), start, end, [0], step)
 
 
-def _counted(op: Emitter, size: str) -> str:
+def counted(op: Emitter, size: str) -> str:
     """0, 1, ..., size - 1."""
     zero, one = (op.array(np.array(value, np.int64)) for value in (0, 1))
     return op.Range(zero, op.Squeeze(size, [0]), one)
@@ -155,7 +155,7 @@ def _with_batch_indices(op: Emitter, indices: str, batch: int) -> str:
     lead = op.Concat(op.Slice(op.dims(indices), [0], [rank - 1]), [1], axis=0)
     coordinates = []
     for axis in range(batch):
-        line = op.Reshape(_counted(op, op.dim(indices, axis)), [-1 if other == axis else 1 for other in range(rank)])
+        line = op.Reshape(counted(op, op.dim(indices, axis)), [-1 if other == axis else 1 for other in range(rank)])
         coordinates.append(op.Expand(line, lead))
     return op.Concat(*coordinates, indices, axis=rank - 1)
 
