@@ -12,7 +12,8 @@ from onnx import TensorProto, defs, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from explainserve.onnx_vjp import GradientGraph, Table, input_gradient
-from onnx_vjp.precision import FLOATS, in_type
+from onnx_vjp.precision import FLOATS
+from onnx_vjp.reference import Optional, Scatter, reference
 
 Function = Callable[..., "np.ndarray | Sequence[np.ndarray]"]
 Feeds = dict[str, np.ndarray]
@@ -28,14 +29,17 @@ class Case:
     """A model with tensors in and out, and its input values.
 
     `function` is a float64 oracle for what the reference evaluator lacks or gets wrong; it takes the inputs in order
-    and returns the float outputs. `controls` are float inputs that steer the operator and are no operand of a function
-    that one differentiates; `positive` are those that must stay above zero.
+    and returns the float outputs. `by_reference`: the gradient too is run by the reference evaluator. `random`: no
+    output can be evaluated twice, and the gradient is zero. `controls` are float inputs that steer the operator and are no operand of a function that one differentiates; `positive` are those
+    that must stay above zero.
     """
 
     name: str
     model: onnx.ModelProto
     feeds: Feeds
     function: Function | None = None
+    by_reference: bool = False
+    random: bool = False
     controls: Collection[str] = field(default=())
     positive: Collection[str] = field(default=())
 
@@ -75,9 +79,14 @@ def run(model: onnx.ModelProto, feeds: Feeds, outputs: list[str]) -> list[np.nda
         ort.capi.onnxruntime_pybind11_state.InvalidGraph,
         ort.capi.onnxruntime_pybind11_state.Fail,
     ):
-        with np.errstate(all="ignore"):
-            return list(ReferenceEvaluator(model).run(outputs, feeds))
+        return run_reference(model, feeds, outputs)
     return list(session.run(outputs, feeds))
+
+
+def run_reference(model: onnx.ModelProto, feeds: Feeds, outputs: list[str]) -> list[np.ndarray]:
+    """onnx's reference evaluator, in the types that the model has."""
+    with np.errstate(all="ignore"):
+        return list(ReferenceEvaluator(model, new_ops=[Optional, Scatter]).run(outputs, feeds))
 
 
 def _accepted(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -122,23 +131,36 @@ def check(case: Case, tolerance: float = 1e-3, *, rules: Table | None = None) ->
     feeds = moved_off_kinks(case)
     generator = np.random.default_rng(7)
     evaluate = _oracle(case)
-    cotangents = [generator.standard_normal(value.shape).astype(np.float32) for value in evaluate(feeds)]
+    expected = evaluate(feeds)
+    cotangents = [_cotangent(generator, value) for value in expected]
 
     def forward(moved: Feeds) -> float:
         values = evaluate({**feeds, **moved})
-        return sum(float(np.sum(g * value)) for g, value in zip(cotangents, values, strict=True))
+        return sum(float(np.sum(g[g != 0] * value[g != 0])) for g, value in zip(cotangents, values, strict=True))
 
     seeds = {gradient.cotangents[name]: g for name, g in zip(case.outputs, cotangents, strict=True)}
-    values = run(gradient.model, {**feeds, **seeds}, list(gradient.gradients.values()))
+    names = [*case.outputs, *gradient.gradients.values()]
+    values = (run_reference if case.by_reference else run)(gradient.model, {**feeds, **seeds}, names)
+    for name, actual, value in zip([] if case.random else case.outputs, values, expected, strict=False):
+        np.testing.assert_allclose(actual, value, 1e-3, 1e-4, err_msg=f"output {name}")
+    values = values[len(case.outputs) :]
     for name, value in zip(gradient.gradients, values, strict=True):
         assert value.shape == feeds[name].shape, f"gradient of {name} has shape {value.shape}"
         assert value.dtype == feeds[name].dtype, f"gradient of {name} is {value.dtype}"
         assert np.all(np.isfinite(value)), f"gradient of {name} is not finite"
+        if case.random:
+            assert not np.any(value), f"gradient of {name} is not zero"
+            continue
         for _ in range(DIRECTIONS if value.size else 0):
             direction = generator.standard_normal(value.shape)
             ahead, behind = (forward({name: _wide(feeds[name]) + sign * STEP * direction}) for sign in (1, -1))
             _compare(name, value * direction, (ahead - behind) / (2 * STEP), tolerance)
     return gradient
+
+
+def _cotangent(generator: np.random.Generator, value: np.ndarray) -> np.ndarray:
+    """Zero where the output is infinite, as masked scores are: there is no derivative there."""
+    return np.where(np.isfinite(value), generator.standard_normal(value.shape), 0).astype(np.float32)
 
 
 def _compare(name: str, products: np.ndarray, expected: float, tolerance: float) -> None:
@@ -153,11 +175,11 @@ def _oracle(case: Case) -> Callable[[Feeds], list[np.ndarray]]:
     function = case.function
     if function is not None:
         return lambda feeds: _listed(function(*feeds.values()))
-    reference = ReferenceEvaluator(in_type(case.model, TensorProto.DOUBLE))
+    evaluator = reference(case.model)
 
     def evaluate(feeds: Feeds) -> list[np.ndarray]:
         with np.errstate(all="ignore"):
-            return list(reference.run(case.outputs, {name: _wide(value) for name, value in feeds.items()}))
+            return list(evaluator.run(case.outputs, {name: _wide(value) for name, value in feeds.items()}))
 
     return evaluate
 
@@ -190,7 +212,7 @@ def frozen(case: Case, keep: Collection[str] = ()) -> Case:
 
 
 # Float inputs that no gradient is offered for: they steer the operator, and it is not a function one differentiates.
-CONTROLS = {"Resize": (1, 2, 3), "Dropout": (1,), "CastLike": (1,), "ConvTranspose": (1,)}
+CONTROLS = {"Resize": (1, 2, 3), "Upsample": (1,), "Dropout": (1,), "CastLike": (1,), "ConvTranspose": (1,)}
 # Where the operator needs a positive number.
 POSITIVE = {
     "BatchNormalization": (4,),
@@ -224,8 +246,9 @@ def single(
     """A model of one node whose inputs, in order, are `feeds`; a name with an underscore in front stands for an
     absent input.
 
-    The first `checked` outputs are float and are differentiated. `version` is that of the operator's domain. Integer inputs are constants. With `dynamic`, no dimension of a float
-    input is known, and the integer inputs it names are computed at run time.
+    The first `checked` outputs are float and are differentiated. `version` is that of the operator's domain. Integer
+    inputs are constants. With `dynamic`, no dimension of a float input is known, and the integer inputs it names are
+    computed at run time.
     """
     present = {key: value for key, value in feeds.items() if not key.startswith("_")}
     inputs = [_declared(key, value, dynamic is not None) for key, value in present.items()]
@@ -238,7 +261,8 @@ def single(
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
     label = name or "-".join(f"{key}={value}" for key, value in attributes.items()) or "plain"
     label = f"{operator}:{label}{'' if dynamic is None else ':dynamic'}"
-    case = Case(label, model, present, function, named(node, CONTROLS), named(node, POSITIVE))
+    controls, positive = named(node, CONTROLS), named(node, POSITIVE)
+    case = Case(label, model, present, function, controls=controls, positive=positive)
     return frozen(case, dynamic or ())
 
 

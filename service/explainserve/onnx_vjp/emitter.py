@@ -166,7 +166,9 @@ class Emitter:
             return value
         if shape is not None and sum(not isinstance(d, int) for d in shape) == 1 and 0 not in shape:
             return self.Reshape(value, [d if isinstance(d, int) else -1 for d in shape])
-        return self.Reshape(value, self.dims(like))
+        # A size of zero is meant, not the value's own size in its place.
+        empty = shape is None or 0 in shape
+        return self.Reshape(value, self.dims(like), allowzero=1 if empty else None)
 
     def expand_like(self, value: str, like: str) -> str:
         """`value` broadcast to the shape of `like`."""

@@ -76,13 +76,12 @@ def _body(graph: Graph, node: NodeProto) -> FunctionProto | None:
     except defs.SchemaError:
         return None
     if schema.has_function:
-        return _parsed(schema.get_function_with_opset_version(_newest(schema.function_opset_versions, version)))
+        return _parsed(schema.get_function_with_opset_version(_newest(schema.function_opset_versions, version)), schema)
     if schema.has_context_dependent_function:
         types = [graph.shapes.type_proto(name).SerializeToString() if name else b"" for name in node.input]
         chosen = _newest(schema.context_dependent_function_opset_versions, version)
-        return _parsed(
-            schema.get_context_dependent_function_with_opset_version(chosen, node.SerializeToString(), types)
-        )
+        body = schema.get_context_dependent_function_with_opset_version(chosen, node.SerializeToString(), types)
+        return _parsed(body, schema)
     return None
 
 
@@ -90,8 +89,11 @@ def _newest(versions: Sequence[int], limit: int) -> int:
     return max((version for version in versions if version <= limit), default=min(versions))
 
 
-def _parsed(serialized: bytes) -> FunctionProto | None:
+def _parsed(serialized: bytes, schema: Any) -> FunctionProto | None:
+    """The body with the schema's default values, which it leaves out."""
     body = FunctionProto.FromString(serialized)
+    defaults = (attribute.default_value for attribute in schema.attributes.values())
+    body.attribute_proto.extend(value for value in defaults if value.name)
     return body if body.node else None
 
 
