@@ -72,9 +72,7 @@ class Emitter:
         """Append a node and return the names of its outputs; a node whose inputs are all constant is computed
         instead.
         """
-        like = next(
-            (operand for operand in operands if isinstance(operand, str) and self.graph.dtype(operand) in FLOATS), None
-        )
+        like = self._like(operands)
         names = [self._tensor(operand, like) for operand in operands]
         while names and not names[-1]:
             names.pop()
@@ -84,6 +82,12 @@ class Emitter:
         if len(self._shared.get(key, ())) < outputs:
             self._shared[key] = self._folded(node) or self._appended(node)
         return self._shared[key][:outputs]
+
+    def _like(self, operands: Sequence[Operand]) -> str | None:
+        """The operand whose type numbers take: the first float, or else the first of unknown type."""
+        tensors = [operand for operand in operands if isinstance(operand, str) and operand]
+        floats = [name for name in tensors if self.graph.dtype(name) in FLOATS]
+        return next(iter(floats + [name for name in tensors if self.graph.dtype(name) == TensorProto.UNDEFINED]), None)
 
     def _folded(self, node: NodeProto) -> tuple[str, ...] | None:
         values = [self.graph.constant(name) if name else None for name in node.input]

@@ -12,34 +12,40 @@ import onnx
 from onnx import FunctionProto, NodeProto, TensorProto, defs, helper
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
-from explainserve.onnx_vjp.graph import Graph
+from explainserve.onnx_vjp.graph import Graph, consumed
 from explainserve.onnx_vjp.path import live_path, version_of
-from explainserve.onnx_vjp.registry import Composition, Refusal, Table, canonical_domain, lookup
+from explainserve.onnx_vjp.registry import Composition, Refusal, State, Table, canonical_domain, lookup
 
 
 def expand(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) -> Mapping[str, Refusal]:
     """Replace, until none is left, every node of the live path that has a composition in `table`, or no state there
-    but a function body.
+    but a function body; beside the path, those through which shape inference does not see.
 
     Returns the compositions that refuse a node, by the name of its first output.
     """
     while True:
+        on_path = {id(node) for node in live_path(graph, wrt, of, table).nodes}
         refusals: dict[str, Refusal] = {}
-        parts = {
-            id(node): replacement
-            for node in live_path(graph, wrt, of, table).nodes
-            if (replacement := _replacement(graph, node, table, refusals))
-        }
-        if not parts:
+        nodes: list[NodeProto] = []
+        replaced = opaque = False
+        for node in graph.nodes:
+            if opaque and _is_opaque(graph, node):
+                graph.register(node)
+            blocks = _is_opaque(graph, node)
+            wanted = id(node) in on_path or (blocks and isinstance(_state(graph, node, table), Composition))
+            parts = _replacement(graph, node, table, refusals) if wanted else None
+            replaced |= parts is not None
+            opaque |= parts is not None and blocks
+            nodes += [node] if parts is None else parts
+        if not replaced:
             return refusals
-        opaque = any(_is_opaque(graph, node) for node in graph.nodes if id(node) in parts)
-        graph.nodes = [part for node in graph.nodes for part in parts.get(id(node), [node])]
+        graph.nodes = nodes
         if opaque:
             graph.infer_again()
 
 
 def _replacement(graph: Graph, node: NodeProto, table: Table, refusals: dict[str, Refusal]) -> list[NodeProto] | None:
-    state = lookup(table, node.domain, node.op_type, version_of(graph, node))
+    state = _state(graph, node, table)
     if isinstance(state, Composition):
         try:
             return _composed(graph, node, state)
@@ -48,6 +54,10 @@ def _replacement(graph: Graph, node: NodeProto, table: Table, refusals: dict[str
             return None
     body = _body(graph, node) if state is None else None
     return _instance(graph, node, body) if body else None
+
+
+def _state(graph: Graph, node: NodeProto, table: Table) -> State | None:
+    return lookup(table, node.domain, node.op_type, version_of(graph, node))
 
 
 def _is_opaque(graph: Graph, node: NodeProto) -> bool:
@@ -59,12 +69,21 @@ def _composed(graph: Graph, node: NodeProto, state: Composition) -> list[NodePro
     around, graph.nodes = graph.nodes, []
     try:
         values = state.formula(Emitter(graph), Node(node, frozenset()))
-        for value, name in zip(values, node.output, strict=False):
-            if name and value:
-                graph.append(helper.make_node("Identity", [value], [name], name=graph.fresh(f"{name}/composed")))
+        written = {name: value for name, value in zip(node.output, values, strict=False) if name and value}
+        _check_unused(graph, [name for name in node.output if name and name not in written], around)
+        for name, value in written.items():
+            graph.append(helper.make_node("Identity", [value], [name], name=graph.fresh(f"{name}/composed")))
         return graph.nodes
     finally:
         graph.nodes = around
+
+
+def _check_unused(graph: Graph, names: Sequence[str], nodes: Sequence[NodeProto]) -> None:
+    used = {name for node in nodes for name in consumed(node)} if names else set()
+    used |= {value.name for value in graph.proto.graph.output}
+    for name in names:
+        if name in used:
+            raise Refusal(f"its output '{name}' cannot be written in standard operators", "remove the use of that output")
 
 
 def _body(graph: Graph, node: NodeProto) -> FunctionProto | None:

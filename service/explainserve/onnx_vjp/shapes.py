@@ -27,8 +27,24 @@ _DIVISIBLE = 672
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 
 
-# Operators whose schemas infer nothing, and others with the same answer.
-_STAND_INS = {"GroupNormalization": "Identity", "MeanVarianceNormalization": "Identity"}
+# Operators that inference cannot see through, and others that have the same answer: operator, number of inputs,
+# attributes.
+_AS_INPUT: tuple[str, int, Mapping[str, str]] = ("Identity", 1, {})
+_STAND_INS = {
+    ("", "GroupNormalization"): _AS_INPUT,
+    ("", "MeanVarianceNormalization"): _AS_INPUT,
+    ("", "SimplifiedLayerNormalization"): _AS_INPUT,
+    ("com.microsoft", "BiasGelu"): _AS_INPUT,
+    ("com.microsoft", "FastGelu"): _AS_INPUT,
+    ("com.microsoft", "Gelu"): _AS_INPUT,
+    ("com.microsoft", "GroupNorm"): _AS_INPUT,
+    ("com.microsoft", "Inverse"): _AS_INPUT,
+    ("com.microsoft", "MatMulNBits"): ("Einsum", 2, {"equation": "...k,nij->...n"}),
+    ("com.microsoft", "QuickGelu"): _AS_INPUT,
+    ("com.microsoft", "RotaryEmbedding"): _AS_INPUT,
+    ("com.microsoft", "SkipLayerNormalization"): _AS_INPUT,
+    ("com.microsoft", "SkipSimplifiedLayerNormalization"): _AS_INPUT,
+}
 
 
 class Shapes:
@@ -36,6 +52,7 @@ class Shapes:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._imports, self._ir_version = model.opset_import, model.ir_version
+        self._version = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
         symbols = _symbols(model)
         numbers = [
             {symbol: _number(index, probe, len(symbols)) for index, symbol in enumerate(symbols)} for probe in (0, 1)
@@ -118,6 +135,7 @@ class Shapes:
     ) -> Mapping[str, TypeProto]:
         """Types of the outputs, as far as those of the inputs and the constants among them tell."""
         node = _stand_in(node)
+        version = version if node.domain else self._version
         data = {
             name: numpy_helper.from_array(value, name)
             for name, value in constants.items()
@@ -147,9 +165,11 @@ def _element_count(kind: TypeProto) -> int | None:
 
 
 def _stand_in(node: NodeProto) -> NodeProto:
-    if node.domain or node.op_type not in _STAND_INS:
+    stand_in = _STAND_INS.get((node.domain, node.op_type))
+    if stand_in is None:
         return node
-    return helper.make_node(_STAND_INS[node.op_type], node.input[:1], node.output)
+    operator, input_count, attributes = stand_in
+    return helper.make_node(operator, node.input[:input_count], node.output[:1], **attributes)
 
 
 def _symbols(model: onnx.ModelProto) -> list[str]:

@@ -257,18 +257,18 @@ def mish(op: Emitter, node: Node, g: str) -> Gradients:
 
 @rule("Gelu", since=20)
 def gelu(op: Emitter, node: Node, g: str) -> Gradients:
-    derivative = _gelu_tanh if node.attribute("approximate", "none") == "tanh" else _gelu_erf
+    derivative = gelu_tanh_slope if node.attribute("approximate", "none") == "tanh" else gelu_erf_slope
     return (op.Mul(g, derivative(op, node.inputs[0])),)
 
 
-def _gelu_erf(op: Emitter, x: str) -> str:
+def gelu_erf_slope(op: Emitter, x: str) -> str:
     """Phi(x) + x phi(x), the normal distribution and its density."""
     distribution = op.Add(op.Mul(op.Erf(op.Mul(x, sqrt(0.5))), 0.5), 0.5)
     density = op.Mul(op.Exp(op.Mul(op.Mul(x, x), -0.5)), 1 / sqrt(2 * pi))
     return op.Add(distribution, op.Mul(x, density))
 
 
-def _gelu_tanh(op: Emitter, x: str) -> str:
+def gelu_tanh_slope(op: Emitter, x: str) -> str:
     """y = x (1 + t) / 2 with t = tanh(u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
     scale, square = sqrt(2 / pi), op.Mul(x, x)
     t = op.Tanh(op.Mul(x, op.Add(op.Mul(square, 0.044715 * scale), scale)))
