@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import NormalDist
 
 import numpy as np
 
@@ -37,7 +38,27 @@ def _activations() -> Iterator[Fused]:
     yield fused("QuickGelu", {"x": _x(3, 5)})
     yield fused("FastGelu", {"x": _x(3, 5)})
     yield fused("ScaledSiLU", {"x": _x(3, 5)}, alpha=0.7)
+    yield fused(
+        "BiasSplitGelu",
+        {"x": _x(2, 3, 8), "b": _x(8)},
+        function=lambda x, b: (x + b)[..., :4] * _gelu((x + b)[..., 4:]),
+    )
+    yield fused(
+        "GemmFastGelu", {"x": _x(2, 3, 4), "w": _x(4, 5), "b": _x(5)}, function=lambda x, w, b: _fast_gelu(x @ w + b)
+    )
     yield fused("ScaledSiLU", {"x": _x(3, 5), "s": np.array(1.4, np.float32)}, constants="s")
+
+
+def _gelu(x: np.ndarray) -> np.ndarray:
+    return x * np.vectorize(NormalDist().cdf)(x)
+
+
+def _fast_gelu(x: np.ndarray) -> np.ndarray:
+    return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
 
 
 _ACTIVATIONS: dict[str, tuple[float, ...]] = {
@@ -57,12 +78,21 @@ def _products() -> Iterator[Fused]:
         yield fused("FusedConv", {"x": image, "w": kernel, "b": bias}, group=2, activation=name, **more)
     conv = {"group": 2, "strides": [2, 1], "pads": [1, 0, 2, 1], "dilations": [1, 2], "kernel_shape": [3, 3]}
     yield fused("FusedConv", {"x": image, "w": kernel, "b": bias, "z": _x(2, 6, 4, 3)}, activation="Relu", **conv)
-    yield fused("FusedConv", {"x": image, "w": kernel, "_b": bias, "z": _x(2, 6, 5, 4)}, group=2, dynamic=True, constants="w")
+    yield fused(
+        "FusedConv", {"x": image, "w": kernel, "_b": bias, "z": _x(2, 6, 5, 4)}, group=2, dynamic=True, constants="w"
+    )
     a, b, c = _x(3, 4), _x(4, 5), _x(5)
     gemm = {
-        "Relu": {}, "Sigmoid": {}, "Tanh": {}, "Softplus": {}, "Softsign": {}, "Elu": {"activation_alpha": 0.7},
-        "LeakyRelu": {"activation_alpha": 0.2}, "ThresholdedRelu": {"activation_alpha": 0.3}, "Selu": {"activation_alpha": 1.5, "activation_gamma": 1.1},
-        "HardSigmoid": {"activation_alpha": 0.3, "activation_beta": 0.4}, 
+        "Relu": {},
+        "Sigmoid": {},
+        "Tanh": {},
+        "Softplus": {},
+        "Softsign": {},
+        "Elu": {"activation_alpha": 0.7},
+        "LeakyRelu": {"activation_alpha": 0.2},
+        "ThresholdedRelu": {"activation_alpha": 0.3},
+        "Selu": {"activation_alpha": 1.5, "activation_gamma": 1.1},
+        "HardSigmoid": {"activation_alpha": 0.3, "activation_beta": 0.4},
     }
     for name, parameters in gemm.items():
         yield fused("FusedGemm", {"a": a, "b": b, "c": c}, activation=name, **parameters)
@@ -75,6 +105,47 @@ def _products() -> Iterator[Fused]:
     yield fused("FusedMatMul", {"a": _x(2, 6, 3, 4), "b": _x(5, 2, 6, 4)}, transBatchB=1, transB=1)
     yield fused("FusedMatMul", {"a": _x(4, 2, 6, 3), "b": _x(4, 2, 6, 5)}, transBatchA=1, transA=1, transBatchB=1)
     yield fused("FusedMatMul", {"a": _x(4), "b": _x(2, 4, 5)}, transA=1)
+
+    for activation, function in {"Tanh": np.tanh, "Softmax": _softmax}.items():
+        yield fused(
+            "FusedMatMulActivation",
+            {"a": _x(2, 4, 3), "b": _x(2, 4, 5)},
+            transA=1,
+            alpha=0.5,
+            activation=activation,
+            function=lambda a, b, function=function: function(0.5 * np.swapaxes(a, 1, 2) @ b),
+        )
+    for bits, block, inner in ((4, 16, 32), (4, 16, 40), (8, 32, 64), (2, 16, 48), (4, 32, 33)):
+        yield from _few_bits(bits, block, inner)
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+
+
+def _few_bits(bits: int, block: int, inner: int) -> Iterator[Fused]:
+    rows, count = 6, -(-inner // block)
+    stored = _rng.integers(0, 256, (rows, count, block * bits // 8)).astype(np.uint8)
+    scales = np.abs(_x(rows, count, scale=0.1))
+    zeros = {
+        "without": None,
+        "packed": _rng.integers(0, 256, (rows, -(-count * bits // 8))).astype(np.uint8),
+        "plain": _x(rows, count) + np.float32(2 ** (bits - 1)),
+    }
+    for name, zero in zeros.items():
+        if bits == 8 and name == "plain":
+            continue  # the kernel has no such form
+        feeds = {"x": _x(2, 3, inner), "w": stored, "s": scales, "z" if zero is not None else "_z": zero, "_g": zero}
+        yield fused(
+            "MatMulNBits",
+            {**feeds, "b": _x(rows)},
+            constants=[key for key in ("w", "s", "z") if key in feeds],
+            name=f"{bits} bits of {block}, {name} zero points, {inner} columns",
+            bits=bits,
+            block_size=block,
+            K=inner,
+            N=rows,
+        )
 
 
 def _normalizations() -> Iterator[Fused]:
@@ -109,10 +180,8 @@ def _normalizations() -> Iterator[Fused]:
     yield fused(
         "EmbedLayerNormalization",
         {"t": tokens, "_s": segments, **tables, "_e": skip, "g": gamma, "b": beta, "_m": mask, "i": places},
-        constants=("w", "p"),
         outputs="y _",
         epsilon=1e-5,
-        dynamic=True,
     )
     for scale in ((8,), (2, 8), (16,)):
         yield fused("BranchwiseRMSNorm", {"x": _x(3, 2, 8), "s": _x(*scale)}, name=f"grouped{scale}")
@@ -120,6 +189,45 @@ def _normalizations() -> Iterator[Fused]:
     yield fused("BranchwiseRMSNorm", {"x": _x(3, 2, 8)}, epsilon=1e-3)
     for activation in ("silu", "swish", "sigmoid"):
         yield fused("GatedRMSNorm", {"x": _x(2, 3, 8), "s": _x(4), "g": _x(2, 3, 8)}, activation=activation)
+
+    for last in (0, 1):
+        yield from _group_normalizations(last)
+
+
+def _group_normalizations(last: int) -> Iterator[Fused]:
+    gamma, beta, bias = _x(6), _x(6), _x(6)
+    image, axes = (_x(2, 3, 4, 6), (0, 1, 2, 3)) if last else (_x(2, 6, 3, 4), (0, 2, 3, 1))
+    back = tuple(int(axis) for axis in np.argsort(axes))
+    for activation in (0, 1):
+        attributes = {"groups": 3, "activation": activation, "channels_last": last, "epsilon": 1e-3}
+
+        def normalized(x: np.ndarray, *scales: np.ndarray, activation: int = activation) -> np.ndarray:
+            return _group_norm(x.transpose(axes), *scales, activation).transpose(back)
+
+        yield fused("GroupNorm", {"x": image, "g": gamma, "b": beta}, function=normalized, **attributes)
+        for skip in (_x(*image.shape), _x(2, 6)):
+
+            def total(x: np.ndarray, s: np.ndarray, b: np.ndarray | float = 0.0) -> np.ndarray:
+                wide = s[:, None, None, :] if s.ndim == 2 else s.transpose(axes)
+                return (x.transpose(axes) + wide + b).transpose(back)
+
+            for extra in ({"a": bias}, {}):
+                yield fused(
+                    "SkipGroupNorm",
+                    {"x": image, "g": gamma, "b": beta, "s": skip, **extra},
+                    outputs=2,
+                    function=lambda x, g, b, *rest, n=normalized, t=total: (n(t(x, *rest), g, b), t(x, *rest)),
+                    **attributes,
+                )
+
+
+def _group_norm(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, activation: int) -> np.ndarray:
+    """Three groups of channels, which come last."""
+    rows = x.reshape(len(x), -1, 3, x.shape[-1] // 3)
+    centered = rows - rows.mean((1, 3), keepdims=True)
+    normal = centered / np.sqrt((centered**2).mean((1, 3), keepdims=True) + 1e-3)
+    y = normal.reshape(x.shape) * gamma + beta
+    return y * _sigmoid(y) if activation else y
 
 
 def _attention() -> Iterator[Fused]:
@@ -137,7 +245,11 @@ def _attention() -> Iterator[Fused]:
     for name, mask in masks.items():
         for constants in ((), ("m",)):
             yield fused(
-                "Attention", {"x": x, "w": w, "b": b, "m": mask}, num_heads=2, constants=constants, name=f"mask of {name}"
+                "Attention",
+                {"x": x, "w": w, "b": b, "m": mask},
+                num_heads=2,
+                constants=constants,
+                name=f"mask of {name}",
             )
     yield fused(
         "Attention",
@@ -173,8 +285,20 @@ def _attention() -> Iterator[Fused]:
         "MultiHeadAttention", {"q": q, "k": k, "v": v, "_b": q, "_m": q, "a": _x(2, 1, 5, 4)}, num_heads=2, outputs=3
     )
     yield fused("MultiHeadAttention", {"q": q, "k": q, "v": q}, num_heads=2, unidirectional=1)
-    yield fused("MultiHeadAttention", {"q": _x(2, 5, 2, 3, 4)}, num_heads=2, name="packed query, key and value")
-    yield fused("MultiHeadAttention", {"q": q, "k": _x(2, 4, 2, 2, 4)}, num_heads=2, name="packed key and value")
+    yield fused(
+        "MultiHeadAttention",
+        {"q": _x(2, 5, 2, 3, 4)},
+        num_heads=2,
+        name="packed query, key and value",
+        function=lambda x: _attended(*(x[:, :, :, index] for index in range(3))),
+    )
+    yield fused(
+        "MultiHeadAttention",
+        {"q": q, "k": _x(2, 4, 2, 2, 4)},
+        num_heads=2,
+        name="packed key and value",
+        function=lambda x, y: _attended(x.reshape(2, 5, 2, 4), y[:, :, :, 0], y[:, :, :, 1]),
+    )
     yield fused("MultiHeadAttention", {"q": q, "k": _x(2, 2, 4, 4), "v": _x(2, 2, 4, 4)}, num_heads=2, name="heads")
     yield fused(
         "MultiHeadAttention",
@@ -184,6 +308,13 @@ def _attention() -> Iterator[Fused]:
         unidirectional=1,
         name="past",
     )
+
+
+def _attended(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Attention of (batch, length, heads, head size)."""
+    scores = np.exp(np.einsum("bsnh,btnh->bnst", q, k) / np.sqrt(q.shape[-1]))
+    probabilities = scores / scores.sum(-1, keepdims=True)
+    return np.einsum("bnst,btnh->bsnh", probabilities, v).reshape(*q.shape[:2], -1)
 
 
 def _rotary() -> Iterator[Fused]:

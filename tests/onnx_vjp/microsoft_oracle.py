@@ -96,7 +96,9 @@ def check(case: Fused) -> GradientGraph:
     forward = _forward(case, names)
     expected = forward(case.feeds)
     generator = np.random.default_rng(5)
-    cotangents = {name: generator.standard_normal(y.shape).astype(np.float32) for name, y in zip(names, expected)}
+    cotangents = {
+        name: generator.standard_normal(y.shape).astype(np.float32) for name, y in zip(names, expected, strict=True)
+    }
     feeds = {**case.feeds, **{gradient.cotangents[name]: value for name, value in cotangents.items()}}
     wanted = [*names, *(gradient.gradients[name] for name in case.wrt)]
     results = dict(zip(wanted, evaluate(gradient.model, feeds, wanted), strict=True))

@@ -83,7 +83,9 @@ def _check_unused(graph: Graph, names: Sequence[str], nodes: Sequence[NodeProto]
     used |= {value.name for value in graph.proto.graph.output}
     for name in names:
         if name in used:
-            raise Refusal(f"its output '{name}' cannot be written in standard operators", "remove the use of that output")
+            raise Refusal(
+                f"its output '{name}' cannot be written in standard operators", "remove the use of that output"
+            )
 
 
 def _body(graph: Graph, node: NodeProto) -> FunctionProto | None:

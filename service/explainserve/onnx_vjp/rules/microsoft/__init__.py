@@ -7,10 +7,8 @@ from explainserve.onnx_vjp.rules.microsoft import (
     activations,
     attention,
     flat,
-    layouts,
     normalization,
     products,
-    rest,
     rotary,
 )
 
@@ -18,9 +16,7 @@ __all__ = [
     "activations",
     "attention",
     "flat",
-    "layouts",
     "normalization",
     "products",
-    "rest",
     "rotary",
 ]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import reduce
 
 import numpy as np
-
 from onnx import TensorProto, helper
 
 from explainserve.onnx_vjp.emitter import Emitter, Node

@@ -40,15 +40,19 @@ def _activated(op: Emitter, node: Node, y: str) -> str:
 
 @composition("FusedMatMul", "TransposeMatMul", domain=DOMAIN)
 def fused_matmul(op: Emitter, node: Node) -> Sequence[str]:
+    return (_product(op, node),)
+
+
+def _product(op: Emitter, node: Node) -> str:
     """alpha A' B', with A' and B' transposed as the attributes say."""
     product = op.MatMul(_operand(op, node, 0, "A"), _operand(op, node, 1, "B"))
     alpha = node.attribute("alpha", 1.0)
-    return (product if alpha == 1.0 else op.Mul(product, alpha),)
+    return product if alpha == 1.0 else op.Mul(product, alpha)
 
 
 @composition("FusedMatMulActivation", domain=DOMAIN)
 def fused_matmul_activation(op: Emitter, node: Node) -> Sequence[str]:
-    (product,) = fused_matmul(op, node)
+    product = _product(op, node)
     if node.attribute("activation") == "Softmax":
         return (op.Softmax(product, axis=node.attribute("activation_axis", -1)),)
     return (_activated(op, node, product),)
@@ -67,7 +71,7 @@ def _operand(op: Emitter, node: Node, index: int, letter: str) -> str:
 @rule("MatMulNBits", domain=DOMAIN)
 def matmul_nbits(op: Emitter, node: Node, g: str) -> Gradients:
     """y = x W^T + b with constant weights W (N, K), stored in few bits."""
-    rest = [None] * (len(node.inputs) - 1)
+    rest: list[str | None] = [None] * (len(node.inputs) - 1)
     if node.differentiates(5):
         rest[4] = op.sum_to(g, node.inputs[5])
     if any(node.differentiates(index) for index in range(1, 5)):
@@ -80,21 +84,22 @@ def _weights(op: Emitter, node: Node) -> np.ndarray:
     stored, scales, zeros = (op.constant(node.input(index)) for index in (1, 2, 3))
     if stored is None or scales is None or (node.input(3) and zeros is None) or node.attribute("weight_prepacked", 0):
         raise Refusal("the weights are not stored as plain constants", "store the weights in the file, not prepacked")
-    bits, columns, block = node.attribute("bits", 4), node.attribute("K"), node.attribute("block_size")
-    rows = node.attribute("N")
+    if node.input(4):
+        raise Refusal("the weights are stored in another order (g_idx)", "quantize without reordering")
+    bits, rows, block = node.attribute("bits", 4), node.attribute("N"), node.attribute("block_size")
     values = _unpacked(stored.reshape(rows, -1), bits).reshape(rows, -1, block).astype(scales.dtype)
-    count = values.shape[1]
+    blocks = (rows, values.shape[1], 1)
+    weights = (values - _zero_points(zeros, bits, blocks).astype(scales.dtype)) * scales.reshape(blocks)
+    return np.ascontiguousarray(weights.reshape(rows, -1)[:, : node.attribute("K")])
+
+
+def _zero_points(zeros: np.ndarray | None, bits: int, blocks: tuple[int, int, int]) -> np.ndarray:
+    """Per block; the middle of the range unless they are stored, in bits too or as they are."""
     if zeros is None:
-        middle = np.array(2 ** (bits - 1), scales.dtype)
-    elif zeros.dtype == np.uint8:
-        middle = _unpacked(zeros.reshape(rows, -1), bits)[:, :count, None].astype(scales.dtype)
-    else:
-        middle = zeros.reshape(rows, count, 1)
-    weights = (values - middle) * scales.reshape(rows, count, 1)
-    order = op.constant(node.input(4))
-    if order is not None:
-        raise Refusal("the blocks of the weights are not in order (g_idx)", "quantize without reordering")
-    return np.ascontiguousarray(weights.reshape(rows, -1)[:, :columns])
+        return np.array(2 ** (bits - 1), np.float32)
+    if zeros.dtype == np.uint8:
+        zeros = _unpacked(zeros.reshape(blocks[0], -1), bits)[:, : blocks[1]].astype(np.float32)
+    return zeros.reshape(blocks)
 
 
 def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:

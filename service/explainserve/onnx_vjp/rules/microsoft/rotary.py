@@ -49,8 +49,8 @@ def rotary_embedding(op: Emitter, node: Node) -> Sequence[str]:
     x, positions, cosines, sines = node.inputs[:4]
     heads = as_heads(op, node, x, cosines)
     places = positions if op.rank(positions) == 2 else _following(op, positions, op.dim(heads, 2))
-    tables = (op.Gather(table, places, axis=0) for table in (cosines, sines))
-    y = rotated(op, heads, *tables, node.attribute("interleaved", 0))
+    cosines, sines = (op.Gather(table, places, axis=0) for table in (cosines, sines))
+    y = rotated(op, heads, cosines, sines, node.attribute("interleaved", 0))
     return (y if op.rank(x) == 4 else merged_heads(op, y),)
 
 
