@@ -53,7 +53,8 @@ def test_it_tells_what_the_graph_holds(tmp_path: Path) -> None:
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert found.operators["Conv"] == 1
     assert sum(found.operators.values()) == 9
-    assert found.layers == ("features", "active")
+    assert [(layer.name, layer.operator) for layer in found.layers] == [("features", "Conv"), ("active", "Relu")]
+    assert [axis.size for axis in found.layers[0].axes] == [None, 4, None, None]
     assert found.gradient_mode == "gradient_graph"
     assert not found.fixed_batch
     assert found.signature is not None

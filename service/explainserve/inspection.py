@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from explainserve import backends
-from explainserve.backends import LoadOptions, OperatorGap
+from explainserve.backends import Layer, LoadOptions, OperatorGap
 from explainserve.errors import ModelRefused
 from explainserve.model_config import ModelConfig
 from explainserve.repository import FORMATS, digest
@@ -37,7 +37,7 @@ class Inspection:
         gradient_mode: "gradient_graph", "autograd" or "black_box"; "" where the file was refused.
         operators: how often each operator occurs, the most frequent first; ONNX only.
         gaps: operators that have no gradient.
-        layers: names of floating-point tensors that a person can pick for layer methods; ONNX only.
+        layers: floating-point tensors that a person can pick for layer methods; ONNX only.
         refusal: why it cannot be served as it is, or None.
         starter: text of a model.toml to begin with, valid as it stands; "" where no model.toml helps.
     """
@@ -50,7 +50,7 @@ class Inspection:
     gradient_mode: str = ""
     operators: Mapping[str, int] = field(default_factory=dict)
     gaps: tuple[OperatorGap, ...] = ()
-    layers: tuple[str, ...] = ()
+    layers: tuple[Layer, ...] = ()
     refusal: ModelRefused | None = None
     starter: str = ""
 

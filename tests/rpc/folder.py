@@ -155,7 +155,10 @@ def _unusual(root: Path) -> None:
     _write(root, "segmentation", pixels, shape, {"y": ["batch", 2, 4, 5]}, {"k": WEIGHTS["kernel"]}, toml)
     wide = [helper.make_node("MatMul", ["x", "w"], ["y"])]
     _write(root, "wide", wide, _X4, {"y": ["batch", 2048]}, {"w": np.ones((4, 2048), np.float32)})
-    tokens = [helper.make_node("Gather", ["e", "ids"], ["y"], axis=0)]
+    tokens = [
+        helper.make_node("Gather", ["e", "ids"], ["embedding"], axis=0),
+        helper.make_node("Identity", ["embedding"], ["y"]),
+    ]
     table = np.arange(7, dtype=np.float32)
     _write(root, "tokens", tokens, {"ids": (TensorProto.INT64, ["batch", 5])}, {"y": ["batch", 5]}, {"e": table})
     refused = [helper.make_node("Det", ["x"], ["y"], name="the_gap")]

@@ -147,7 +147,7 @@ INPUTS = {
         request("tokens", {"ids": np.zeros((1, 5), np.int64)}, targets=[element(0)]),
         PRECONDITION,
         "NO_DIFFERENTIABLE_INPUT",
-        {"inputs": "ids"},
+        {"inputs": "ids", "layers": "embedding"},
     ),
 }
 

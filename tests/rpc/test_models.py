@@ -86,6 +86,14 @@ def test_model_in_full(stub: ExplainerServiceStub, folder: Path) -> None:
     assert own.HasField("noise_floor")
 
 
+def test_layers_can_be_picked_by_name(stub: ExplainerServiceStub) -> None:
+    found = {layer.name: layer for layer in model(stub, "image").layers}
+
+    assert {name: layer.operator for name, layer in found.items()} == {"z": "MatMul", "h": "Tanh"}
+    assert [(axis.name, axis.size) for axis in found["h"].axes] == [("batch", 0), ("", 5)]
+    assert not any(layer.bypassing_inputs or layer.configured for layer in found.values())
+
+
 def test_what_is_not_stated_is_absent(stub: ExplainerServiceStub) -> None:
     own = model(stub, "plain")
     (x,) = own.inputs

@@ -49,6 +49,7 @@ from explainserve_client.methods import IntegratedGradients
 from explainserve_client.models import (
     Axis,
     InputSpec,
+    Layer,
     MethodSupport,
     ModelInfo,
     ModelSummary,
@@ -114,6 +115,7 @@ __all__ = [
     "JointInput",
     "JointStatistics",
     "Label",
+    "Layer",
     "MalformedResponseError",
     "Margin",
     "MethodSupport",

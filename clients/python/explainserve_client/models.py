@@ -218,6 +218,37 @@ class OperatorGap:
 
 
 @dataclass(frozen=True, slots=True)
+class Layer:
+    """A floating-point tensor between inputs and outputs that a person can pick.
+
+    Attributes:
+        operator, module: what computes it; "" where the file does not tell.
+        axes: the batch axis included; empty where even their number is unknown.
+        bypassing_inputs: inputs whose values reach an output around this tensor too.
+        configured: the model's configuration names it.
+    """
+
+    name: str
+    operator: str
+    module: str
+    axes: tuple[Axis, ...]
+    bypassing_inputs: tuple[str, ...]
+    configured: bool
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.Layer) -> Layer:
+        """Reads the message."""
+        return cls(
+            name=message.name,
+            operator=message.operator,
+            module=message.module,
+            axes=_axes(message),
+            bypassing_inputs=tuple(message.bypassing_inputs),
+            configured=message.configured,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """All that the server knows of one model version.
 
@@ -229,7 +260,7 @@ class ModelInfo:
         warnings: what the check at load found.
         methods: by name, such as "integrated_gradients".
         gaps: operators without a gradient, all of them.
-        layers: names of intermediate tensors for layer methods.
+        layers: intermediate tensors that can be picked, by name, in the order of the graph.
         noise_floor: relative L2 noise of the gradients; None where there is none.
         default_target: class that is explained when a request names none; None means argmax.
     """
@@ -242,7 +273,7 @@ class ModelInfo:
     warnings: tuple[str, ...]
     methods: Table[MethodSupport]
     gaps: tuple[OperatorGap, ...]
-    layers: tuple[str, ...]
+    layers: Table[Layer]
     backend: str
     device: str
     noise_floor: float | None
@@ -277,7 +308,7 @@ class ModelInfo:
             warnings=tuple(message.warnings),
             methods=Table("method", ((line.method, MethodSupport.from_proto(line)) for line in message.methods)),
             gaps=tuple(OperatorGap(gap.operator, gap.node, gap.reason, gap.remedy) for gap in message.gaps),
-            layers=tuple(message.layers),
+            layers=Table("layer", ((layer.name, Layer.from_proto(layer)) for layer in message.layers)),
             backend=message.backend,
             device=message.device,
             noise_floor=message.noise_floor if message.HasField("noise_floor") else None,
@@ -294,7 +325,7 @@ class ModelInfo:
             raise RequestValueError(f"model {self.name!r} version {self.version} is {self.summary.state}: {reason}")
 
 
-def _axes(message: model_pb2.InputSpec | model_pb2.OutputSpec) -> tuple[Axis, ...]:
+def _axes(message: model_pb2.InputSpec | model_pb2.OutputSpec | model_pb2.Layer) -> tuple[Axis, ...]:
     return tuple(Axis(axis.name, axis.size if axis.HasField("size") else None) for axis in message.axes)
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from explainserve.model_config import ModelConfig
 from explainserve.plan import Rows, SegmentEvaluation
-from explainserve.signature import Signature
+from explainserve.signature import Axis, Signature
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,23 @@ class OperatorGap:
     remedy: str
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A floating-point tensor between inputs and outputs that a person can pick.
+
+    Attributes:
+        module: path of the module that computes it, "" where the exporter does not tell.
+        axes: the batch axis included; empty where even their number is unknown.
+        bypassing_inputs: inputs whose values reach an output around this tensor too.
+    """
+
+    name: str
+    operator: str = ""
+    module: str = ""
+    axes: tuple[Axis, ...] = ()
+    bypassing_inputs: tuple[str, ...] = ()
+
+
 class LoadedModel(Protocol):
     """A model in memory. Used by one thread at a time.
 
@@ -47,6 +64,7 @@ class LoadedModel(Protocol):
         signature: inputs and outputs, from the file and its configuration.
         fixed_batch: the file accepts one row at a time only.
         gaps: operators without a gradient; where there are any, only forward-only rows are evaluated.
+        layers: what a person can pick for layer methods, in the order of the graph; empty where the file does not tell.
         library_versions: of the libraries that compute, by name.
     """
 
@@ -56,6 +74,7 @@ class LoadedModel(Protocol):
     signature: Signature
     fixed_batch: bool
     gaps: tuple[OperatorGap, ...]
+    layers: tuple[Layer, ...]
     library_versions: Mapping[str, str]
 
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:

@@ -10,20 +10,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from explainserve import onnx_vjp
+from explainserve.backends.contract import Layer
 from explainserve.errors import ModelRefused
 from explainserve.model_config import ModelConfig
+from explainserve.onnx_vjp import Shape
 from explainserve.signature import Axis, InputSpec, OutputSpec, Signature
 
 BATCH = "batch"
-
-LAYER_OPERATORS = frozenset(
-    {
-        *("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Concat"),
-        *("Relu", "LeakyRelu", "Clip", "Gelu", "HardSwish", "Mish", "Sigmoid", "Tanh"),
-        *("BatchNormalization", "LayerNormalization", "MaxPool", "AveragePool", "GlobalAveragePool"),
-    }
-)
-"""Operators whose outputs are offered as layers."""
 
 _DTYPES: dict[int, str] = {
     TensorProto.BOOL: "bool",
@@ -78,12 +72,15 @@ def operators(model: onnx.ModelProto) -> dict[str, int]:
     return dict(Counter(names).most_common())
 
 
-def layers(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Floating-point tensors that layer methods can explain: what LAYER_OPERATORS compute from the inputs."""
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    floats = {value.name for value in (*inferred.value_info, *inferred.output) if _is_float(value)}
-    nodes = _dependent_nodes(model, [value.name for value in inputs(model)])
-    return tuple(node.output[0] for node in nodes if node.op_type in LAYER_OPERATORS and node.output[0] in floats)
+def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
+    """Floating-point tensors between inputs and outputs that a person can pick; none of a graph that is malformed."""
+    try:
+        found = onnx_vjp.layers(model)
+    except ValueError:
+        return ()
+    return tuple(
+        Layer(layer.name, layer.operator, layer.module, _shape_axes(layer.shape), layer.bypassed) for layer in found
+    )
 
 
 def last_activations(model: onnx.ModelProto) -> dict[str, str]:
@@ -180,6 +177,10 @@ def _axes(value: onnx.ValueInfoProto) -> tuple[Axis, ...]:
     """Some exporters write 0 or -1 for an extent that is open."""
     dims = value.type.tensor_type.shape.dim
     return tuple(Axis("", dim.dim_value) if dim.dim_value > 0 else Axis(dim.dim_param) for dim in dims)
+
+
+def _shape_axes(shape: Shape | None) -> tuple[Axis, ...]:
+    return tuple(Axis("", size) if isinstance(size, int) else Axis(size or "") for size in shape or ())
 
 
 def _has_batch(axes: tuple[Axis, ...]) -> bool:

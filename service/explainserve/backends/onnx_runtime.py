@@ -96,6 +96,7 @@ class OnnxModel:
         self._functions: dict[Differentiation, _Function] = {}
         self._score_shapes: dict[tuple[object, ...], tuple[int, ...]] = {}
         self.gaps = _gaps(graph, signature)
+        self.layers = onnx_graph.layers(graph)
         self.gradient_mode = "gradient_graph" if self._has_gradient else "black_box"
 
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from explainserve.backends.contract import LoadOptions, OperatorGap
+from explainserve.backends.contract import Layer, LoadOptions, OperatorGap
 from explainserve.errors import EvaluationFailed, ExplainServeError, ModelRefused, Unsupported, first_line
 from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector
 from explainserve.signature import OutputSpec, ScoreHead, Signature, element_count
@@ -47,6 +47,7 @@ class TorchModel:
         self.device = str(device)
         self.fixed_batch = fixed_batch or not all(spec.batched for spec in signature.inputs)
         self.gaps = gaps
+        self.layers: tuple[Layer, ...] = ()
         self.library_versions: Mapping[str, str] = {"torch": str(torch.__version__)}
         self._forward = forward
         self._device = device

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from explainserve.cli.failures import fail
+from explainserve.cli.tables import layer_lines
 
 if TYPE_CHECKING:
     from explainserve.inspection import Inspection
@@ -50,4 +51,5 @@ def _comments(found: Inspection) -> list[str]:
         "refused": "" if found.refusal is None else f"{found.refusal.reason}: {found.refusal.message}",
     }
     lines = [f"# {name}: {' '.join(text.split())}" for name, text in facts.items() if text]
+    lines += [f"# layer: {text}" for text in layer_lines(found.layers)]
     return [*lines, *(f"# no gradient: {gap.operator} in {gap.node}: {gap.reason}" for gap in found.gaps)]

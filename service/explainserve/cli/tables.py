@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from explainserve_client import Attribution, ExplainResult, ModelInfo, ModelSummary, PredictResult
@@ -79,11 +79,33 @@ def model(info: ModelInfo) -> str:
             ("method", f"{line.method}: {'supported' if line.supported else line.reason}")
             for line in info.methods.values()
         ),
+        *(("layer", text) for text in layer_lines(tuple(info.layers.values()))),
         *(("no gradient", f"{gap.operator} in {gap.node}: {gap.reason}") for gap in info.gaps),
         *(("warning", text) for text in info.warnings),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in rows)
+
+
+class _Layer(Protocol):
+    """A layer of a served model, or of a file."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def operator(self) -> str: ...
+    @property
+    def module(self) -> str: ...
+    @property
+    def bypassing_inputs(self) -> tuple[str, ...]: ...
+
+
+def layer_lines(layers: Sequence[_Layer]) -> list[str]:
+    """The layers that all of the model's values pass through, one a line, and how many others there are."""
+    through = [layer for layer in layers if not layer.bypassing_inputs]
+    lines = [" ".join(filter(None, (layer.name, layer.operator, layer.module))) for layer in through]
+    others = len(layers) - len(through)
+    return [*lines, f"and {others} that other routes bypass; --json lists them"] if others else lines
 
 
 def baseline_name(result: ExplainResult, line: Attribution) -> str:

@@ -61,7 +61,7 @@ def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
             tuple(source for source in sources if name in reach[source] and name not in narrow[source]),
         )
         for node, name in _offered(graph)
-        if any(name in reach[source] for source in sources)
+        if name not in outputs and any(name in reach[source] for source in sources)
     )
 
 

@@ -38,6 +38,9 @@ from explainserve.v1 import (
 
 T = TypeVar("T")
 
+NAMED_LAYERS = 8
+"""Layers that an error lists; the model's metadata has all of them."""
+
 SCORES: dict[int, Score] = {
     target_pb2.SCORE_UNSPECIFIED: Score.OUTPUT,
     target_pb2.SCORE_OUTPUT: Score.OUTPUT,
@@ -272,10 +275,17 @@ def _moving(model: ServedModel, fixed_inputs: Sequence[str]) -> tuple[str, ...]:
             if not signature.differentiable_inputs
             else "every floating-point input is in fixed_inputs",
             inputs=", ".join(spec.name for spec in signature.inputs),
-            layers=", ".join(model.config.layers),
+            layers=", ".join(_explainable(model)),
         )
     model.check_differentiable()
     return moving
+
+
+def _explainable(model: ServedModel) -> tuple[str, ...]:
+    """Tensors that can be explained where no input can: those configured, else embeddings, else the first layers."""
+    layers = model.loaded.layers
+    embeddings = tuple(layer.name for layer in layers if layer.operator == "Gather")
+    return (model.config.layers or embeddings or tuple(layer.name for layer in layers))[:NAMED_LAYERS]
 
 
 def _input(spec: InputSpec, tensor: tensor_pb2.Tensor) -> NDArray[np.generic]:

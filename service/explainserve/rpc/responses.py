@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from explainserve import __version__
 from explainserve import baselines as domain_baselines
+from explainserve.backends import Layer
 from explainserve.cautions import Caution, cautions_for_map, cautions_for_response
 from explainserve.explainer import Answer, Cost, Usage
 from explainserve.explanation import Baseline, StopReason, Target, absolute_sum, attribution_sum
@@ -282,7 +283,7 @@ def model_message(entry: ModelEntry, model: ServedModel) -> model_pb2.Model:
         warnings=model.probe.warnings,
         methods=[_method_support(name, method, model) for name, method in METHODS.items()],
         gaps=[model_pb2.OperatorGap(**dataclasses.asdict(gap)) for gap in model.loaded.gaps],
-        layers=model.config.layers,
+        layers=_layers(model),
         backend=model.loaded.backend,
         device=model.loaded.device,
         noise_floor=_noise_floor(model),
@@ -290,6 +291,24 @@ def model_message(entry: ModelEntry, model: ServedModel) -> model_pb2.Model:
         default_target=model.default_target,
         default_baseline=model.config.default_baseline,
         differentiable=model.differentiable,
+    )
+
+
+def _layers(model: ServedModel) -> list[model_pb2.Layer]:
+    """The layers of the graph, then those that only the configuration names."""
+    known = {layer.name for layer in model.loaded.layers}
+    further = [Layer(name) for name in model.config.layers if name not in known]
+    return [_layer(layer, layer.name in model.config.layers) for layer in (*model.loaded.layers, *further)]
+
+
+def _layer(layer: Layer, configured: bool) -> model_pb2.Layer:
+    return model_pb2.Layer(
+        name=layer.name,
+        operator=layer.operator,
+        module=layer.module,
+        axes=[_axis(axis) for axis in layer.axes],
+        bypassing_inputs=layer.bypassing_inputs,
+        configured=configured,
     )
 
 

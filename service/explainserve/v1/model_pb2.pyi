@@ -594,6 +594,54 @@ class OperatorGap(_message.Message):
 Global___OperatorGap: _TypeAlias = OperatorGap  # noqa: Y015
 
 @_typing.final
+class Layer(_message.Message):
+    """A floating-point tensor between inputs and outputs that a person can pick for layer methods, or for a path over it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    OPERATOR_FIELD_NUMBER: _builtins.int
+    MODULE_FIELD_NUMBER: _builtins.int
+    AXES_FIELD_NUMBER: _builtins.int
+    BYPASSING_INPUTS_FIELD_NUMBER: _builtins.int
+    CONFIGURED_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the tensor in the model file."""
+    operator: _builtins.str
+    """Operator that computes it, such as "Conv"."""
+    module: _builtins.str
+    """Path of the module that computes it, such as "layer1.0.conv1"; empty where the exporter does not tell."""
+    configured: _builtins.bool
+    """Whether the model's configuration names it in `layers`."""
+    @_builtins.property
+    def axes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Axis]:
+        """Axes, the batch axis included; empty where even their number is unknown."""
+
+    @_builtins.property
+    def bypassing_inputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Inputs whose values reach an output around this tensor too, such as past a branch of a residual block: what is found
+        of the tensor is then not all that these inputs do.
+        """
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        operator: _builtins.str = ...,
+        module: _builtins.str = ...,
+        axes: _abc.Iterable[Global___Axis] | None = ...,
+        bypassing_inputs: _abc.Iterable[_builtins.str] | None = ...,
+        configured: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["axes", b"axes", "bypassing_inputs", b"bypassing_inputs", "configured", b"configured", "module", b"module", "name", b"name", "operator", b"operator"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Layer: _TypeAlias = Layer  # noqa: Y015
+
+@_typing.final
 class MethodSupport(_message.Message):
     """Whether a model supports a method, and how a value of its maps reads."""
 
@@ -736,8 +784,8 @@ class Model(_message.Message):
         """Operators without a gradient, all of them."""
 
     @_builtins.property
-    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of intermediate tensors that a person can pick for layer methods."""
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Layer]:
+        """Intermediate tensors that a person can pick, in the order of the graph. Files of torch list configured ones only."""
 
     @_builtins.property
     def data_baselines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -754,7 +802,7 @@ class Model(_message.Message):
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         methods: _abc.Iterable[Global___MethodSupport] | None = ...,
         gaps: _abc.Iterable[Global___OperatorGap] | None = ...,
-        layers: _abc.Iterable[_builtins.str] | None = ...,
+        layers: _abc.Iterable[Global___Layer] | None = ...,
         backend: _builtins.str = ...,
         device: _builtins.str = ...,
         noise_floor: _builtins.float | None = ...,
