@@ -44,7 +44,7 @@ def _weights(value: np.ndarray, size: int, mode: str, padding: str, margin: floa
     low, high = -margin, size - 1 + margin
     outside = (value < low) | (value > high)
     value = np.rint(value) if mode == "nearest" else value
-    if padding == "border":
+    if padding == "border" and mode != "cubic":  # onnxruntime and torch hold each of the four pixels instead
         value = np.where(outside, np.clip(value, 0, size - 1), value)
     reach, kernel = _KERNELS.get(mode, (0, np.ones_like))
     matrix, points = np.zeros((len(value), size)), np.arange(len(value))

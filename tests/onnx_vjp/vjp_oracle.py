@@ -30,8 +30,8 @@ class Case:
 
     `function` is a float64 oracle for what the reference evaluator lacks or gets wrong; it takes the inputs in order
     and returns the float outputs. `by_reference`: the gradient too is run by the reference evaluator. `random`: no
-    output can be evaluated twice, and the gradient is zero. `controls` are float inputs that steer the operator and are no operand of a function that one differentiates; `positive` are those
-    that must stay above zero.
+    output can be evaluated twice, and the gradient is zero. `controls` are float inputs that steer the operator and
+    are no operand of a function that one differentiates; `positive` are those that must stay above zero.
     """
 
     name: str

@@ -248,10 +248,7 @@ def _grid_coordinate(op: Emitter, line: _Line, value: str) -> tuple[str, str]:
     if line.padding == "reflection":
         coordinate, sign = _reflected(op, coordinate, line)
         slope = op.Mul(slope, sign)
-    if line.padding == "border" and line.smooth:
-        coordinate, inner = _held(op, coordinate, line.low, line.high, line.last)
-        slope = op.Mul(slope, inner)
-    elif line.padding != "zeros" and not line.smooth:
+    if line.padding != "zeros" and not line.smooth:
         coordinate, inner = _held(op, coordinate, 0, line.last, line.last)
         slope = op.Mul(slope, inner)
     return coordinate, slope
