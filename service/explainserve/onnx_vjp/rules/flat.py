@@ -41,3 +41,20 @@ refused(
     reason="quantization is a staircase whose true gradient is zero",
     remedy="explain the float model that this one was quantized from",
 )
+refused(
+    "TreeEnsemble",
+    "TreeEnsembleClassifier",
+    "TreeEnsembleRegressor",
+    domain="ai.onnx.ml",
+    reason="a sum of trees is a staircase whose true gradient is zero",
+    remedy="use a method that needs no gradient",
+)
+refused(
+    "Adagrad",
+    "Adam",
+    "Gradient",
+    "Momentum",
+    domain="ai.onnx.preview.training",
+    reason="a training step is no prediction",
+    remedy="export the model for inference",
+)
