@@ -36,6 +36,9 @@ def own_cases() -> Iterator[Case]:
     yield from _indexing()
     yield from _sampling()
     yield from _rest()
+    yield from _einsums()
+    yield from _scattered()
+    yield from _selected()
 
 
 def _convolutions() -> Iterator[Case]:
@@ -265,3 +268,87 @@ def _rest() -> Iterator[Case]:
     yield single("Celu", {"x": _x(9)}, alpha=2.0)
     yield single("CumSum", {"x": _x(3, 4), "a": np.array(1, np.int64)}, exclusive=1)
     yield single("Trilu", {"x": _x(3, 4)}, upper=0)
+
+
+def _einsums() -> Iterator[Case]:
+    square, stack = _x(4, 4), _x(2, 3, 4)
+    for dynamic in (None, ()):
+        for equation, feeds in {
+            "...ij,...jk": {"a": stack, "b": _x(4, 5)},
+            "...ij,jk...->...ik": {"a": stack, "b": _x(4, 5, 2)},
+            "a...b,...b->a...": {"a": stack, "b": _x(1, 4)},
+            "ii->i": {"a": square},
+            "ii": {"a": square},
+            "...ii->...": {"a": _x(2, 4, 4)},
+            "iji,jk->ik": {"a": _x(4, 3, 4), "b": _x(3, 2)},
+            "iii->i": {"a": _x(3, 3, 3)},
+            "ij,jk,kl,i->l": {"a": _x(2, 3), "b": _x(3, 4), "c": _x(4, 2), "d": _x(2)},
+            ",ij->ij": {"a": _x(), "b": square},
+            ",": {"a": _x(), "b": _x()},
+            "ij->": {"a": square},
+            "BA,cB->Ac": {"a": _x(2, 3), "b": _x(4, 2)},
+            "i j , j -> i": {"a": _x(2, 3), "b": _x(3)},
+        }.items():
+            yield single("Einsum", feeds, equation=equation, dynamic=dynamic)
+
+
+def _scattered() -> Iterator[Case]:
+    x, places = _x(3, 4), np.array([[0, -1, 1, 2], [0, 2, 1, 2]])
+    for dynamic in (None, ("i",)):
+        for reduction in ("none", "add", "mul", "max", "min"):
+            feeds = {
+                "x": x,
+                "i": places[:1] if reduction == "none" else places,
+                "u": _x(1 if reduction == "none" else 2, 4),
+            }
+            yield single("ScatterElements", feeds, axis=0, reduction=reduction, dynamic=dynamic)
+            feeds = {
+                "x": _x(3, 4, 2),
+                "i": np.array([[0, 1], [2, -1], [-3, 2 if reduction == "none" else 1]]),
+                "u": _x(3, 2),
+            }
+            yield single("ScatterND", feeds, reduction=reduction, dynamic=dynamic)
+        yield single(
+            "TensorScatter",
+            {"x": _x(2, 3, 5, 4), "u": _x(2, 3, 3, 4), "i": _i(3, 1)},
+            mode="circular",
+            version=24,
+            dynamic=dynamic,
+        )
+        yield single("TensorScatter", {"x": _x(2, 5, 4), "u": _x(2, 3, 4)}, axis=1, version=24, dynamic=dynamic)
+    yield single("ScatterElements", {"x": x, "i": np.array([[1, 1, 3]]), "u": _x(1, 3)}, axis=-1, name="duplicates")
+    yield single("ScatterND", {"x": x, "i": np.array([[1], [0], [-2]]), "u": _x(3, 4)}, name="duplicates")
+    yield single("ScatterND", {"x": _x(4), "i": np.array([[[2], [0]]]), "u": _x(1, 2)}, reduction="mul")
+    yield single("Scatter", {"x": x, "i": places[:1], "u": _x(1, 4)}, axis=0, version=10, function=_scatter)
+
+
+def _scatter(x: np.ndarray, updates: np.ndarray) -> np.ndarray:
+    written = x.astype(np.float64)
+    written[[0, 2, 1, 2], [0, 1, 2, 3]] = updates[0]
+    return written
+
+
+def _selected() -> Iterator[Case]:
+    x, mask = _x(3, 4), np.array([False, True, True])
+    for dynamic in (None, ("i",)):
+        yield single("Compress", {"x": x, "i": mask}, axis=-1, dynamic=dynamic)
+        yield single("Compress", {"x": x, "i": mask}, axis=0, dynamic=dynamic)
+        yield single("Compress", {"x": x, "i": mask}, dynamic=dynamic)
+        yield single("Compress", {"x": x, "i": mask[1:]}, axis=1, dynamic=dynamic, name="short")
+        yield single("Unique", {"x": x}, outputs=4, dynamic=dynamic)
+        yield single("Unique", {"x": x}, outputs=2, sorted=0, dynamic=dynamic, function=np.ravel)
+        yield single("Unique", {"x": x}, axis=1, dynamic=dynamic)
+        yield single("OneHot", {"i": _i(1, -1, 7), "d": np.array(4), "v": _x(2)}, axis=0, dynamic=dynamic)
+        yield single("OneHot", {"i": np.array([[1, 0]]), "d": np.array(3), "v": _x(2)}, axis=-2, dynamic=dynamic)
+        yield single(
+            "ReverseSequence", {"x": _x(3, 4, 2), "i": _i(1, 3, 4)}, batch_axis=0, time_axis=1, dynamic=dynamic
+        )
+        yield single("ReverseSequence", {"x": _x(4, 3), "i": _i(1, 3, 4)}, dynamic=dynamic)
+        for attributes in ({}, {"exclusive": 1}, {"reverse": 1}, {"exclusive": 1, "reverse": 1}):
+            for name in ("CumSum", "CumProd"):
+                yield single(name, {"x": x, "i": np.array(-1)}, version=26, dynamic=dynamic, **attributes)
+    yield single("Range", {"a": np.float32(1.0), "b": np.float32(3.1), "c": np.float32(0.5)})
+    yield single("Range", {"a": np.float32(1.0), "b": np.float32(-3.1), "c": np.float32(-0.5)}, name="downwards")
+    for size in (1, 2, 5):
+        yield single("Det", {"x": _x(size, size)}, name=f"{size}")
+        yield single("Det", {"x": _x(2, 3, size, size)}, name=f"batch of {size}")

@@ -245,6 +245,11 @@ def _roi_align_10(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
     return [node]
 
 
+def _scatter(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    node.op_type = "ScatterElements"
+    return [node]
+
+
 # Per operator: (first operator set in which this rewriting is not needed, the rewriting), oldest form first.
 _REWRITES: dict[str, tuple[tuple[int, Rewrite], ...]] = {
     "BatchNormalization": ((9, _batch_normalization_7),),
@@ -256,6 +261,7 @@ _REWRITES: dict[str, tuple[tuple[int, Rewrite], ...]] = {
     "ReduceSum": ((13, _integers_to_input("axes", 1)),),
     "Resize": ((11, _resize_10),),
     "RoiAlign": ((16, _roi_align_10),),
+    "Scatter": ((FLOOR, _scatter),),
     "Slice": ((10, _slice_1),),
     "Softmax": ((13, _flattened),),
     "Split": ((13, _split_2), (18, _split_13)),

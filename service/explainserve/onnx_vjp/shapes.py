@@ -215,7 +215,10 @@ def _inferred(model: onnx.ModelProto, numbers: Mapping[str, int] | None) -> dict
         if numbers is None:
             raise ValueError(f"the graph is malformed: {error}") from error
         return {}
-    types = {value.name: value.type for value in (*result.value_info, *result.output, *result.input)}
+    # What inference does not find is as the file declares it.
+    types = {value.name: _numeric(value, numbers).type for value in (*model.graph.value_info, *model.graph.output)}
+    found = (*result.value_info, *result.output, *result.input)
+    types.update((value.name, value.type) for value in found if value.type.tensor_type.elem_type)
     types.update((t.name, helper.make_tensor_type_proto(t.data_type, list(t.dims))) for t in model.graph.initializer)
     return {name: kind for name, kind in types.items() if kind.tensor_type.elem_type}
 

@@ -3,6 +3,8 @@
 from explainserve.onnx_vjp.rules import (
     arithmetic,
     convolution,
+    cumulative,
+    einsum,
     elementwise,
     flat,
     indexing,
@@ -13,12 +15,16 @@ from explainserve.onnx_vjp.rules import (
     reductions,
     resizing,
     sampling,
+    scattering,
+    selection,
     shape,
 )
 
 __all__ = [
     "arithmetic",
     "convolution",
+    "cumulative",
+    "einsum",
     "elementwise",
     "flat",
     "indexing",
@@ -29,5 +35,7 @@ __all__ = [
     "reductions",
     "resizing",
     "sampling",
+    "scattering",
+    "selection",
     "shape",
 ]

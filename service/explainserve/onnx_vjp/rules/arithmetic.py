@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import reduce
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
-from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
+from explainserve.onnx_vjp.registry import Gradients, rule
 
 
 @rule("Add", broadcasts=True)
@@ -87,38 +87,3 @@ def expand(op: Emitter, node: Node, g: str) -> Gradients:
     x, shape = node.inputs[0], op.shape(node.inputs[0])
     static = shape is not None and all(isinstance(size, int) for size in shape)
     return g if static or op.constant(node.inputs[1]) is not None else op.sum_to_dynamic(g, x), None
-
-
-@rule("Einsum", broadcasts=True)
-def einsum(op: Emitter, node: Node, g: str) -> Gradients:
-    """The gradient of an operand is the einsum of the cotangent and the other operands, with the operand's subscripts
-    as output.
-    """
-    terms, result = _subscripts(node)
-    return [_einsum_operand(op, node, g, terms, result, index) for index in range(len(terms))]
-
-
-def _subscripts(node: Node) -> tuple[list[str], str]:
-    equation = node.attribute("equation").replace(" ", "")
-    left, _, right = equation.partition("->")
-    terms = left.split(",")
-    if "." in equation or any(len(set(term)) != len(term) for term in terms):
-        raise Refusal(
-            f"Einsum '{equation}' has an ellipsis or a repeated subscript", "write every subscript once per operand"
-        )
-    if "->" not in equation:
-        letters = left.replace(",", "")
-        right = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
-    return terms, right
-
-
-def _einsum_operand(op: Emitter, node: Node, g: str, terms: list[str], result: str, index: int) -> str | None:
-    if not node.differentiates(index):
-        return None
-    others = [i for i in range(len(terms)) if i != index]
-    known = set(result).union(*(terms[i] for i in others))
-    kept = "".join(letter for letter in terms[index] if letter in known)
-    equation = ",".join([result, *(terms[i] for i in others)]) + "->" + kept
-    value = op.Einsum(g, *(node.inputs[i] for i in others), equation=equation)
-    summed_alone = [axis for axis, letter in enumerate(terms[index]) if letter not in known]
-    return op.expand_like(op.Unsqueeze(value, summed_alone), node.inputs[index]) if summed_alone else value

@@ -282,13 +282,6 @@ def cast(op: Emitter, node: Node, g: str) -> Gradients:
     return op.cast_like(g, node.inputs[0]), *[None] * (len(node.inputs) - 1)
 
 
-@rule("CumSum")
-def cumsum(op: Emitter, node: Node, g: str) -> Gradients:
-    """Every element sums those before it; its gradient sums those after it."""
-    attributes = {"exclusive": node.attribute("exclusive", 0), "reverse": 1 - node.attribute("reverse", 0)}
-    return op.CumSum(g, node.inputs[1], **attributes), None
-
-
 @rule("Trilu")
 def trilu(op: Emitter, node: Node, g: str) -> Gradients:
     return op.Trilu(g, node.input(1), upper=node.attribute("upper", 1)), None

@@ -17,9 +17,35 @@ zero_gradient(
     "Xor",
     reason="the output is boolean",
 )
-zero_gradient("ArgMax", "ArgMin", "NonZero", "Shape", "Size", reason="the output is integer")
+zero_gradient(
+    "ArgMax",
+    "ArgMin",
+    "BitShift",
+    "BitwiseAnd",
+    "BitwiseNot",
+    "BitwiseOr",
+    "BitwiseXor",
+    "NonMaxSuppression",
+    "NonZero",
+    "SequenceLength",
+    "Shape",
+    "Size",
+    reason="the output is integer",
+)
+zero_gradient("RegexFullMatch", "StringConcat", "StringNormalizer", "StringSplit", reason="the input is text")
+zero_gradient("TfIdfVectorizer", reason="the input is integer or text")
+zero_gradient("ImageDecoder", reason="the input is an encoded picture")
 zero_gradient("Hardmax", reason="the position of the one is piecewise constant")
-zero_gradient("Constant", "ConstantOfShape", "EyeLike", reason="the output depends on sizes only")
+zero_gradient(
+    "BlackmanWindow",
+    "Constant",
+    "ConstantOfShape",
+    "EyeLike",
+    "HammingWindow",
+    "HannWindow",
+    reason="the output depends on sizes only",
+)
+zero_gradient("MelWeightMatrix", reason="the edges of its bands are rounded to whole bins")
 zero_gradient(
     "Bernoulli",
     "Multinomial",
@@ -30,6 +56,11 @@ zero_gradient(
     reason="random, whatever the input is",
 )
 
+refused(
+    "BitCast",
+    reason="the bits of a number are read as another type",
+    remedy="use Cast, or a method that needs no gradient",
+)
 refused(
     "ConvInteger",
     "DequantizeLinear",

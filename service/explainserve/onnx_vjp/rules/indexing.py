@@ -24,7 +24,7 @@ def slice_(op: Emitter, node: Node, g: str) -> Gradients:
         return op.Pad(g, pads), *absent
     axes = _slice_axes(op, node)
     for order, axis in reversed(list(enumerate(axes))):
-        g = _place(op, g, x, axis, _slice_positions(op, node, order, axis))
+        g = place(op, g, x, axis, _slice_positions(op, node, order, axis))
     return g, *absent
 
 
@@ -76,7 +76,7 @@ def counted(op: Emitter, size: str) -> str:
     return op.Range(zero, op.Squeeze(size, [0]), one)
 
 
-def _place(op: Emitter, g: str, x: str, axis: int, positions: str) -> str:
+def place(op: Emitter, g: str, x: str, axis: int, positions: str) -> str:
     """Add the rows of `g` along `axis` into zeros at `positions`; all other axes of `g` are as they are, the axis is
     as long as in `x`.
     """
@@ -98,11 +98,11 @@ def gather(op: Emitter, node: Node, g: str) -> Gradients:
         lined = g if rank == 1 else op.Unsqueeze(g, [axis])
         return _padded(op, lined, axis, *run), None
     if rank == 1:
-        return _place(op, g, x, axis, _positive(op, indices, op.dim(x, axis))), None
+        return place(op, g, x, axis, positive(op, indices, op.dim(x, axis))), None
     merged = op.Reshape(
         g, op.Concat(op.Slice(op.dims(x), [0], [axis]), [-1], op.Slice(op.dims(x), [axis + 1], [op.rank(x)]), axis=0)
     )
-    return _place(op, merged, x, axis, _positive(op, op.Reshape(indices, [-1]), op.dim(x, axis))), None
+    return place(op, merged, x, axis, positive(op, op.Reshape(indices, [-1]), op.dim(x, axis))), None
 
 
 def _consecutive(op: Emitter, indices: str, x: str, axis: int) -> tuple[int, int] | None:
@@ -129,7 +129,7 @@ def _padded(op: Emitter, g: str, axis: int, before: int, after: int) -> str:
     return op.Pad(g, pads) if before or after else g
 
 
-def _positive(op: Emitter, indices: str, size: str) -> str:
+def positive(op: Emitter, indices: str, size: str) -> str:
     """Indices counted from the end, turned to counts from the start."""
     wide = op.Cast(indices, to=7)
     return op.Where(op.Less(wide, np.array(0, np.int64)), op.Add(wide, size), wide)
@@ -158,32 +158,6 @@ def _with_batch_indices(op: Emitter, indices: str, batch: int) -> str:
         line = op.Reshape(counted(op, op.dim(indices, axis)), [-1 if other == axis else 1 for other in range(rank)])
         coordinates.append(op.Expand(line, lead))
     return op.Concat(*coordinates, indices, axis=rank - 1)
-
-
-@rule("ScatterElements")
-def scatter_elements(op: Emitter, node: Node, g: str) -> Gradients:
-    _, indices, updates = node.inputs
-    axis = node.attribute("axis", 0)
-    taken = op.GatherElements(g, indices, axis=axis)
-    if _reduction(node) == "add":
-        return g, None, taken
-    return op.ScatterElements(g, indices, op.zeros_like(updates), axis=axis), None, taken
-
-
-@rule("ScatterND")
-def scatter_nd(op: Emitter, node: Node, g: str) -> Gradients:
-    _, indices, updates = node.inputs
-    taken = op.GatherND(g, indices)
-    if _reduction(node) == "add":
-        return g, None, taken
-    return op.ScatterND(g, indices, op.zeros_like(updates)), None, taken
-
-
-def _reduction(node: Node) -> str:
-    reduction = str(node.attribute("reduction", "none"))
-    if reduction not in ("none", "add"):
-        raise Refusal(f"reduction '{reduction}' while scattering", "scatter with reduction 'none' or 'add'")
-    return reduction
 
 
 def axis_map(op: Emitter, g: str, axis: int, matrix: str) -> str:

@@ -1,9 +1,11 @@
-"""Matrix products."""
+"""Matrix products and determinants."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from explainserve.onnx_vjp.emitter import Emitter, Node
-from explainserve.onnx_vjp.registry import Gradients, rule
+from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
 
 
 @rule("MatMul", broadcasts=True)
@@ -41,3 +43,28 @@ def gemm(op: Emitter, node: Node, g: str) -> Gradients:
         else op.Gemm(a, g, alpha=alpha, transA=1 - trans_a)
     )
     return da, db, g if beta == 1.0 else op.Mul(g, beta)
+
+
+# The cofactors of one n by n matrix are n^4 elements before their determinants are taken.
+_LARGEST_DETERMINANT = 32
+
+
+@rule("Det", since=11)
+def det(op: Emitter, node: Node, g: str) -> Gradients:
+    """The derivative of a determinant is the matrix of cofactors, itself made of determinants: right for singular
+    matrices too.
+    """
+    x = node.inputs[0]
+    shape = op.shape(x)
+    if shape is None or not isinstance(size := shape[-1], int) or size > _LARGEST_DETERMINANT:
+        raise Refusal(
+            f"Det of matrices whose size is not known or above {_LARGEST_DETERMINANT}", "fix the size of the matrices"
+        )
+    g = op.Unsqueeze(g, [-2, -1])
+    if size == 1:
+        return (g,)
+    others = np.array([[other for other in range(size) if other != index] for index in range(size)])
+    flat = op.Reshape(x, op.Concat(op.Slice(op.dims(x), [0], [-2]), [size * size], axis=0))
+    minors = op.Gather(flat, others[:, None, :, None] * size + others[None, :, None, :], axis=-1)
+    signs = np.fromfunction(lambda row, column: (-1.0) ** (row + column), (size, size))
+    return (op.Mul(g, op.Mul(op.Det(minors), signs)),)
