@@ -173,6 +173,26 @@ def test_a_function_of_the_model_itself_is_inlined() -> None:
     np.testing.assert_array_equal(dx, f32(6, 8))
 
 
+def test_weights_may_stay_outside_of_the_model() -> None:
+    kernel = np.random.default_rng(2).standard_normal((4, 3, 3, 3)).astype(np.float32)
+    graph = model([node("Conv", "x w", "y", pads=[1, 1, 1, 1])], {"x": ["n", 3, 5, 5]}, ["y"], {"w": kernel})
+    outside = onnx.ModelProto()
+    outside.CopyFrom(graph)
+    (tensor,) = outside.graph.initializer
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="elsewhere")
+    result = input_gradient(outside, ["x"], "y", weights={"w": kernel})
+    stored = {entry.name: entry for entry in result.model.graph.initializer}
+    assert stored["w"] == tensor
+    stored["w"].CopyFrom(graph.graph.initializer[0])
+    x = np.ones((2, 3, 5, 5), np.float32)
+    cotangent = np.ones((2, 4, 5, 5), np.float32)
+    (found,) = run(result.model, {"x": x, result.cotangent: cotangent}, [result.gradients["x"]])
+    (expected,) = gradients(graph, ["x"], "y", cotangent, {"x": x})
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_several_tensors_are_differentiated_at_once() -> None:
     nodes = [node("Exp", "x", "h"), node("Neg", "h", "a"), node("Mul", "h h", "b")]
     graph = model(nodes, {"x": [2]}, ["a", "b"])

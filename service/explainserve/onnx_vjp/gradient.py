@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx
 from onnx import NodeProto, helper
 
@@ -15,6 +16,8 @@ from explainserve.onnx_vjp.opset import prepared
 from explainserve.onnx_vjp.registry import Rule, Table, standard
 from explainserve.onnx_vjp.twin import add_twin
 from explainserve.onnx_vjp.walk import Walk
+
+Weights = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -45,33 +48,52 @@ class GradientGraph:
 
 
 def input_gradient(
-    model: onnx.ModelProto, wrt: Sequence[str], of: str | Sequence[str], *, rules: Table | None = None
+    model: onnx.ModelProto,
+    wrt: Sequence[str],
+    of: str | Sequence[str],
+    *,
+    rules: Table | None = None,
+    weights: Weights | None = None,
 ) -> GradientGraph:
     """Differentiate one or more tensors `of` with respect to each tensor of `wrt`; any float tensors of the graph,
     inputs, outputs and intermediates alike.
 
     `rules` is the table of gradient rules, the true derivatives by default. A tensor on which no `of` depends gets
     zeros. Initializers that the model lists as inputs too become constants: the gradient is built on their values.
+    `weights` holds the values of initializers that the model only refers to as external data; the result refers to
+    them too.
 
     Raises ValueError for a malformed graph and for a tensor that does not exist or is not float, and
     UnsupportedOperators with every gap of the path.
     """
-    differentiation = _Differentiation(model, wrt, of, standard() if rules is None else rules)
+    differentiation = _Differentiation(model, wrt, of, standard() if rules is None else rules, weights)
     if differentiation.gaps:
         raise UnsupportedOperators(differentiation.gaps)
     return differentiation.result()
 
 
 def find_gaps(
-    model: onnx.ModelProto, wrt: Sequence[str], of: str | Sequence[str], *, rules: Table | None = None
+    model: onnx.ModelProto,
+    wrt: Sequence[str],
+    of: str | Sequence[str],
+    *,
+    rules: Table | None = None,
+    weights: Weights | None = None,
 ) -> list[Gap]:
     """Everything that `input_gradient` would refuse, without raising. An empty list means that the gradient exists."""
-    return _Differentiation(model, wrt, of, standard() if rules is None else rules).gaps
+    return _Differentiation(model, wrt, of, standard() if rules is None else rules, weights).gaps
 
 
 class _Differentiation:
-    def __init__(self, model: onnx.ModelProto, wrt: Sequence[str], of: str | Sequence[str], table: Table) -> None:
-        self.graph = graph = Graph(prepared(model))
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        wrt: Sequence[str],
+        of: str | Sequence[str],
+        table: Table,
+        weights: Weights | None,
+    ) -> None:
+        self.graph = graph = Graph(prepared(model), weights)
         self.wrt = tuple(dict.fromkeys(wrt))
         self.of = (of,) if isinstance(of, str) else tuple(dict.fromkeys(of))
         _check_tensors(graph, (*self.wrt, *self.of))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -26,9 +26,13 @@ _SELECTING = frozenset({"Compress", "NonZero", "Unique"})
 
 
 class Graph:
-    """A private, growing copy of a model's graph. `model` must outlive nothing: it is copied."""
+    """A private, growing copy of a model's graph. `model` must outlive nothing: it is copied.
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    `weights` holds the values of initializers that the model only refers to as external data.
+    """
+
+    def __init__(self, model: onnx.ModelProto, weights: Mapping[str, np.ndarray] | None = None) -> None:
+        self._weights = weights or {}
         self.proto = onnx.ModelProto()
         self.proto.CopyFrom(model)
         graph = self.proto.graph
@@ -93,7 +97,7 @@ class Graph:
 
     def _evaluated(self, name: str) -> np.ndarray | None:
         if name in self.initializers:
-            return numpy_helper.to_array(self.initializers[name])
+            return self._stored(self.initializers[name])
         node = self.producers.get(name)
         if node is None or not _is_folded(node):
             return None
@@ -104,6 +108,12 @@ class Graph:
             return None
         outputs = self.folded(node, inputs)
         return None if outputs is None else outputs[list(node.output).index(name)]
+
+    def _stored(self, tensor: TensorProto) -> np.ndarray | None:
+        """The value of an initializer, or None where it is external and not among the weights."""
+        if tensor.data_location == TensorProto.EXTERNAL:
+            return self._weights.get(tensor.name)
+        return numpy_helper.to_array(tensor)
 
     def _static_shape(self, node: NodeProto) -> np.ndarray | None:
         """What a Shape node returns where the shape of its input is static."""
