@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
+from explainserve.onnx_vjp.evaluation import evaluate
 from explainserve.onnx_vjp.registry import canonical_domain
 from explainserve.onnx_vjp.shapes import Shape, Shapes
 
@@ -133,22 +133,9 @@ class Graph:
             return None
         try:
             with np.errstate(all="ignore"):
-                return self.evaluate(node, inputs)
+                return evaluate(node, inputs, self.opset_imports())
         except Exception:  # the evaluator lets through whatever numpy raises on values that do not fit
             return None
-
-    def evaluate(self, node: NodeProto, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        """Run one node on values, by the reference evaluator of the graph's operator set."""
-        feeds = {name: value for name, value in zip(node.input, inputs, strict=True) if value is not None}
-        declared = [
-            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), None)
-            for name, value in feeds.items()
-        ]
-        results = [onnx.ValueInfoProto(name=name) for name in node.output if name]
-        graph = helper.make_graph([node], "constant", declared, results)
-        model = helper.make_model(graph, opset_imports=self.opset_imports())
-        values = iter(ReferenceEvaluator(model).run(None, feeds))
-        return [np.asarray(next(values)) if name else np.empty(0) for name in node.output]
 
     # -- growth
     # ----------------------------------------------------------------------------------------------------------

@@ -10,11 +10,15 @@ equal), the symbolic inference of ONNX answers instead. A dynamic dimension is t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, TypeProto, ValueInfoProto, defs, helper, numpy_helper
+from onnx import NodeProto, OperatorSetIdProto, TensorProto, TypeProto, ValueInfoProto, defs, helper, numpy_helper
+
+from explainserve.onnx_vjp.evaluation import evaluate
+from explainserve.onnx_vjp.lost_shapes import complete
 
 Dimension = int | str | None
 Shape = tuple[Dimension, ...]
@@ -60,6 +64,16 @@ class Shapes:
         self._symbols = {pair: symbol for symbol in symbols for pair in [(numbers[0][symbol], numbers[1][symbol])]}
         self._probes = [_inferred(model, assignment) for assignment in numbers]
         self._symbolic = _inferred(model, None)
+        for types in self._probes:
+            complete(model.graph, types, partial(self._known_of_node, types), self._evaluate)
+
+    def _known_of_node(
+        self, types: Mapping[str, TypeProto], node: NodeProto, values: Mapping[str, np.ndarray]
+    ) -> Mapping[str, TypeProto]:
+        return self._of_node(node, _version(node, self._imports), types, values)
+
+    def _evaluate(self, node: NodeProto, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        return evaluate(node, inputs, self._imports)
 
     def __contains__(self, name: object) -> bool:
         return name in self._symbolic or name in self._probes[0]
@@ -224,8 +238,11 @@ def _inferred(model: onnx.ModelProto, numbers: Mapping[str, int] | None) -> dict
 
 
 def _has_schema(node: NodeProto, model: onnx.ModelProto) -> bool:
-    version = next((entry.version for entry in model.opset_import if entry.domain == node.domain), 1)
-    return bool(defs.has(node.op_type, version, node.domain))
+    return bool(defs.has(node.op_type, _version(node, model.opset_import), node.domain))
+
+
+def _version(node: NodeProto, imports: Iterable[OperatorSetIdProto]) -> int:
+    return next((entry.version for entry in imports if entry.domain == node.domain), 1)
 
 
 def _numeric(value: ValueInfoProto, numbers: Mapping[str, int] | None) -> ValueInfoProto:
