@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from explainserve.onnx_vjp import GradientGraph, Table, input_gradient
 from onnx_vjp.precision import FLOATS
-from onnx_vjp.reference import Optional, Scatter, reference
+from onnx_vjp.reference import Optional, Reference, Scatter
 
 Function = Callable[..., "np.ndarray | Sequence[np.ndarray]"]
 Feeds = dict[str, np.ndarray]
@@ -175,13 +175,8 @@ def _oracle(case: Case) -> Callable[[Feeds], list[np.ndarray]]:
     function = case.function
     if function is not None:
         return lambda feeds: _listed(function(*feeds.values()))
-    evaluator = reference(case.model)
-
-    def evaluate(feeds: Feeds) -> list[np.ndarray]:
-        with np.errstate(all="ignore"):
-            return list(evaluator.run(case.outputs, {name: _wide(value) for name, value in feeds.items()}))
-
-    return evaluate
+    reference = Reference(case.model)
+    return lambda feeds: reference.run(case.outputs, {name: _wide(value) for name, value in feeds.items()})
 
 
 def _listed(values: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
