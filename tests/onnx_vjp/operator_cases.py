@@ -72,41 +72,84 @@ def _convolutions() -> Iterator[Case]:
             kernel_shape=[2, 3, 2],
             dynamic=dynamic,
         )
-    for mode in ("SAME_UPPER", "SAME_LOWER", "VALID"):
-        yield single("Conv", {"x": image, "w": _x(3, 4, 4, 3)}, auto_pad=mode, strides=[2, 3], kernel_shape=[4, 3])
-        yield single("Conv", {"x": image, "w": _x(3, 4, 4, 3)}, auto_pad=mode, kernel_shape=[4, 3])
+    for mode, dynamic in product(("SAME_UPPER", "SAME_LOWER", "VALID"), (None, ())):
+        feeds = {"x": image, "w": _x(3, 4, 4, 3)}
+        yield single("Conv", feeds, auto_pad=mode, strides=[2, 3], kernel_shape=[4, 3], dynamic=dynamic)
+        yield single("Conv", feeds, auto_pad=mode, kernel_shape=[4, 3], dynamic=dynamic)
+    yield single(
+        "Conv", {"x": _x(1, 2, 7), "w": _x(3, 2, 2)}, auto_pad="SAME_UPPER", strides=[3], kernel_shape=[2], dynamic=()
+    )
     small = {"x": _x(2, 4, 4, 5), "w": _x(4, 3, 3, 2), "b": _x(3)}
+    grouped = {"x": _x(2, 4, 5), "w": _x(4, 3, 3), "b": _x(6)}
+    cube = {"x": _x(1, 2, 2, 3, 2), "w": _x(2, 3, 2, 3, 2)}
     for dynamic in (None, ()):
+        shape = {"strides": [2, 3], "pads": [1, 0, 0, 1], "output_padding": [1, 2]}
+        yield single("ConvTranspose", small, kernel_shape=[3, 2], dynamic=dynamic, **shape)
+        yield single("ConvTranspose", small, kernel_shape=[3, 2], dilations=[2, 1], dynamic=dynamic)
+        yield single("ConvTranspose", cube, kernel_shape=[2, 3, 2], strides=[1, 2, 3], dynamic=dynamic)
+        for mode in ("SAME_UPPER", "SAME_LOWER"):
+            yield single("ConvTranspose", small, kernel_shape=[3, 2], auto_pad=mode, strides=[2, 2], dynamic=dynamic)
+        shape = {"kernel_shape": [3], "strides": [2], "dilations": [2]}
         yield single(
             "ConvTranspose",
-            small,
-            strides=[2, 3],
-            pads=[1, 0, 0, 1],
-            output_padding=[1, 2],
-            kernel_shape=[3, 2],
+            grouped,
+            group=2,
+            pads=[1, 2],
             dynamic=dynamic,
+            function=_conv_transpose_1d(2, slice(1, 11)),
+            **shape,
         )
+        yield single(
+            "ConvTranspose",
+            grouped,
+            group=2,
+            output_shape=[10],
+            dynamic=dynamic,
+            function=_conv_transpose_1d(2, slice(2, 12)),
+            **shape,
+        )
+
+
+def _conv_transpose_1d(groups: int, kept: slice) -> Function:
+    """Stride and dilation 2. The reference evaluator fails on groups in 1-D and on output_shape."""
+
+    def function(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
+        batch, channels, length = x.shape
+        rows = x.reshape(batch, groups, channels // groups, length)
+        kernels = w.reshape(groups, channels // groups, *w.shape[1:])
+        full = np.zeros((batch, groups, w.shape[1], 2 * (length - 1) + 2 * (w.shape[2] - 1) + 1))
+        for tap in range(w.shape[2]):
+            full[..., 2 * tap : 2 * (tap + length) - 1 : 2] += np.einsum("ngcl,gcm->ngml", rows, kernels[..., tap])
+        return full.reshape(batch, -1, full.shape[-1])[..., kept] + b[:, None]
+
+    return function
 
 
 def _pooling() -> Iterator[Case]:
     image = _x(2, 3, 8, 7)
-    for name in ("MaxPool", "AveragePool", "LpPool"):
-        yield single(name, {"x": image}, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
-        yield single(name, {"x": image}, kernel_shape=[2, 2], strides=[2, 2])
-        yield single(name, {"x": image}, kernel_shape=[3, 2], strides=[1, 2], auto_pad="SAME_UPPER")
-        yield single(name, {"x": _x(2, 3, 9)}, kernel_shape=[3], strides=[2])
-        yield single(name, {"x": _x(1, 2, 5, 6, 4)}, kernel_shape=[2, 3, 2], strides=[2, 2, 1])
-    for name in ("MaxPool", "AveragePool"):
-        yield single(name, {"x": image}, kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)
-    yield single(
-        "AveragePool", {"x": image}, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1], count_include_pad=1
-    )
-    yield single("AveragePool", {"x": image}, kernel_shape=[2, 2], strides=[3, 3])
+    for name, dynamic in product(("MaxPool", "AveragePool", "LpPool"), (None, ())):
+        yield single(name, {"x": image}, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1], dynamic=dynamic)
+        yield single(name, {"x": image}, kernel_shape=[2, 2], strides=[2, 2], dynamic=dynamic)
+        # The reference evaluator of MaxPool takes SAME_LOWER for SAME_UPPER.
+        for mode in ("SAME_UPPER", "VALID", *(["SAME_LOWER"] if name != "MaxPool" else [])):
+            yield single(name, {"x": image}, kernel_shape=[3, 2], strides=[2, 1], auto_pad=mode, dynamic=dynamic)
+        yield single(name, {"x": _x(2, 3, 9)}, kernel_shape=[3], strides=[2], dynamic=dynamic)
+        yield single(name, {"x": image}, kernel_shape=[2, 3], dilations=[3, 2], pads=[1, 0, 1, 1], dynamic=dynamic)
+        yield single(name, {"x": _x(1, 2, 5, 6, 4)}, kernel_shape=[2, 3, 2], strides=[2, 2, 1], dynamic=dynamic)
+    for name, dynamic in product(("MaxPool", "AveragePool"), (None, ())):
+        shape = {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}
+        yield single(name, {"x": image}, dynamic=dynamic, **shape)
+        yield single(name, {"x": image}, pads=[1, 0, 0, 1], dynamic=dynamic, **shape)
+    for dynamic in (None, ()):
+        shape = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1], "count_include_pad": 1}
+        yield single("AveragePool", {"x": image}, dynamic=dynamic, **shape)
+        yield single("AveragePool", {"x": image}, kernel_shape=[2, 2], strides=[3, 3], dynamic=dynamic)
     yield single("GlobalLpPool", {"x": image}, p=2, function=_global_norm(2))
     yield single("GlobalLpPool", {"x": image}, p=3, function=_global_norm(3))
     yield single("GlobalAveragePool", {"x": image}, dynamic=())
     yield single("GlobalMaxPool", {"x": image}, dynamic=())
-    yield single("MaxPool", {"x": image}, kernel_shape=[3, 3], strides=[2, 2], dynamic=())
+    yield single("GlobalLpPool", {"x": _x(2, 3, 5)}, function=lambda x: (x**2).sum(axis=2, keepdims=True) ** 0.5)
+    yield single("MaxPool", {"x": image}, outputs=2, kernel_shape=[3, 3], strides=[2, 2], storage_order=1, dynamic=())
 
 
 def _shapes() -> Iterator[Case]:

@@ -207,7 +207,7 @@ def frozen(case: Case, keep: Collection[str] = ()) -> Case:
 
 
 # Float inputs that no gradient is offered for: they steer the operator, and it is not a function one differentiates.
-CONTROLS = {"Resize": (1, 2, 3), "Upsample": (1,), "Dropout": (1,), "CastLike": (1,), "ConvTranspose": (1,)}
+CONTROLS = {"Resize": (1, 2, 3), "Upsample": (1,), "Dropout": (1,), "CastLike": (1,)}
 # Where the operator needs a positive number.
 POSITIVE = {
     "BatchNormalization": (4,),

@@ -85,12 +85,11 @@ class Shapes:
 
     def shape(self, name: str) -> Shape | None:
         """Dimensions as int, symbol or None (unknown), or None where even the rank is unknown."""
-        if all(name in probe and probe[name].tensor_type.HasField("shape") for probe in self._probes):
-            dims = [probe[name].tensor_type.shape.dim for probe in self._probes]
-            return tuple(self._dimension(*pair) for pair in zip(*dims, strict=True))
-        if name in self._symbolic and self._symbolic[name].tensor_type.HasField("shape"):
-            return tuple(_symbol(dim) for dim in self._symbolic[name].tensor_type.shape.dim)
-        return None
+        one, two, symbolic = (_dims(types.get(name)) for types in self._all)
+        # ONNX stops half way, with a lower rank, where a number is larger than the output_shape of ConvTranspose.
+        if one is not None and two is not None and (symbolic is None or len(symbolic) == len(one) == len(two)):
+            return tuple(self._dimension(*pair) for pair in zip(one, two, strict=True))
+        return None if symbolic is None else tuple(_symbol(dim) for dim in symbolic)
 
     def _dimension(self, one: onnx.TensorShapeProto.Dimension, two: onnx.TensorShapeProto.Dimension) -> Dimension:
         if not one.HasField("dim_value") or not two.HasField("dim_value"):
@@ -194,6 +193,10 @@ def _symbols(model: onnx.ModelProto) -> list[str]:
             if not dim.HasField("dim_value"):
                 found[dim.dim_param or f"?{value.name}:{axis}"] = None
     return list(found)
+
+
+def _dims(kind: TypeProto | None) -> Sequence[onnx.TensorShapeProto.Dimension] | None:
+    return kind.tensor_type.shape.dim if kind is not None and kind.tensor_type.HasField("shape") else None
 
 
 def _symbol(dim: onnx.TensorShapeProto.Dimension) -> Dimension:

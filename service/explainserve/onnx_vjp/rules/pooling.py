@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import reduce
 
 import numpy as np
+from onnx import TensorProto
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
-from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
-from explainserve.onnx_vjp.rules.windows import Windows, static, windows
+from explainserve.onnx_vjp.registry import Gradients, rule
+from explainserve.onnx_vjp.rules.indexing import counted
+from explainserve.onnx_vjp.rules.windows import Windows, spatial, static, windows
 
 
 @rule("MaxPool")
@@ -44,57 +45,43 @@ def average_pool(op: Emitter, node: Node, g: str) -> Gradients:
 
 def _shares(op: Emitter, node: Node, g: str, view: Windows) -> str:
     """The cotangent divided by how many elements each window averaged."""
-    counted = node.attribute("count_include_pad", 0)
-    if (counted and not node.attribute("ceil_mode", 0)) or (
-        not any(view.before + view.after) and not node.attribute("ceil_mode", 0)
-    ):
+    counted_padding, ceiled = node.attribute("count_include_pad", 0), node.attribute("ceil_mode", 0)
+    if not ceiled and (counted_padding or not any(view.pads or (1,))):
         return op.Mul(g, 1 / float(np.prod(view.kernel)))
-    sizes, counts = _known(view)
-    lengths = [
-        _lengths(*axis, counted=bool(counted))
-        for axis in zip(sizes, counts, view.kernel, view.strides, view.dilations, view.before, view.after, strict=True)
-    ]
-    return op.Mul(g, 1 / reduce(np.multiply.outer, lengths).astype(float))
+    low = op.Neg(view.before) if counted_padding else op.Sub(view.before, view.before)
+    high = op.Add(spatial(op, node.inputs[0]), view.after) if counted_padding else spatial(op, node.inputs[0])
+    lengths = [_lengths(op, view, axis, op.dim(g, 2 + axis), low, high) for axis in range(view.rank)]
+    return op.Mul(g, op.Reciprocal(op.cast_like(reduce(op.Mul, lengths), g)))
 
 
-def _known(view: Windows) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    if view.sizes is None or view.counts is None:
-        raise Refusal("pooling over an unknown spatial size", "fix the spatial sizes of the model's inputs")
-    return view.sizes, view.counts
-
-
-def _lengths(
-    size: int, count: int, kernel: int, stride: int, dilation: int, before: int, after: int, *, counted: bool
-) -> np.ndarray:
-    """Per window of one axis, how many of its positions are inside the input (or inside the padded input)."""
-    positions = np.arange(count)[:, None] * stride + np.arange(kernel) * dilation - before
-    low, high = (-before, size + after) if counted else (0, size)
-    return np.asarray(((positions >= low) & (positions < high)).sum(axis=1))
+def _lengths(op: Emitter, view: Windows, axis: int, count: str, low: str, high: str) -> str:
+    """Per window of one axis, how many of its positions lie in [low, high), aligned with that axis."""
+    starts = op.Sub(op.Mul(counted(op, count), [view.strides[axis]]), op.Gather(view.before, [axis]))
+    steps = np.arange(view.kernel[axis]) * view.dilations[axis]
+    positions = op.Add(op.Unsqueeze(starts, [1]), steps)
+    inside = op.And(op.GreaterOrEqual(positions, op.Gather(low, [axis])), op.Less(positions, op.Gather(high, [axis])))
+    length = op.ReduceSum(op.Cast(inside, to=TensorProto.INT64), [1], keepdims=0)
+    return op.Reshape(length, [-1 if other == axis else 1 for other in range(view.rank)])
 
 
 def _spread_windows(op: Emitter, shares: str, x: str, view: Windows) -> str:
     """Add each window's share to all of its positions: a transposed convolution with ones, one channel at a time."""
-    sizes, counts = _known(view)
-    images = op.Reshape(shares, [-1, 1, *counts])
-    reached = [
-        (count - 1) * stride + span for count, stride, span in zip(counts, view.strides, view.spans, strict=True)
-    ]
+    images = op.Reshape(shares, op.Concat([-1, 1], spatial(op, shares), axis=0))
     if view.kernel == view.strides and max(view.dilations) == 1:
-        full = _tiled(op, images, counts, view.kernel)
+        full = _tiled(op, images, view)
     else:
         ones = np.ones((1, 1, *view.kernel), op.numpy_dtype(x))
         full = op.ConvTranspose(images, ones, strides=view.strides, dilations=view.dilations, kernel_shape=view.kernel)
-    after = [size + before - reach for size, before, reach in zip(sizes, view.before, reached, strict=True)]
-    if any(view.before) or any(after):
-        full = op.Pad(full, [0, 0, *(-before for before in view.before), 0, 0, *after])
-    return op.reshape_like(full, x)
+    return op.reshape_like(view.placed(op, full, x), x)
 
 
-def _tiled(op: Emitter, images: str, counts: Sequence[int], kernel: Sequence[int]) -> str:
+def _tiled(op: Emitter, images: str, view: Windows) -> str:
     """Windows that neither overlap nor leave gaps: every share is repeated over its window."""
-    spaced = op.Reshape(images, [-1, 1, *(size for count in counts for size in (count, 1))])
-    repeated = op.Expand(spaced, [1, 1, *(size for pair in zip(counts, kernel, strict=True) for size in pair)])
-    return op.Reshape(repeated, [-1, 1, *(count * size for count, size in zip(counts, kernel, strict=True))])
+    counts, kernel = op.Reshape(spatial(op, images), [-1, 1]), np.array(view.kernel)[:, None]
+    singles, repeats = (op.Reshape(op.Concat(counts, other, axis=1), [-1]) for other in (kernel // kernel, kernel))
+    spaced = op.Reshape(images, op.Concat([-1, 1], singles, axis=0))
+    repeated = op.Expand(spaced, op.Concat([1, 1], repeats, axis=0))
+    return op.Reshape(repeated, op.Concat([-1, 1], op.Mul(spatial(op, images), list(view.kernel)), axis=0))
 
 
 @rule("GlobalAveragePool")
