@@ -42,10 +42,9 @@ def _mirrored(value: np.ndarray, low: float, high: float) -> np.ndarray:
 def _weights(value: np.ndarray, size: int, mode: str, padding: str, margin: float) -> np.ndarray:
     """(points, size): how much of each pixel a coordinate reads, neighbour by neighbour."""
     low, high = -margin, size - 1 + margin
-    outside = (value < low) | (value > high)
     value = np.rint(value) if mode == "nearest" else value
-    if padding == "border" and mode != "cubic":  # onnxruntime and torch hold each of the four pixels instead
-        value = np.where(outside, np.clip(value, 0, size - 1), value)
+    if padding == "border" and mode == "linear":
+        value = np.clip(value, 0, size - 1)
     reach, kernel = _KERNELS.get(mode, (0, np.ones_like))
     matrix, points = np.zeros((len(value), size)), np.arange(len(value))
     for step in range(1 - reach, reach + 1) if reach else (0,):

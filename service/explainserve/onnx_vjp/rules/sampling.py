@@ -159,10 +159,10 @@ def _within(op: Emitter, value: str, low: Bound, high: Bound) -> str:
     return op.And(op.GreaterOrEqual(value, low), op.LessOrEqual(value, high))
 
 
-def _held(op: Emitter, value: str, low: Bound, high: Bound, end: str) -> tuple[str, str]:
-    """The value, outside (low, high) clipped to [0, end]; and its slope, which is zero where it is clipped."""
-    inner = op.And(op.Greater(value, low), op.Less(value, high))
-    return op.Where(inner, value, op.Min(op.Max(value, 0), end)), op.mask(inner, value)
+def _held(op: Emitter, value: str, last: str) -> tuple[str, str]:
+    """The value clipped to [0, last], and its slope, which is zero at the ends too."""
+    inner = op.And(op.Greater(value, 0), op.Less(value, last))
+    return op.Min(op.Max(value, 0), last), op.mask(inner, value)
 
 
 def _pixel(op: Emitter, position: str, size: str) -> str:
@@ -249,7 +249,7 @@ def _grid_coordinate(op: Emitter, line: _Line, value: str) -> tuple[str, str]:
         coordinate, sign = _reflected(op, coordinate, line)
         slope = op.Mul(slope, sign)
     if line.padding != "zeros" and not line.smooth:
-        coordinate, inner = _held(op, coordinate, 0, line.last, line.last)
+        coordinate, inner = _held(op, coordinate, line.last)
         slope = op.Mul(slope, inner)
     return coordinate, slope
 
@@ -394,7 +394,7 @@ def _roi_neighbours(op: Emitter, coordinate: str, size: str, present: str | None
     last = op.Sub(length, 1)
     counts = _within(op, coordinate, -1, length)
     weight = op.mask(op.And(counts, present) if present else counts, coordinate)
-    held, inner = _held(op, coordinate, 0, last, last)
+    held, inner = _held(op, coordinate, last)
     return [
         Neighbour(_pixel(op, position, size), op.Mul(part, weight), op.Mul(op.Mul(slope, inner), weight))
         for position, part, slope in _linear(op, held)
