@@ -17,6 +17,7 @@ from explainserve.onnx_vjp.rules import (
     sampling,
     scattering,
     selection,
+    sequences,
     shape,
 )
 
@@ -37,5 +38,6 @@ __all__ = [
     "sampling",
     "scattering",
     "selection",
+    "sequences",
     "shape",
 ]

@@ -27,7 +27,6 @@ zero_gradient(
     "BitwiseXor",
     "NonMaxSuppression",
     "NonZero",
-    "SequenceLength",
     "Shape",
     "Size",
     reason="the output is integer",
