@@ -19,7 +19,8 @@ from explainserve.onnx_vjp.registry import Composition, Refusal, State, Table, c
 
 def expand(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) -> Mapping[str, Refusal]:
     """Replace, until none is left, every node of the live path that has a composition in `table`, or no state there
-    but a function body; beside the path, those through which shape inference does not see.
+    but a function body; beside the path, the compositions through which shape inference does not see, and those that
+    lay out their values otherwise.
 
     Returns the compositions that refuse a node, by the name of its first output.
     """
@@ -32,7 +33,7 @@ def expand(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) ->
             if opaque and _is_opaque(graph, node):
                 graph.register(node)
             blocks = _is_opaque(graph, node)
-            wanted = id(node) in on_path or (blocks and isinstance(_state(graph, node, table), Composition))
+            wanted = id(node) in on_path or _concerns_all(graph, node, table, blocks)
             parts = _replacement(graph, node, table, refusals) if wanted else None
             replaced |= parts is not None
             opaque |= parts is not None and blocks
@@ -54,6 +55,13 @@ def _replacement(graph: Graph, node: NodeProto, table: Table, refusals: dict[str
             return None
     body = _body(graph, node) if state is None else None
     return _instance(graph, node, body) if body else None
+
+
+def _concerns_all(graph: Graph, node: NodeProto, table: Table, opaque: bool) -> bool:
+    """Whether a node beside the path matters to it. One that reads stored tensors only is the runtime's to fold."""
+    state = _state(graph, node, table)
+    stored = all(name in graph.initializers for name in node.input if name)
+    return isinstance(state, Composition) and (state.everywhere or opaque) and not stored
 
 
 def _state(graph: Graph, node: NodeProto, table: Table) -> State | None:

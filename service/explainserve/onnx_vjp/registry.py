@@ -38,9 +38,11 @@ class Composition:
     """An operator written in others, which take its place before the walk.
 
     `formula(op, node)` emits them and returns one value, or None where it computes none, per output of the node.
+    `everywhere`: the values are laid out otherwise than the operator's own, so that it is replaced beside the path too.
     """
 
     formula: Callable[[Emitter, Node], Sequence[str | None]]
+    everywhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,13 @@ def rule(
 
 
 def composition(
-    *operators: str, domain: str = "", since: int = 1
+    *operators: str, domain: str = "", since: int = 1, everywhere: bool = False
 ) -> Callable[[Callable[[Emitter, Node], Sequence[str | None]]], Callable[[Emitter, Node], Sequence[str | None]]]:
     """Register the decorated formula as what the operators are made of, from opset version `since` on."""
 
     def register(formula: Callable[[Emitter, Node], Sequence[str | None]]) -> Any:
         for operator in operators:
-            _register((domain, operator, since), Composition(formula))
+            _register((domain, operator, since), Composition(formula, everywhere))
         return formula
 
     return register

@@ -1,0 +1,169 @@
+"""Files that onnxruntime has optimized: the gradient is that of the file before."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from explainserve.onnx_vjp import input_gradient
+from onnx_vjp.vjp_oracle import run
+
+LEVELS = {
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+
+
+def optimized(model: onnx.ModelProto, level: str, folder: Path) -> onnx.ModelProto:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = LEVELS[level]
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnx.load(folder / "optimized.onnx")
+
+
+def gradient(model: onnx.ModelProto, feeds: dict[str, np.ndarray], wrt: str = "x") -> tuple[np.ndarray, np.ndarray]:
+    """Output and gradient, for a cotangent that depends on the output's shape only."""
+    result = input_gradient(model, [wrt], "y")
+    shape = run(model, feeds, ["y"])[0].shape
+    cotangent = np.random.default_rng(4).standard_normal(shape).astype(np.float32)
+    y, dx = run(result.model, {**feeds, result.cotangent: cotangent}, ["y", result.gradients[wrt]])
+    return y, dx
+
+
+def assert_same(model: onnx.ModelProto, other: onnx.ModelProto, feeds: dict[str, np.ndarray], wrt: str = "x") -> None:
+    (y, dx), (other_y, other_dx) = gradient(model, feeds, wrt), gradient(other, feeds, wrt)
+    np.testing.assert_allclose(other_y, y, rtol=1e-4, atol=1e-5)
+    assert np.linalg.norm(other_dx - dx) <= 1e-4 * np.linalg.norm(dx)
+
+
+def operators(model: onnx.ModelProto, domain: str) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node if node.domain == domain)
+
+
+def image_model() -> onnx.ModelProto:
+    """Convolutions and pooling of every kind that onnxruntime lays out in blocks, with channels that do not fill one."""
+    generator = np.random.default_rng(8)
+    constants: dict[str, np.ndarray] = {}
+    nodes: list[onnx.NodeProto] = []
+
+    def add(operator: str, inputs: str, output: str, **attributes: object) -> None:
+        nodes.append(helper.make_node(operator, inputs.split(" "), [output], name=output, **attributes))
+
+    def conv(source: str, output: str, inputs: int, outputs: int, kernel: int, group: int = 1, **more: object) -> None:
+        weights = generator.standard_normal((outputs, inputs // group, kernel, kernel)) / np.sqrt(inputs / group)
+        constants[f"{output}/w"] = (weights / kernel).astype(np.float32)
+        constants[f"{output}/b"] = generator.standard_normal(outputs).astype(np.float32)
+        attributes = {"kernel_shape": [kernel] * 2, "pads": [kernel // 2] * 4, "group": group, **more}
+        add("Conv", f"{source} {output}/w {output}/b", output, **attributes)
+
+    conv("x", "stem", 3, 32, 3, strides=[2, 2])
+    add("Relu", "stem", "relu")
+    add("MaxPool", "relu", "pool", kernel_shape=[3, 3], strides=[1, 1], pads=[1, 1, 1, 1])
+    conv("pool", "depth", 32, 32, 3, group=32)
+    conv("depth", "branch", 32, 32, 1)
+    add("Add", "branch pool", "residual")
+    conv("residual", "few", 32, 24, 3)
+    add("LeakyRelu", "few", "leaky", alpha=0.2)
+    conv("leaky", "wide", 24, 64, 1)
+    add("HardSigmoid", "wide", "gated", alpha=0.3, beta=0.4)
+    add("AveragePool", "gated", "average", kernel_shape=[2, 2], strides=[2, 2])
+    conv("average", "grouped", 64, 64, 3, group=2)
+    add("Concat", "grouped average", "joined", axis=1)
+    constants["double"] = np.array([1, 1, 2, 2], np.float32)
+    nearest = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "mode": "nearest"}
+    add("Resize", "joined  double", "large", **nearest)
+    conv("large", "tail", 128, 32, 3)
+    add("GlobalAveragePool", "tail", "mean")
+    add("GlobalMaxPool", "tail", "peak")
+    add("Transpose", "tail", "turned", perm=[0, 2, 3, 1])
+    add("ReduceMean", "turned", "mixed", axes=[1, 2], keepdims=0)
+    add("Add", "mean peak", "pooled")
+    add("Flatten", "pooled", "flat")
+    add("Mul", "flat mixed", "y")
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 16, 16])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 32])
+    stored = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "images", [x], [y], stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_convolutions_in_blocks_are_laid_out_plainly_again(tmp_path: Path, level: str) -> None:
+    model = image_model()
+    file = optimized(model, level, tmp_path)
+    feeds = {"x": np.random.default_rng(3).standard_normal((2, 3, 16, 16)).astype(np.float32)}
+    assert_same(model, file, feeds)
+
+
+def test_blocked_branches_beside_the_path_fit_to_it(tmp_path: Path) -> None:
+    """The gradient of an activation leaves out what comes before it, which is laid out in blocks all the same."""
+    model = image_model()
+    file = optimized(model, "all", tmp_path)
+    blocked = operators(file, "com.microsoft.nchwc")
+    if not blocked:
+        pytest.skip("onnxruntime lays out nothing in blocks on this processor")
+    assert set(blocked) >= {"Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "ReorderOutput"}
+    feeds = {"x": np.random.default_rng(3).standard_normal((2, 3, 16, 16)).astype(np.float32)}
+    (depthwise,) = (
+        node for node in file.graph.node if node.op_type == "Conv" and any(a.name == "group" and a.i > 2 for a in node.attribute)
+    )
+    result = input_gradient(file, [depthwise.output[0]], "y")
+    cotangent = np.random.default_rng(4).standard_normal((2, 32)).astype(np.float32)
+    outputs = ["y", result.gradients[depthwise.output[0]]]
+    y, found = run(result.model, {**feeds, result.cotangent: cotangent}, outputs)
+    plain = input_gradient(model, ["depth"], "y")
+    outputs = ["y", plain.gradients["depth"]]
+    expected_y, expected = run(plain.model, {**feeds, plain.cotangent: cotangent}, outputs)
+    np.testing.assert_allclose(y, expected_y, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[:, : expected.shape[1]], expected, rtol=1e-3, atol=1e-5)
+
+
+def blocked_model(operator: str, channels: int, **attributes: object) -> onnx.ModelProto:
+    """One operator between reordering of images with channels last."""
+    blocked = "com.microsoft.nchwc"
+    nodes = [
+        helper.make_node("ReorderInput", ["x"], ["blocked"], domain=blocked, channels_last=1),
+        helper.make_node(operator, ["blocked"], ["result"], domain=blocked, **attributes),
+        helper.make_node("ReorderOutput", ["result"], ["y"], domain=blocked, channels_last=1, channels=channels),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 6, 4, channels])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid(blocked, 1)]
+    return helper.make_model(helper.make_graph(nodes, "blocked", [x], [y]), opset_imports=imports, ir_version=8)
+
+
+@pytest.mark.parametrize("channels", [24, 64])
+@pytest.mark.parametrize(
+    ("operator", "attributes"),
+    [
+        ("AveragePool", {"kernel_shape": [3, 2], "pads": [1, 0, 1, 1], "strides": [2, 1]}),
+        ("AveragePool", {"kernel_shape": [2, 2], "pads": [1, 1, 1, 1], "count_include_pad": 1}),
+        ("GlobalAveragePool", {}),
+        ("GlobalMaxPool", {}),
+        ("MaxPool", {"kernel_shape": [3, 2], "pads": [1, 0, 1, 1], "strides": [2, 1]}),
+        ("Upsample", {"scales": [1, 1, 2, 3]}),
+        ("Upsample", {"scales": [1, 1, 2, 2], "mode": "linear", "coordinate_transformation_mode": "half_pixel"}),
+        ("Upsample", {"scales": [1, 1, 3, 2], "mode": "linear", "coordinate_transformation_mode": "align_corners"}),
+        ("Upsample", {"scales": [1, 1, 2, 2], "mode": "linear"}),
+    ],
+)
+def test_a_blocked_operator_is_its_kernel(operator: str, attributes: dict[str, object], channels: int) -> None:
+    model = blocked_model(operator, channels, **attributes)
+    x = np.random.default_rng(3).standard_normal((2, 6, 4, channels)).astype(np.float32)
+    try:
+        (expected,) = run(model, {"x": x}, ["y"])
+    except Exception as error:
+        pytest.skip(f"onnxruntime lays out nothing in blocks on this processor: {error}")
+    y, dx = gradient(model, {"x": x})
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    assert dx.shape == x.shape
