@@ -27,6 +27,12 @@ def cases() -> Iterator[Fused]:
     yield from _normalizations()
     yield from _attention()
     yield from _rotary()
+    yield from _grouped()
+    yield from _experts()
+    yield from _layouts()
+    yield from _older_forms()
+    yield from _sums()
+    yield from _moves()
 
 
 def _activations() -> Iterator[Fused]:
@@ -117,6 +123,64 @@ def _products() -> Iterator[Fused]:
         )
     for bits, block, inner in ((4, 16, 32), (4, 16, 40), (8, 32, 64), (2, 16, 48), (4, 32, 33)):
         yield from _few_bits(bits, block, inner)
+
+    for kind in (0, 1):
+        stored, largest = _rng.integers(0, 256, 6 * 32 // 2).astype(np.uint8), np.abs(_x(6 * 32 // 16))
+        feeds = {"x": _x(2, 3, 32), "w": stored, "s": largest}
+        attributes = {"K": 32, "N": 6, "block_size": 16, "quant_type": kind}
+        yield fused("MatMulBnb4", feeds, constants=("w", "s"), **attributes)
+    yield from _few_bits_together()
+
+
+def _few_bits_together() -> Iterator[Fused]:
+    """Two or three projections in one, from 32 features to 6."""
+    names = ("a", "b", "c")
+    stored = {name: _rng.integers(0, 256, (6, 1, 16)).astype(np.uint8) for name in names}
+    scales = {name: np.abs(_x(6, 1, scale=0.1)) for name in names}
+    weights = {name: (_nibbles(stored[name]) - 8.0) * scales[name] for name in names}
+    norm, x, skip, bias = _x(32), _x(2, 3, 32), _x(2, 3, 32), _x(6)
+    shared = {"K": 32, "bits": 4, "block_size": 32, "epsilon": 1e-3}
+    one, two, three = ({f"{name}w": stored[name], f"{name}s": scales[name]} for name in names)
+    constants = [f"{name}{part}" for name in names for part in "ws"]
+
+    def normalized(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * scale
+
+    yield fused(
+        "MatMulNBitsMlp",
+        {"x": x, "k": skip, "n": norm, **one, "ab": bias, **two, "_bb": bias},
+        constants=constants[:4],
+        outputs=2,
+        N=6,
+        activation="silu",
+        function=lambda x, k, n, *rest: (
+            _silu(normalized(x + k, n) @ weights["a"].T + rest[2]) * (normalized(x + k, n) @ weights["b"].T),
+            x + k,
+        ),
+        **shared,
+    )
+    yield fused(
+        "MatMulNBitsQkv",
+        {"x": x, "_k": skip, "n": norm, **one, "ab": bias, **two, "_bb": bias, **three},
+        constants=constants,
+        outputs=3,
+        Nq=6,
+        Nkv=6,
+        function=lambda x, n, *rest: (
+            normalized(x, n) @ weights["a"].T + rest[2],
+            normalized(x, n) @ weights["b"].T,
+            normalized(x, n) @ weights["c"].T,
+        ),
+        **shared,
+    )
+
+
+def _nibbles(packed: np.ndarray) -> np.ndarray:
+    return np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    return x * _sigmoid(x)
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
@@ -341,3 +405,250 @@ def _rotary() -> Iterator[Fused]:
     yield fused(
         "RotaryEmbedding", {"x": _x(2, 3, 16), "p": np.array([0]), **tables}, num_heads=2, rotary_embedding_dim=4
     )
+    places = np.stack(
+        [np.array([[0, 1, 2], [5, 3, 8]]), np.array([[4, 1, 0], [2, 2, 1]]), np.array([[3, 3, 6], [0, 7, 8]])]
+    )
+    wide = _x(9, 8)
+    for layout in (0, 1):
+        yield fused(
+            "MRotaryEmbedding",
+            {"x": _x(2, 3, 16), "p": places, "c": np.cos(wide), "s": np.sin(wide)},
+            constants=("c", "s"),
+            num_heads=1,
+            mrope_section=[3, 3, 2],
+            mrope_layout=layout,
+        )
+    heads = {name: _x(2, 2, 3, 4) for name in ("q", "qr", "k", "kr")}
+    yield fused(
+        "GemmaRotaryEmbedding",
+        {"e": _x(2, 3, 4), **heads},
+        outputs=2,
+        function=lambda e, q, qr, k, kr: tuple(
+            x * np.cos(e)[:, None] + y * np.sin(e)[:, None] for x, y in ((q, qr), (k, kr))
+        ),
+    )
+
+
+def _grouped() -> Iterator[Fused]:
+    """Four heads of queries on two of keys, sixteen channels each."""
+    q, k, v = _x(2, 5, 64), _x(2, 5, 32), _x(2, 5, 32)
+    lengths = {"n": _i32(4, 4), "t": np.array(5, np.int32)}
+    prompt = {"q": q, "k": k, "v": v, "_pk": q, "_pv": q, **lengths}
+    angles = _x(16, 8)
+    tables = {"c": np.cos(angles), "s": np.sin(angles)}
+    both = {"num_heads": 4, "kv_num_heads": 2}
+    query = "GroupQueryAttention"
+    yield fused(query, prompt, outputs=3, **both)
+    yield fused(query, prompt, outputs=3, dynamic=True, scale=0.3, **both)
+    yield fused(query, prompt, outputs=3, local_window_size=2, **both)
+    yield fused(query, prompt, outputs=3, softcap=1.5, **both)
+    yield fused(query, prompt, outputs=3, smooth_softmax=1, **both)
+    yield fused(query, prompt, outputs=3, causal=0, **both)
+    packed = {"q": _x(2, 5, 128), "_k": q, "_v": q, "_pk": q, "_pv": q, **lengths}
+    yield fused(query, packed, outputs=3, name="packed", **both)
+    for interleaved in (0, 1):
+        rotary = {"do_rotary": 1, "rotary_interleaved": interleaved, **both}
+        yield fused(query, {**packed, **tables}, outputs=3, constants=("c", "s"), **rotary)
+    bias = {"_c": q, "_s": q, "_i": q, "a": _x(1, 4, 5, 5)}
+    yield fused(query, {**prompt, **bias}, outputs=3, name="bias", **both)
+    sink = {"_c": q, "_s": q, "_i": q, "_a": q, "h": _x(4)}
+    yield fused(query, {**prompt, **sink}, outputs=3, name="sink", **both)
+    for count, batch in ((1, 2), (3, 1)):
+        step = {
+            "q": _x(batch, count, 64),
+            "k": _x(batch, count, 32),
+            "v": _x(batch, count, 32),
+            "pk": _x(batch, 2, 4, 16),
+            "pv": _x(batch, 2, 4, 16),
+            "n": _i32(*[count + 3] * batch),
+            "t": np.array(count + 4, np.int32),
+            **tables,
+        }
+        for window in (-1, 3):
+            yield fused(
+                query,
+                step,
+                outputs=3,
+                constants=("c", "s"),
+                do_rotary=1,
+                local_window_size=window,
+                name=f"past of 4, {count} new, window of {window}",
+                **both,
+            )
+    decoder = "DecoderMaskedMultiHeadAttention"
+    other = {"q": _x(2, 1, 8), "k": _x(2, 2, 3, 4), "v": _x(2, 2, 3, 4)}
+    yield fused(decoder, other, num_heads=2)
+    gate = {"q": _x(2, 3, 8), "qb": _x(8), "r": _x(1, 2, 3, 3), "w": _x(4, 6), "b": _x(6), "a": _x(1, 2, 1, 1)}
+    yield fused("GatedRelativePositionBias", gate, num_heads=2, function=_gated_bias)
+
+
+def _gated_bias(
+    q: np.ndarray, qb: np.ndarray, r: np.ndarray, w: np.ndarray, b: np.ndarray, a: np.ndarray
+) -> np.ndarray:
+    heads = (q + qb).reshape(2, 3, 2, 4).transpose(0, 2, 1, 3)
+    gates = _sigmoid((heads @ w + b).reshape(2, 2, 3, 2, 3).sum(-1))
+    return (gates[..., :1] * (gates[..., 1:] * a - 1) + 2) * r
+
+
+def _experts() -> Iterator[Fused]:
+    """Three experts from six features to five and back."""
+    layers = {"w1": _x(3, 5, 6), "b1": _x(3, 5), "w2": _x(3, 6, 5), "b2": _x(3, 6)}
+    feeds = {"x": _x(4, 6), "r": _x(4, 3), **layers}
+    for kind in ("relu", "gelu", "silu", "identity"):
+        for best in (1, 2):
+            yield fused("MoE", feeds, activation_type=kind, k=best)
+    yield fused("MoE", {**feeds, "x": _x(2, 2, 6)}, k=2, normalize_routing_weights=1)
+    wide = {**feeds, "w1": _x(3, 10, 6), "b1": _x(3, 10)}
+    swiglu = {"k": 2, "activation_type": "swiglu", "activation_alpha": 1.7, "activation_beta": 1.0, "swiglu_limit": 2.0}
+    yield fused("MoE", wide, swiglu_fusion=1, **swiglu)
+    yield fused("MoE", wide, swiglu_fusion=2, function=_swiglu_experts, **swiglu)
+    apart = {**feeds, "w3": _x(3, 5, 6), "b3": _x(3, 5)}
+    yield fused("MoE", apart, function=_swiglu_experts, name="three layers", **swiglu)
+
+
+def _swiglu_experts(
+    x: np.ndarray,
+    router: np.ndarray,
+    w1: np.ndarray,
+    b1: np.ndarray,
+    w2: np.ndarray,
+    b2: np.ndarray,
+    *third: np.ndarray,
+) -> np.ndarray:
+    """The two best of three experts."""
+    shares = _softmax(router)
+    shares = np.where(shares > shares.min(1, keepdims=True), shares, 0)
+    first = np.einsum("th,eih->eti", x, w1) + b1[:, None]
+    second = np.einsum("th,eih->eti", x, third[0]) + third[1][:, None] if third else first[..., 5:]
+    g, linear = np.minimum(first[..., :5], 2), np.clip(second, -2, 2)
+    results = np.einsum("eti,ehi->eth", g * _sigmoid(1.7 * g) * (linear + 1), w2) + b2[:, None]
+    return np.einsum("te,eth->th", shares, results)
+
+
+def _layouts() -> Iterator[Fused]:
+    image = _x(2, 7, 6, 4)
+    yield fused("NhwcMaxPool", {"x": image}, kernel_shape=[3, 2], strides=[2, 1], pads=[1, 0, 1, 1], function=_max_pool)
+    kernel, bias = _x(5, 4, 3, 3, scale=0.3), _x(5)
+    for operator, addend, activation in (("NhwcConv", False, ""), ("NhwcFusedConv", True, "Relu")):
+        more = {"activation": activation} if activation else {}
+        yield fused(
+            operator,
+            {"x": image, "w": kernel, "b": bias, **({"z": _x(2, 5, 4, 5)} if addend else {})},
+            function=lambda x, w, b, z=0.0, rectify=bool(activation): (
+                np.maximum(_conv(x, w) + b + z, 0) if rectify else _conv(x, w) + b
+            ),
+            **more,
+        )
+
+
+def _windows(x: np.ndarray, *sizes: int) -> np.ndarray:
+    """(N, H', W', C, *sizes)"""
+    return np.lib.stride_tricks.sliding_window_view(x, sizes, axis=(1, 2))
+
+
+def _conv(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    return np.einsum("nhwcij,ocij->nhwo", _windows(x, 3, 3), w)
+
+
+def _max_pool(x: np.ndarray) -> np.ndarray:
+    padded = np.pad(x, ((0, 0), (1, 1), (0, 1), (0, 0)), constant_values=-np.inf)
+    return _windows(padded, 3, 2)[:, ::2].max((4, 5))
+
+
+def _older_forms() -> Iterator[Fused]:
+    x = _x(2, 3, 4)
+    yield fused("SampleOp", {"x": x})
+    yield fused("Trilu", {"x": x, "k": np.array(1)}, constants="k", upper=0)
+    yield fused("Trilu", {"x": x})
+    yield fused("GatherND", {"x": x, "i": np.array([[0, 1], [1, 2]], np.int32)}, constants="i")
+    yield fused("ExpandDims", {"x": x, "a": np.array(1, np.int32)}, constants="a")
+    yield fused("ExpandDims", {"x": x, "a": np.array(-1, np.int32)}, constants="a")
+    pads = np.array([0, 1, 2, 0, 1, 0])
+    yield fused("Pad", {"x": x, "p": pads, "v": np.array([0.5], np.float32)}, constants=("p", "v"))
+    yield fused("Pad", {"x": x, "p": pads}, constants="p", mode="reflect")
+    yield fused("GridSample", {"x": _x(2, 3, 4, 5), "g": _x(2, 3, 2, 2, scale=0.4)}, padding_mode="border")
+    yield fused("Range", {"a": np.array([0.2], np.float32), "b": np.array([3.1], np.float32)})
+    yield fused(
+        "TorchEmbedding", {"x": _x(5, 3), "i": np.array([[1, 4], [0, 1]])}, constants="i", function=lambda x, i: x[i]
+    )
+    transposed = {"x": _x(2, 4, 5, 6), "w": _x(4, 3, 3, 3)}
+    crop = np.array([1, 0, 1, 1])
+    yield fused(
+        "ConvTransposeWithDynamicPads",
+        {**transposed, "p": crop, "b": _x(3)},
+        constants=("w", "p"),
+        strides=[2, 2],
+    )
+
+
+def _sums() -> Iterator[Fused]:
+    x, skip, bias = _x(2, 3, 4), _x(2, 3, 4), _x(4)
+    yield fused("BiasAdd", {"x": x, "b": bias, "s": skip}, function=lambda x, b, s: x + b + s)
+    for operator in ("BiasDropout", "BitmaskBiasDropout"):
+        yield fused(operator, {"x": x, "b": bias, "s": skip}, function=lambda x, b, s: x + b + s)
+        yield fused(operator, {"x": x, "b": bias}, name="no residual", function=lambda x, b: x + b)
+    yield fused("BitmaskDropout", {"x": x}, function=lambda x: x)
+    scores = _x(2, 3, 4, 5)
+    for inner, shape in ((1, (2, 1, 1, 5)), (0, (3, 4, 5)), (1, (2, 1, 4, 5))):
+        yield fused(
+            "BiasSoftmax",
+            {"x": scores, "b": _x(*shape)},
+            axis=3,
+            is_inner_broadcast=inner,
+            name=f"{shape}",
+            function=lambda x, b: _softmax(x + b),
+        )
+    yield fused("GatedAdd", {"x": x, "y": skip, "g": _x(2, 3, 1)})
+    gate = {"a": x, "d": bias, "s": -np.abs(_x(4)), "b": skip}
+    yield fused("LinearAttentionGate", gate, outputs=2)
+    keys = {"k": _x(2, 3, 2, 4), "q": _x(2, 3, 2, 4), "v": _x(2, 3, 4), "ks": _x(2, 4), "qs": _x(2, 4)}
+    yield fused("EngramGate", keys)
+    yield fused("EngramGate", {**keys, "cs": _x(2, 4)}, outputs=2)
+    for shape in ((3, 2), (3, 2, 1), (3, 2, 4)):
+        yield fused("HyperConnectionPreMix", {"x": _x(3, 2, 4), "p": _x(*shape)}, name=f"{shape}", reduction_scale=0.5)
+        yield fused("HyperConnectionPostMix", {"x": _x(3, 2, 4), "y": _x(3, 4), "p": _x(*shape)}, name=f"{shape}")
+    yield fused("HyperConnectionPreMix", {"x": _x(3, 8), "p": _x(3, 2)}, num_branches=2)
+    yield fused("HyperConnectionPreMix", {"x": _x(3, 8), "p": _x(3, 8)}, num_branches=2, name="flat gates")
+    yield fused(
+        "HyperConnectionPostMix", {"x": _x(3, 8), "y": _x(3, 4), "p": _x(3, 2), "m": _x(3, 2, 2)}, num_branches=2
+    )
+    for operator, sign in (("ComplexMul", 1), ("ComplexMulConj", -1)):
+
+        def product(a: np.ndarray, b: np.ndarray, sign: int = sign) -> np.ndarray:
+            y = (a[..., :1] + 1j * a[..., 1:]) * (b[..., :1] + 1j * sign * b[..., 1:])
+            return np.concatenate([y.real, y.imag], -1)
+
+        yield fused(operator, {"a": _x(3, 4, 2), "b": _x(3, 4, 2)}, function=product)
+
+
+def _moves() -> Iterator[Fused]:
+    yield fused("Inverse", {"x": _x(2, 3, 3) + 3 * np.eye(3, dtype=np.float32)})
+    yield fused("CDist", {"a": _x(3, 4), "b": _x(5, 4)})
+    yield fused("CDist", {"a": _x(3, 4), "b": _x(5, 4)}, metric="euclidean")
+    yield fused("Rfft", {"x": _x(2, 3, 8)}, function=lambda x: _parts(np.fft.rfft(x)))
+    yield fused(
+        "Irfft", {"x": _x(2, 3, 5, 2)}, signal_ndim=1, function=lambda x: np.fft.irfft(x[..., 0] + 1j * x[..., 1])
+    )
+    for dynamic in (False, True):
+        yield fused("UnfoldTensor", {"x": _x(2, 7, 3)}, dim=1, size=3, step=2, dynamic=dynamic)
+    yield fused("UnfoldTensor", {"x": _x(2, 7)}, size=4)
+    boxes = np.array([[0.13, 0.2, 0.8, 0.7], [-0.2, 0.3, 1.3, 0.9], [0.93, 0.6, 0.2, 0.1]], np.float32)
+    rows = _i32(1, 0, 1)
+    for size, mode in ((_i32(3, 4), "bilinear"), (_i32(1, 1), "bilinear"), (_i32(3, 2), "nearest")):
+        yield fused(
+            "CropAndResize",
+            {"x": _x(2, 3, 6, 5), "b": boxes, "i": rows, "s": size},
+            constants=("b", "i", "s"),
+            mode=mode,
+            extrapolation_value=0.7,
+            name=f"{mode} of {size}",
+        )
+    yield fused("NGramRepeatBlock", {"i": np.array([[1, 2, 3, 1, 2], [0, 1, 0, 1, 0]]), "s": _x(2, 6)}, ngram_size=3)
+    kernel = {"w": _x(3, 1, 4), "b": _x(3)}
+    for activation in ("none", "silu"):
+        yield fused("CausalConvWithState", {"x": _x(2, 3, 5), **kernel}, outputs=2, activation=activation)
+    yield fused("CausalConvWithState", {"x": _x(2, 3, 5), **kernel, "p": _x(2, 3, 6)}, outputs=2, dilation=2)
+
+
+def _parts(x: np.ndarray) -> np.ndarray:
+    return np.stack([x.real, x.imag], -1)

@@ -51,7 +51,7 @@ def operators(model: onnx.ModelProto, domain: str) -> Counter[str]:
 
 
 def image_model() -> onnx.ModelProto:
-    """Convolutions and pooling of every kind that onnxruntime lays out in blocks, with channels that do not fill one."""
+    """What onnxruntime lays out in blocks, with channels that do not fill one."""
     generator = np.random.default_rng(8)
     constants: dict[str, np.ndarray] = {}
     nodes: list[onnx.NodeProto] = []
@@ -115,7 +115,9 @@ def test_blocked_branches_beside_the_path_fit_to_it(tmp_path: Path) -> None:
     assert set(blocked) >= {"Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "ReorderOutput"}
     feeds = {"x": np.random.default_rng(3).standard_normal((2, 3, 16, 16)).astype(np.float32)}
     (depthwise,) = (
-        node for node in file.graph.node if node.op_type == "Conv" and any(a.name == "group" and a.i > 2 for a in node.attribute)
+        node
+        for node in file.graph.node
+        if node.op_type == "Conv" and any(a.name == "group" and a.i > 2 for a in node.attribute)
     )
     result = input_gradient(file, [depthwise.output[0]], "y")
     cotangent = np.random.default_rng(4).standard_normal((2, 32)).astype(np.float32)

@@ -31,19 +31,21 @@ _DIVISIBLE = 672
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 
 
-# Operators that inference cannot see through, and others that have the same answer: operator, number of inputs,
+# Operators that inference cannot see through, and others that have the same answer: operator, which inputs it takes,
 # attributes.
-_AS_INPUT: tuple[str, int, Mapping[str, str]] = ("Identity", 1, {})
+_AS_INPUT: tuple[str, tuple[int, ...], Mapping[str, str]] = ("Identity", (0,), {})
 _STAND_INS = {
     ("", "GroupNormalization"): _AS_INPUT,
     ("", "MeanVarianceNormalization"): _AS_INPUT,
     ("", "SimplifiedLayerNormalization"): _AS_INPUT,
     ("com.microsoft", "BiasGelu"): _AS_INPUT,
+    ("com.microsoft", "DequantizeLinear"): ("DequantizeLinear", (0, 1, 2), {}),
     ("com.microsoft", "FastGelu"): _AS_INPUT,
     ("com.microsoft", "Gelu"): _AS_INPUT,
     ("com.microsoft", "GroupNorm"): _AS_INPUT,
     ("com.microsoft", "Inverse"): _AS_INPUT,
-    ("com.microsoft", "MatMulNBits"): ("Einsum", 2, {"equation": "...k,nij->...n"}),
+    ("com.microsoft", "MatMulNBits"): ("Einsum", (0, 2), {"equation": "...k,nb->...n"}),
+    ("com.microsoft", "NGramRepeatBlock"): ("Identity", (1,), {}),
     ("com.microsoft", "QuickGelu"): _AS_INPUT,
     ("com.microsoft", "RotaryEmbedding"): _AS_INPUT,
     ("com.microsoft", "SkipLayerNormalization"): _AS_INPUT,
@@ -181,8 +183,9 @@ def _stand_in(node: NodeProto) -> NodeProto:
     stand_in = _STAND_INS.get((node.domain, node.op_type))
     if stand_in is None:
         return node
-    operator, input_count, attributes = stand_in
-    return helper.make_node(operator, node.input[:input_count], node.output[:1], **attributes)
+    operator, positions, attributes = stand_in
+    inputs = [node.input[position] for position in positions if position < len(node.input)]
+    return helper.make_node(operator, inputs, node.output[:1], **attributes)
 
 
 def _symbols(model: onnx.ModelProto) -> list[str]:

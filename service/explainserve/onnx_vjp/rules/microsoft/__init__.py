@@ -7,9 +7,12 @@ from explainserve.onnx_vjp.rules.microsoft import (
     activations,
     attention,
     flat,
+    grouped,
     layouts,
+    mixtures,
     normalization,
     products,
+    rest,
     rotary,
 )
 
@@ -17,8 +20,11 @@ __all__ = [
     "activations",
     "attention",
     "flat",
+    "grouped",
     "layouts",
+    "mixtures",
     "normalization",
     "products",
+    "rest",
     "rotary",
 ]

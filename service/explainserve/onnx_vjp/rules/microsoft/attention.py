@@ -126,14 +126,15 @@ def multi_head_attention(op: Emitter, node: Node) -> Sequence[str | None]:
     mask, addend, past_key, past_value = (node.input(index) for index in range(4, 8))
     if node.input(8) or node.input(9):
         raise Refusal("keys and values live in a shared buffer", _PROMPT)
-    q, k, v = _heads(op, node)
+    q, k, v = _heads(op, node, node.input(3))
     if past_key:
         k, v = op.Concat(past_key, k, axis=2), op.Concat(past_value, v, axis=2)
     return _attended(op, node, q, k, v, mask, addend), k, v
 
 
-def _heads(op: Emitter, node: Node) -> tuple[str, str, str]:
-    q, k, v, bias = (node.input(index) for index in range(4))
+def _heads(op: Emitter, node: Node, bias: str) -> tuple[str, str, str]:
+    """Queries, keys and values from however they come, with their biases."""
+    q, k, v = (node.input(index) for index in range(3))
     heads = node.attribute("num_heads")
     if op.rank(q) == 5:
         q, k, v = (_packed(op, q, index) for index in range(3))
@@ -155,3 +156,25 @@ def _query_key_value_bias(op: Emitter, bias: str, q: str, v: str) -> tuple[str, 
     hidden = op.dim(q, 2)
     rest = op.Sub(op.dim(bias, 0), op.Add(hidden, hidden))
     return op.emit("Split", bias, op.Concat(hidden, hidden, rest, axis=0), outputs=3, axis=0)
+
+
+@composition("DecoderMaskedMultiHeadAttention", domain=DOMAIN)
+def decoder_masked_multi_head_attention(op: Emitter, node: Node) -> Sequence[str | None]:
+    """One token against keys and values of another sequence; its own past lives in a shared buffer."""
+    if node.input(5) or node.attribute("output_qk", 0):
+        raise Refusal("keys and values live in a shared buffer", _PROMPT)
+    q, k, v = _heads(op, node, node.input(10))
+    return _attended(op, node, q, k, v, node.input(3), node.input(4)), k, v
+
+
+@composition("GatedRelativePositionBias", domain=DOMAIN)
+def gated_relative_position_bias(op: Emitter, node: Node) -> Sequence[str]:
+    """The bias times u (r a - 1) + 2, with two gates u and r from the halves of a projection of each head's query."""
+    if node.input(6):
+        raise Refusal("the queries are packed without padding", "export the model without packing")
+    query, query_bias, bias, weight, gate_bias, a = node.inputs[:6]
+    heads = split_heads(op, op.Add(query, query_bias), node.attribute("num_heads"))
+    projected = op.Add(op.MatMul(heads, weight), gate_bias)
+    halves = op.ReduceSum(op.Reshape(projected, [0, 0, 0, 2, -1]), [4], keepdims=0)
+    u, r = op.emit("Split", op.Sigmoid(halves), outputs=2, axis=3, num_outputs=2)
+    return (op.Mul(op.Add(op.Mul(u, op.Sub(op.Mul(r, a), 1)), 2), bias),)

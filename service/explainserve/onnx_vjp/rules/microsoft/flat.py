@@ -97,6 +97,10 @@ refused(
 refused(
     "AttnLSTM",
     "DecoderAttention",
+    "MaxpoolWithMask",
+    "SparseToDenseMatMul",
+    "Unique",
+    "WordConvEmbedding",
     "GatedDeltaNet",
     "LinearAttention",
     "LongformerAttention",
@@ -104,5 +108,16 @@ refused(
     "VarlenCausalConvWithState",
     reason="it has no gradient rule yet",
     remedy="export the model with standard operators",
+    domain=DOMAIN,
+)
+
+refused(
+    "PackedAttention",
+    "PackedMultiHeadAttention",
+    "RelativePositionBias",
+    "RemovePadding",
+    "RestorePadding",
+    reason="it has a kernel for graphics processors only, against which no gradient was verified",
+    remedy="export the model without packing, or optimize it for the processor",
     domain=DOMAIN,
 )

@@ -8,7 +8,8 @@ import numpy as np
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Gradients, Refusal, composition, rule
-from explainserve.onnx_vjp.rules.microsoft.activations import DOMAIN, activated
+from explainserve.onnx_vjp.rules.microsoft.activations import DOMAIN, activated, silu
+from explainserve.onnx_vjp.rules.microsoft.normalization import rms_normalized
 
 CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
@@ -107,3 +108,56 @@ def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     parts = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
     return parts.reshape(*packed.shape[:-1], -1)
+
+
+@composition("MatMulNBitsMlp", domain=DOMAIN)
+def matmul_nbits_mlp(op: Emitter, node: Node) -> Sequence[str | None]:
+    """activation(gate) * up, both projections of the same normalized input."""
+    normal, total = _normalized_input(op, node)
+    gate = _few_bits(op, node, normal, 3, node.attribute("N"))
+    up = _few_bits(op, node, normal, 6, node.attribute("N"))
+    name = node.attribute("activation")
+    return op.Mul(silu(op, gate) if name in ("silu", "swish") else _activated(op, node, gate), up), total
+
+
+@composition("MatMulNBitsQkv", domain=DOMAIN)
+def matmul_nbits_qkv(op: Emitter, node: Node) -> Sequence[str | None]:
+    """Three projections of the same normalized input."""
+    normal, total = _normalized_input(op, node)
+    sizes = (node.attribute("Nq"), node.attribute("Nkv"), node.attribute("Nkv"))
+    return *(_few_bits(op, node, normal, 3 + 3 * index, size) for index, size in enumerate(sizes)), total
+
+
+def _normalized_input(op: Emitter, node: Node) -> tuple[str, str | None]:
+    """The input as the projections read it, and its sum with the skip where there is one."""
+    x, skip, scale = (node.input(index) for index in range(3))
+    total = op.Add(x, skip) if skip else x
+    epsilon = node.attribute("epsilon", 1e-5 if node.proto.op_type == "MatMulNBitsMlp" else 1e-6)
+    return rms_normalized(op, total, scale, epsilon)[0] if scale else total, total if skip else None
+
+
+def _few_bits(op: Emitter, node: Node, x: str, first: int, outputs: int) -> str:
+    weights, scales, bias = (node.input(first + index) for index in range(3))
+    attributes = {name: node.attribute(name) for name in ("K", "bits", "block_size", "accuracy_level")}
+    operands = (x, weights, scales, None, None, bias or None)
+    return op.emit("MatMulNBits", *operands, domain=DOMAIN, N=outputs, **attributes)[0]
+
+
+# The sixteen values that four bits stand for, as multiples of the largest of their block.
+_MAGNITUDES = (0.0, 0.00520833333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+_NORMAL_BELOW = (-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.091050036)
+_NORMAL_ABOVE = (0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0)
+_FOUR_BITS = {0: (*_MAGNITUDES, *(-value for value in _MAGNITUDES)), 1: (*_NORMAL_BELOW, *_NORMAL_ABOVE)}
+
+
+@composition("MatMulBnb4", domain=DOMAIN)
+def matmul_bnb4(op: Emitter, node: Node) -> Sequence[str]:
+    """x W^T with constant weights W (N, K), or x W with the attribute transB off."""
+    stored, largest = op.constant(node.inputs[1]), op.constant(node.inputs[2])
+    if stored is None or largest is None:
+        raise Refusal("the weights are not stored as plain constants", "store the weights in the file")
+    block, shape = node.attribute("block_size"), (node.attribute("N"), node.attribute("K"))
+    digits = np.stack([stored >> 4, stored & 15], -1).reshape(-1)[: shape[0] * shape[1]]
+    values = np.array(_FOUR_BITS[node.attribute("quant_type")], largest.dtype)[digits]
+    weights = (values * np.repeat(largest, block)[: len(values)]).reshape(shape)
+    return (op.MatMul(node.inputs[0], np.ascontiguousarray(weights.T) if node.attribute("transB", 1) else weights),)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import composition
 from explainserve.onnx_vjp.rules.microsoft.activations import DOMAIN
@@ -42,6 +44,43 @@ def _parts(op: Emitter, x: str, count: str) -> tuple[str, str]:
     if size is not None and turned is not None and size == turned:
         return x, ""
     return op.Slice(x, [0], count, [3]), op.Slice(x, count, op.dim(x, 3), [3])
+
+
+@composition("MRotaryEmbedding", domain=DOMAIN)
+def multimodal_rotary_embedding(op: Emitter, node: Node) -> Sequence[str]:
+    """Each channel pair takes its angle from one of three positions of its token: time, height or width."""
+    x, positions, cosines, sines = node.inputs[:4]
+    heads = as_heads(op, node, x, cosines)
+    chosen = _streams(node)
+    cosines, sines = (_per_stream(op, table, positions, chosen) for table in (cosines, sines))
+    y = rotated(op, heads, cosines, sines, node.attribute("interleaved", 0))
+    return (y if op.rank(x) == 4 else merged_heads(op, y),)
+
+
+def _streams(node: Node) -> np.ndarray:
+    """Which of the three positions each channel pair reads: one section after the other, or in turns."""
+    sections = list(node.attribute("mrope_section"))
+    if not node.attribute("mrope_layout", 0):
+        return np.repeat(np.arange(3), sections)
+    turns = np.zeros(sum(sections), np.int64)
+    for stream in (1, 2):
+        turns[stream : 3 * sections[stream] : 3] = stream
+    return turns
+
+
+def _per_stream(op: Emitter, table: str, positions: str, streams: np.ndarray) -> str:
+    """(batch, length, pairs): the rows at all three positions, and of each pair the one of its stream."""
+    rows = op.Gather(table, positions, axis=0)
+    masks = (streams == np.arange(3)[:, None]).astype(np.float32).reshape(3, 1, 1, -1)
+    return op.ReduceSum(op.Mul(rows, masks), [0], keepdims=0)
+
+
+@composition("GemmaRotaryEmbedding", domain=DOMAIN)
+def gemma_rotary_embedding(op: Emitter, node: Node) -> Sequence[str]:
+    """Queries and keys with the angles themselves given; their turned halves come as inputs of their own."""
+    angles, q, q_turned, k, k_turned = node.inputs
+    cosine, sine = (op.cast_like(op.Unsqueeze(table, [1]), q) for table in (op.Cos(angles), op.Sin(angles)))
+    return tuple(op.Add(op.Mul(x, cosine), op.Mul(y, sine)) for x, y in ((q, q_turned), (k, k_turned)))
 
 
 @composition("RotaryEmbedding", domain=DOMAIN)
