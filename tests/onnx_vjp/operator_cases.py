@@ -175,6 +175,10 @@ def _shapes() -> Iterator[Case]:
         )
         for mode in ("reflect", "edge", "wrap"):
             yield single("Pad", {"x": x, "p": _i(0, 2, 1, 0, 0, 2)}, mode=mode, dynamic=dynamic)
+            yield single(
+                "Pad", {"x": _x(2, 7), "p": _i(2, 3), "_v": x, "a": _i(-1)}, mode=mode, dynamic=dynamic and ("p",)
+            )
+            yield single("Pad", {"x": _x(7, 2), "p": _i(0, 0, 3, 0)}, mode=mode, dynamic=dynamic)
     yield single("DepthToSpace", {"x": _x(1, 8, 2, 3)}, blocksize=2, mode="CRD", dynamic=())
     yield single("DepthToSpace", {"x": _x(1, 8, 2, 3)}, blocksize=2, mode="DCR")
     yield single("SpaceToDepth", {"x": _x(1, 2, 4, 6)}, blocksize=2)

@@ -1,4 +1,4 @@
-"""GridSample, AffineGrid and DeformConv in float64, by dense interpolation matrices.
+"""GridSample, AffineGrid, DeformConv and an aligned Resize in float64, by dense interpolation matrices.
 
 onnx's reference evaluator holds their coordinates in float32, which no central difference can use.
 """
@@ -132,4 +132,31 @@ def deform_conv(node: NodeProto, feeds: dict[str, np.ndarray]) -> Function:
     return function
 
 
-ORACLES = {"AffineGrid": affine_grid, "DeformConv": deform_conv, "GridSample": grid_sample}
+def aligned_resize(node: NodeProto, feeds: dict[str, np.ndarray]) -> Function:
+    """Resize of the last two axes with aligned corners, by the length that the result has.
+
+    The reference evaluator and the results that onnx publishes take the length before rounding; the specification's
+    text, onnxruntime and torch take this one.
+    """
+    mode, scales = str(_attributes(node)["mode"]), feeds[node.input[2]]
+
+    def function(x: np.ndarray, *_: np.ndarray) -> np.ndarray:
+        value = x
+        for axis in (2, 3):
+            size, length = x.shape[axis], int(x.shape[axis] * scales[axis])
+            positions = np.arange(length) * (size - 1) / max(length - 1, 1)
+            matrix = _weights(positions, size, mode, "border", 0.0)
+            value = np.moveaxis(np.moveaxis(value, axis, -1) @ matrix.T, -1, axis)
+        return value
+
+    return function
+
+
+# By operator, or by the name of a case.
+ORACLES = {
+    "AffineGrid": affine_grid,
+    "DeformConv": deform_conv,
+    "GridSample": grid_sample,
+    "test_resize_downsample_scales_cubic_align_corners": aligned_resize,
+    "test_resize_downsample_scales_linear_align_corners": aligned_resize,
+}

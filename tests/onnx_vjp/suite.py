@@ -51,13 +51,12 @@ def case(name: str) -> Case:
     if name in MADE_FINITE:
         feeds = {key: _made_finite(value) for key, value in feeds.items()}
     node = original(name).model.graph.node[-1]
-    oracle = ORACLES.get(node.op_type)
+    oracle = ORACLES.get(name, ORACLES.get(node.op_type))
     return Case(
         name,
         in_type(model, TensorProto.FLOAT),
         feeds,
         oracle(node, feeds) if oracle else None,
-        by_reference=name in NOT_BY_ONNXRUNTIME,
         random=node.op_type in RANDOM,
         controls=named(node, CONTROLS),
         positive=named(node, POSITIVE),
@@ -65,11 +64,6 @@ def case(name: str) -> Case:
 
 
 RANDOM = ("Bernoulli", "Multinomial", "RandomNormalLike", "RandomUniformLike")
-# What onnxruntime computes is not what the operator says.
-NOT_BY_ONNXRUNTIME = dict.fromkeys(
-    ("test_resize_downsample_scales_cubic_align_corners", "test_resize_downsample_scales_linear_align_corners"),
-    "align_corners with scales that do not give a whole size: the exact size counts, not the rounded one",
-)
 # Inputs at which the operator is NaN.
 MADE_FINITE = {
     f"test_mod_float_edge_cases_fmod_0_float{bits}": "a remainder of infinity or by zero" for bits in (16, 32, 64)

@@ -29,16 +29,15 @@ class Case:
     """A model with tensors in and out, and its input values.
 
     `function` is a float64 oracle for what the reference evaluator lacks or gets wrong; it takes the inputs in order
-    and returns the float outputs. `by_reference`: the gradient too is run by the reference evaluator. `random`: no
-    output can be evaluated twice, and the gradient is zero. `controls` are float inputs that steer the operator and
-    are no operand of a function that one differentiates; `positive` are those that must stay above zero.
+    and returns the float outputs. `random`: no output can be evaluated twice, and the gradient is zero. `controls` are
+    float inputs that steer the operator and are no operand of a function that one differentiates; `positive` are those
+    that must stay above zero.
     """
 
     name: str
     model: onnx.ModelProto
     feeds: Feeds
     function: Function | None = None
-    by_reference: bool = False
     random: bool = False
     controls: Collection[str] = field(default=())
     positive: Collection[str] = field(default=())
@@ -140,7 +139,7 @@ def check(case: Case, tolerance: float = 1e-3, *, rules: Table | None = None) ->
 
     seeds = {gradient.cotangents[name]: g for name, g in zip(case.outputs, cotangents, strict=True)}
     names = [*case.outputs, *gradient.gradients.values()]
-    values = (run_reference if case.by_reference else run)(gradient.model, {**feeds, **seeds}, names)
+    values = run(gradient.model, {**feeds, **seeds}, names)
     for name, actual, value in zip([] if case.random else case.outputs, values, expected, strict=False):
         np.testing.assert_allclose(actual, value, 1e-3, 1e-4, err_msg=f"output {name}")
     values = values[len(case.outputs) :]

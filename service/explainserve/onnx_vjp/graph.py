@@ -21,6 +21,9 @@ _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
 
+# Runtimes and the reference evaluator round coordinates differently, and a gradient has to follow what runs forward.
+_BY_CONVENTION = frozenset({"Resize"})
+
 # What they return is of a size that their values decide, within that of their inputs.
 _SELECTING = frozenset({"Compress", "NonZero", "Unique"})
 
@@ -125,8 +128,10 @@ class Graph:
 
     def folded(self, node: NodeProto, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray] | None:
         """The outputs of one node on values, or None where computing them is left to the runtime: they are large, or
-        their size is not known beforehand, or the reference evaluator does not have them.
+        their size is not known beforehand, or the reference evaluator does not have them, or has its own convention.
         """
+        if node.op_type in _BY_CONVENTION:
+            return None
         feeds = {name: value for name, value in zip(node.input, inputs, strict=True) if value is not None}
         count = self.shapes.element_count(node, self.version(node), feeds)
         if node.op_type not in _SELECTING and (count is None or count > FOLDED_ELEMENTS):

@@ -6,7 +6,10 @@ is covered by one formula.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from onnx import TensorProto
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
@@ -25,17 +28,58 @@ def pad(op: Emitter, node: Node, g: str) -> Gradients:
             op.Sub(op.ReduceSum(g, keepdims=0), op.ReduceSum(cropped, keepdims=0)) if node.differentiates(2) else None
         )
         return cropped, None, op.reshape_like(dvalue, value) if dvalue else None, None
-    amounts, which = op.constant(pads), op.constant(axes)
-    if amounts is None or (axes and which is None):
-        raise Refusal(
-            f"Pad in mode '{mode}' by an amount that is computed from the input", "store the padding in the file"
-        )
-    chosen = [int(axis) % op.rank(x) for axis in which] if which is not None else list(range(op.rank(x)))
-    for axis, before, after in zip(chosen, amounts[: len(chosen)], amounts[len(chosen) :], strict=True):
-        if before or after:
-            identity = _identity(op, x, axis)
-            g = axis_map(op, g, axis, op.Pad(identity, [0, int(before), 0, int(after)], mode=mode))
+    chosen = _padded_axes(op, node)
+    for order, axis in enumerate(chosen):
+        amounts = [op.Gather(pads, [position]) for position in (order, order + len(chosen))]
+        constants = [op.constant(amount) for amount in amounts]
+        if any(constant is None or constant.any() for constant in constants):
+            g = _unpadded(op, g, axis, op.Pad(_identity(op, x, axis), _last_axis(op, *amounts), mode=mode))
     return g, None, None, None
+
+
+def _padded_axes(op: Emitter, node: Node) -> list[int]:
+    rank, axes = op.rank(node.inputs[0]), node.input(3)
+    chosen = op.constant(axes) if axes else np.arange(rank)
+    if chosen is None:
+        raise Refusal("Pad over axes that are computed from the input", "store the axes in the file")
+    return [int(axis) % rank for axis in chosen]
+
+
+def _last_axis(op: Emitter, before: str, after: str) -> str:
+    """The padding of a matrix along its rows."""
+    return op.Concat([0], before, [0], after, axis=0)
+
+
+def _unpadded(op: Emitter, g: str, axis: int, matrix: str) -> str:
+    """The matrix (in, out) of a padding times the cotangent: in the middle it only moves, so that the ends suffice."""
+    values = op.constant(matrix)
+    ends = None if values is None else _ends(values)
+    if values is None or ends is None:
+        return axis_map(op, g, axis, matrix)
+    start, stop, shift = ends
+    parts = [
+        axis_map(op, op.Slice(g, [0], [start + shift], [axis]), axis, op.array(values[:start, : start + shift])),
+        op.Slice(g, [start + shift], [stop + shift], [axis]),
+        axis_map(
+            op, op.Slice(g, [stop + shift], [values.shape[1]], [axis]), axis, op.array(values[stop:, stop + shift :])
+        ),
+    ]
+    sizes = (start, stop - start, len(values) - stop)
+    return op.Concat(*(part for part, size in zip(parts, sizes, strict=True) if size), axis=axis)
+
+
+def _ends(matrix: np.ndarray) -> tuple[int, int, int] | None:
+    """(start, stop, shift) where the rows from start to stop are those of a shifted identity and the blocks before and
+    after do not mix, else None.
+    """
+    alone = np.flatnonzero(np.count_nonzero(matrix, axis=1) == 1)
+    if not alone.size:
+        return None
+    start, stop = int(alone[0]), int(alone[-1]) + 1
+    shift = int(np.argmax(matrix[start])) - start
+    middle = np.eye(stop - start, matrix.shape[1], start + shift, dtype=matrix.dtype)
+    apart = not matrix[:start, stop + shift :].any() and not matrix[stop:, : start + shift].any()
+    return (start, stop, shift) if apart and np.array_equal(matrix[start:stop], middle) else None
 
 
 def _identity(op: Emitter, x: str, axis: int) -> str:
@@ -80,20 +124,55 @@ def _resized_identity(op: Emitter, node: Node, position: int, axis: int) -> str:
 
     What is extrapolated is constant: zero.
     """
-    x = node.inputs[0]
+    x, scales = node.inputs[0], node.input(2)
     identity = op.Unsqueeze(_identity(op, x, axis), [0, 1])
     names = ("antialias", "coordinate_transformation_mode", "cubic_coeff_a", "exclude_outside", "mode", "nearest_mode")
     attributes = {name: node.attribute(name) for name in names}
-    roi, scales = _roi(op, node, position), node.input(2)
+    roi, size = _roi(op, node, position), op.dim(node.outputs[0], axis)
     if scales and ((constant := op.constant(scales)) is None or constant.size):
-        scale = op.Concat(np.ones(3, np.float32), op.Gather(scales, [position]), axis=0)
-        resized = op.Resize(identity, roi, scale, **attributes)
+        resized = op.Resize(identity, roi, _last(op, op.Gather(scales, [position])), **attributes)
+    elif _keeps_aspect(node):
+        resized = _by_common_scale(op, node, identity, size, attributes)
     else:
-        size = op.dim(x, axis)
-        resized = op.Resize(
-            identity, roi, None, op.Concat([1, 1], size, op.dim(node.outputs[0], axis), axis=0), **attributes
-        )
+        resized = op.Resize(identity, roi, None, op.Concat([1, 1], op.dim(x, axis), size, axis=0), **attributes)
     return op.Squeeze(resized, [0, 1])
+
+
+def _last(op: Emitter, scale: str) -> str:
+    """A scale of the last of four axes."""
+    return op.Concat(np.ones(3, np.float32), scale, axis=0)
+
+
+def _keeps_aspect(node: Node) -> bool:
+    """Whether the scale is one for all axes and the sizes are rounded from it; corners that are aligned fix the scale
+    again.
+    """
+    stretched = node.attribute("keep_aspect_ratio_policy", "stretch") == "stretch"
+    return not stretched and node.attribute("coordinate_transformation_mode", "half_pixel") != "align_corners"
+
+
+def _by_common_scale(op: Emitter, node: Node, identity: str, size: str, attributes: dict[str, Any]) -> str:
+    """A scale alone rounds the size down, so the rows are longer than needed, continued by their last element as the
+    border of the image is.
+    """
+    mode = node.attribute("coordinate_transformation_mode", "half_pixel")
+    if (
+        mode not in ("half_pixel", "asymmetric")
+        or node.attribute("antialias", 0)
+        or node.attribute("exclude_outside", 0)
+    ):
+        raise Refusal(
+            f"Resize keeps the aspect ratio with antialias, exclude_outside or coordinates '{mode}'",
+            "store the output sizes in the file, with keep_aspect_ratio_policy 'stretch'",
+        )
+    x, sizes = node.inputs[0], node.input(3)
+    lengths = op.Gather(op.dims(x), _resized_axes(op, node))
+    ratios = op.Div(*(op.Cast(value, to=TensorProto.FLOAT) for value in (sizes, lengths)))
+    smallest = node.attribute("keep_aspect_ratio_policy") == "not_larger"
+    scale = (op.ReduceMin if smallest else op.ReduceMax)(ratios, keepdims=1)
+    border = op.Concat([0, 0, 0, 0, 0, 0, 0], op.Slice(op.dims(identity), [3], [4]), axis=0)
+    longer = op.Resize(op.Pad(identity, border, mode="edge"), None, _last(op, scale), **attributes)
+    return op.Slice(longer, [0], size, [3])
 
 
 def _roi(op: Emitter, node: Node, position: int) -> str | None:
