@@ -513,33 +513,34 @@ class TestRows:
 
 class TestGaps:
     @pytest.fixture
-    def gelu(self, loaded: Callable[..., OnnxModel]) -> OnnxModel:
+    def rounded(self, loaded: Callable[..., OnnxModel]) -> OnnxModel:
+        """Rounds to halves on the way."""
         nodes = [
-            node("QuickGelu", ["x"], ["a"], name="first", domain="com.microsoft"),
-            node("QuickGelu", ["a"], ["b"], name="second", domain="com.microsoft"),
+            node("QuantizeLinear", ["x", "half", "zero"], ["q"], name="first"),
+            node("DequantizeLinear", ["q", "half", "zero"], ["b"], name="second"),
             node("MatMul", ["b", "W"], ["y"]),
         ]
         shapes = [("x", ["batch", 3])], [("y", ["batch", 2])]
-        return loaded(model(nodes, *shapes, {"W": WEIGHTS}, domains=["com.microsoft"]))
+        steps = {"half": np.array(0.5, np.float32), "zero": np.array(0, np.int8)}
+        return loaded(model(nodes, *shapes, {"W": WEIGHTS, **steps}))
 
-    def test_a_model_with_gaps_still_predicts(self, gelu: OnnxModel) -> None:
-        x = np.array([1.0, 0.5, -2.0], np.float32)
-        quick = lambda v: v / (1 + np.exp(-1.702 * v))
+    def test_a_model_with_gaps_still_predicts(self, rounded: OnnxModel) -> None:
+        x = np.array([1.1, 0.4, -2.0], np.float32)
 
-        assert gelu.gradient_mode == "black_box"
-        assert {"first", "second"} <= {gap.node for gap in gelu.gaps if gap.operator == "com.microsoft.QuickGelu"}
-        assert all(gap.reason and gap.remedy for gap in gelu.gaps)
-        np.testing.assert_allclose(forward(gelu, {"x": x}), quick(quick(x)) @ WEIGHTS, rtol=1e-5)
+        assert rounded.gradient_mode == "black_box"
+        assert {"first", "second"} <= {gap.node for gap in rounded.gaps}
+        assert all(gap.reason and gap.remedy for gap in rounded.gaps)
+        np.testing.assert_allclose(forward(rounded, {"x": x}), np.round(x * 2) / 2 @ WEIGHTS, rtol=1e-5)
 
-    def test_a_gradient_of_it_is_refused_with_its_gaps(self, gelu: OnnxModel) -> None:
+    def test_a_gradient_of_it_is_refused_with_its_gaps(self, rounded: OnnxModel) -> None:
         x = np.zeros(3, np.float32)
         function = Differentiation("y", ScoreHead.IDENTITY, ("x",))
 
         with pytest.raises(Unsupported) as caught:
-            evaluate(gelu, along(function, {"x": x}, {"x": x}, [1.0], target=selector(0)))
+            evaluate(rounded, along(function, {"x": x}, {"x": x}, [1.0], target=selector(0)))
         assert caught.value.reason == "NOT_DIFFERENTIABLE"
-        assert caught.value.metadata["gap_count"] == str(len(gelu.gaps))
-        assert gelu.gaps[0].node in caught.value.metadata["gaps"]
+        assert caught.value.metadata["gap_count"] == str(len(rounded.gaps))
+        assert rounded.gaps[0].node in caught.value.metadata["gaps"]
 
     def test_a_model_of_integers_is_a_black_box(self, loaded: Callable[..., OnnxModel]) -> None:
         integers = TensorProto.INT64
@@ -575,7 +576,7 @@ def test_a_session_that_fell_back_silently_is_refused(tmp_path: Path, monkeypatc
     """An onnxruntime with CUDA on a machine without it lists the provider and runs on the CPU."""
     from explainserve.backends import onnx_session
 
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [onnx_session.CUDA, onnx_session.CPU])
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", onnx_session.CPU])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     monkeypatch.setattr(onnx_session, "_providers", lambda device: [onnx_session.CPU])
 

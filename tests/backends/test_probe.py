@@ -155,7 +155,8 @@ def test_noise_is_absent_where_it_was_not_measured(tmp_path: Path) -> None:
         [("y", [1, 3])],
         {"first": np.array([0])},
     )
-    gap = model([node("Det", ["x"], ["y"])], [("x", ["batch", 2, 2])], [("y", ["batch"])])
+    steps = [node("QuantizeLinear", ["x", "step"], ["q"]), node("DequantizeLinear", ["q", "step"], ["y"])]
+    gap = model(steps, [("x", ["batch", 2])], [("y", ["batch", 2])], {"step": np.array(0.1, np.float32)})
     loaded = load(tmp_path, fixed)
 
     assert loaded.fixed_batch

@@ -94,6 +94,14 @@ def test_layers_can_be_picked_by_name(stub: ExplainerServiceStub) -> None:
     assert not any(layer.bypassing_inputs or layer.configured for layer in found.values())
 
 
+def test_memory_is_told(stub: ExplainerServiceStub) -> None:
+    memory = model(stub, "two-digits").memory
+
+    assert memory.weight_bytes > 0
+    assert 0 < memory.gradient_bytes <= memory.weight_bytes
+    assert memory.HasField("session_bytes")
+
+
 def test_what_is_not_stated_is_absent(stub: ExplainerServiceStub) -> None:
     own = model(stub, "plain")
     (x,) = own.inputs

@@ -249,6 +249,23 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that a loaded model takes: the weights of its file, constants that only gradients have, and by how much the
+    server grew when it opened sessions (about right; None where it could not be measured).
+    """
+
+    weight_bytes: int
+    gradient_bytes: int
+    session_bytes: int | None
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.Memory) -> Memory:
+        """Reads the message."""
+        measured = message.session_bytes if message.HasField("session_bytes") else None
+        return cls(message.weight_bytes, message.gradient_bytes, measured)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """All that the server knows of one model version.
 
@@ -262,6 +279,7 @@ class ModelInfo:
         gaps: operators without a gradient, all of them.
         layers: intermediate tensors that can be picked, by name, in the order of the graph.
         noise_floor: relative L2 noise of the gradients; None where there is none.
+        memory: what it takes in the server; None where the backend does not tell.
         default_target: class that is explained when a request names none; None means argmax.
     """
 
@@ -281,6 +299,7 @@ class ModelInfo:
     default_target: int | None
     default_baseline: str
     differentiable: bool
+    memory: Memory | None
 
     @property
     def name(self) -> str:
@@ -316,6 +335,7 @@ class ModelInfo:
             default_target=message.default_target if message.HasField("default_target") else None,
             default_baseline=message.default_baseline,
             differentiable=message.differentiable,
+            memory=Memory.from_proto(message.memory) if message.HasField("memory") else None,
         )
 
     def require_ready(self) -> None:

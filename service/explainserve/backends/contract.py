@@ -20,11 +20,15 @@ class LoadOptions:
         device: "cpu", "cuda" or "cuda:N".
         allow_fallback: evaluate on the CPU where the device is missing, instead of refusing the model.
         thread_count: threads of one evaluation; 0 means all cores.
+        cache: folder for gradient graphs, shared safely by several processes; None builds them at each start.
+        pack_weights: let sessions hold weights in the layouts that compute fastest, beside the shared ones.
     """
 
     device: str = "cpu"
     allow_fallback: bool = False
     thread_count: int = 0
+    cache: Path | None = None
+    pack_weights: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,22 @@ class Layer:
     bypassing_inputs: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a loaded model takes.
+
+    Attributes:
+        weight_bytes: the weights of the file, held once and shared by all graphs.
+        gradient_bytes: constants that only gradient graphs have, such as flipped kernels.
+        session_bytes: by how much the process grew when sessions were opened: weights packed for speed, and buffers.
+            Measured, so only about right; None where it cannot be.
+    """
+
+    weight_bytes: int
+    gradient_bytes: int
+    session_bytes: int | None
+
+
 class LoadedModel(Protocol):
     """A model in memory. Used by one thread at a time.
 
@@ -76,6 +96,11 @@ class LoadedModel(Protocol):
     gaps: tuple[OperatorGap, ...]
     layers: tuple[Layer, ...]
     library_versions: Mapping[str, str]
+
+    @property
+    def memory(self) -> Memory | None:
+        """What it takes now; None where the backend does not tell."""
+        ...
 
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
         """Interpolates the rows, runs them in one batch, and sums weighted gradients per segment.

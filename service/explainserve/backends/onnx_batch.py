@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from explainserve.backends import onnx_graph
 from explainserve.backends.contract import LoadOptions
 from explainserve.backends.onnx_session import open_session
+from explainserve.backends.onnx_weights import Weights
 from explainserve.backends.probe import FreeExtents, free_extents, sample_instances
 from explainserve.errors import ModelRefused
 from explainserve.signature import Signature
@@ -19,13 +20,15 @@ from explainserve.signature import Signature
 Array = NDArray[np.generic]
 
 
-def with_rows(model: onnx.ModelProto, declared: Signature, options: LoadOptions) -> tuple[onnx.ModelProto, bool]:
+def with_rows(
+    model: onnx.ModelProto, declared: Signature, options: LoadOptions, weights: Weights
+) -> tuple[onnx.ModelProto, bool]:
     """The model, or a copy of it, that accepts any batch, and True; or the model as it is, and False.
 
     Exporters bake a batch of one into files, and declare a free batch where a Reshape holds one. Each candidate is
     tried on two rows, and copies must return what the file returns for each row alone.
     """
-    original = open_session(model, options)
+    original = open_session(model, options, weights)
     batched = [spec.name for spec in declared.inputs if spec.batched]
     stated_free = bool(batched) and all(spec.axes[0].size is None for spec in declared.inputs if spec.batched)
     trials = (_Trial(declared, extents) for extents in free_extents(declared))
@@ -38,7 +41,7 @@ def with_rows(model: onnx.ModelProto, declared: Signature, options: LoadOptions)
     for reshapes in (False, True) if batched else ():
         candidate = onnx_graph.with_free_batch(model, batched, reshapes=reshapes)
         try:
-            if trial.agrees(open_session(candidate, options), alone):
+            if trial.agrees(open_session(candidate, options, weights), alone):
                 return candidate, True
         except ModelRefused:
             continue

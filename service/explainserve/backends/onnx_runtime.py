@@ -6,7 +6,7 @@ without a gradient never pay for the backward part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,19 @@ import onnxruntime
 from numpy.typing import DTypeLike, NDArray
 
 from explainserve.backends import onnx_file, onnx_graph
-from explainserve.backends.contract import LoadOptions, OperatorGap
+from explainserve.backends.contract import LoadOptions, Memory, OperatorGap
+from explainserve.backends.gradient_cache import GradientCache, cache_key
 from explainserve.backends.onnx_batch import with_rows
-from explainserve.backends.onnx_session import available_device, open_session
+from explainserve.backends.onnx_session import available_device, open_session, resident_bytes
+from explainserve.backends.onnx_verification import LARGEST_DIFFERENCE, largest_difference
+from explainserve.backends.onnx_weights import Weights
+from explainserve.backends.probe import FreeExtents, free_extents, gradient_rows, sample_instances
 from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported, first_line
 from explainserve.model_config import ModelConfig
-from explainserve.onnx_vjp import Gap, UnsupportedOperators, append_score_head, find_gaps, input_gradient
+from explainserve.onnx_vjp import Gap, GradientGraph, UnsupportedOperators, append_score_head, find_gaps, input_gradient
 from explainserve.onnx_vjp.opset import OLDEST as OLDEST_OPSET
 from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector
-from explainserve.signature import Axis, InputSpec, Signature, element_count
+from explainserve.signature import Axis, InputSpec, ScoreHead, Signature, element_count
 
 Array = NDArray[np.generic]
 Blocks = Mapping[str, Array]
@@ -48,10 +52,14 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> OnnxModel:
     model = onnx_file.read(path)
     _check_opset(model)
     declared, bare_outputs = onnx_graph.signature(model, config)
-    model, free = with_rows(model, declared, options)
+    weights = Weights()
+    weights.take(model)
+    model, free = with_rows(model, declared, options, weights)
     signature = config.signature(_with_batch_extent(declared, None if free else 1))
     unbatched = bare_outputs | {spec.name for spec in signature.inputs if not spec.batched}
-    return OnnxModel(model, signature, frozenset(unbatched), bool(unbatched) or not free, options)
+    loaded = OnnxModel(model, weights, signature, frozenset(unbatched), bool(unbatched) or not free, options)
+    loaded.verify()
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ class OnnxModel:
     def __init__(
         self,
         graph: onnx.ModelProto,
+        weights: Weights,
         signature: Signature,
         unbatched: frozenset[str],
         fixed_batch: bool,
@@ -91,11 +100,15 @@ class OnnxModel:
             "onnx": onnx.__version__,
         }
         self._graph = graph
+        self._weights = weights
+        self._file_bytes = weights.byte_count
+        self._cache = GradientCache(options.cache and options.cache / "gradients")
+        self._session_bytes: int | None = 0
         self._unbatched = unbatched
         self._options = options
         self._functions: dict[Differentiation, _Function] = {}
         self._score_shapes: dict[tuple[object, ...], tuple[int, ...]] = {}
-        self.gaps = _gaps(graph, signature)
+        self.gaps = _gaps(graph, signature, weights)
         self.layers = onnx_graph.layers(graph)
         self.gradient_mode = "gradient_graph" if self._has_gradient else "black_box"
 
@@ -122,22 +135,84 @@ class OnnxModel:
             self._functions[function] = self._gradient(function) if function.wrt else self._forward(function)
         return self._functions[function]
 
+    @property
+    def memory(self) -> Memory:
+        """See `contract.LoadedModel`."""
+        return Memory(self._file_bytes, self._weights.byte_count - self._file_bytes, self._session_bytes)
+
+    def verify(self) -> None:
+        """Gives up gradients where those of its device differ from those on the CPU."""
+        outputs = [spec.name for spec in self.signature.outputs if np.issubdtype(spec.dtype, np.floating)]
+        for output in outputs if self._has_gradient and self.device != "cpu" else ():
+            function = Differentiation(output, ScoreHead.IDENTITY, self.signature.differentiable_inputs)
+            try:
+                self._function(function)
+            except Unsupported as refusal:
+                gap = OperatorGap("gradient graph", output, refusal.message, "serve the model on the CPU")
+                self.gaps, self.gradient_mode = (*self.gaps, gap), "black_box"
+
+    def _open(self, graph: onnx.ModelProto, outputs: Sequence[str]) -> onnxruntime.InferenceSession:
+        before = resident_bytes()
+        session = open_session(onnx_graph.with_outputs(graph, outputs), self._options, self._weights)
+        if before is None or self._session_bytes is None:
+            self._session_bytes = None
+        else:
+            self._session_bytes += max((resident_bytes() or before) - before, 0)
+        return session
+
     def _forward(self, function: Differentiation) -> _Function:
         graph, score = self._with_head(function)
-        return _Function(open_session(onnx_graph.with_outputs(graph, [score]), self._options))
+        return _Function(self._open(graph, [score]))
 
     def _gradient(self, function: Differentiation) -> _Function:
         if not self._has_gradient:
             raise _not_differentiable(self.gaps)
         graph, score = self._with_head(function)
+        result = self._cache.get(cache_key(graph, function.wrt, score), lambda: self._built(graph, function.wrt, score))
+        self._weights.take(result.model)
+        outputs = [score, *(result.gradients[name] for name in function.wrt)]
+        gradient = _Function(self._open(result.model, outputs), result.cotangent)
+        if self.device != "cpu":
+            self._check_device(gradient, result.model, function)
+        return gradient
+
+    def _built(self, graph: onnx.ModelProto, wrt: Sequence[str], score: str) -> GradientGraph:
         try:
-            result = input_gradient(graph, function.wrt, score)
+            return input_gradient(graph, wrt, score, weights=self._weights.of(graph))
         except UnsupportedOperators as error:
             raise _not_differentiable(_operator_gaps(error.gaps)) from error
         except ValueError as error:
             raise Unsupported("NOT_DIFFERENTIABLE", str(error)) from error
-        outputs = [score, *(result.gradients[name] for name in function.wrt)]
-        return _Function(open_session(onnx_graph.with_outputs(result.model, outputs), self._options), result.cotangent)
+
+    def _check_device(self, gradient: _Function, graph: onnx.ModelProto, function: Differentiation) -> None:
+        """Refuses a gradient that the CPU provider does not confirm on random rows."""
+        on_cpu = open_session(graph, replace(self._options, device="cpu"), self._weights)
+        reference = _Function(on_cpu, gradient.cotangent)
+        for extents in free_extents(self.signature):
+            try:
+                difference = self._difference(gradient, reference, self._random_rows(function, extents))
+            except EvaluationFailed:
+                continue
+            if difference <= LARGEST_DIFFERENCE:
+                return
+            raise Unsupported(
+                "NOT_DIFFERENTIABLE",
+                f"the gradient on {self.device} differs from that on the CPU by a relative {difference:.2g}, "
+                f"more than {LARGEST_DIFFERENCE:g}",
+                device=self.device,
+                difference=f"{difference:.3g}",
+            )
+
+    def _difference(self, gradient: _Function, reference: _Function, rows: Rows) -> float:
+        blocks = {spec.name: _block(spec, rows) for spec in self.signature.inputs}
+        blocks[gradient.cotangent] = self._cotangents(rows, blocks)
+        return largest_difference(*(self._run(function, blocks, rows) for function in (gradient, reference)))
+
+    def _random_rows(self, function: Differentiation, extents: FreeExtents) -> Rows:
+        instances = sample_instances(self.signature, 2, extents)
+        drawn = gradient_rows(self.signature, instances)
+        rows = next(rows for rows in drawn if rows.function.output == function.output)
+        return Rows(function, tuple(replace(segment, function=function) for segment in rows.segments))
 
     def _with_head(self, function: Differentiation) -> tuple[onnx.ModelProto, str]:
         output = self.signature.output(function.output)
@@ -252,13 +327,14 @@ def _work_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.result_type(dtype, np.float32)
 
 
-def _gaps(graph: onnx.ModelProto, signature: Signature) -> tuple[OperatorGap, ...]:
+def _gaps(graph: onnx.ModelProto, signature: Signature, weights: Weights) -> tuple[OperatorGap, ...]:
     """All that stands between any floating-point output and the floating-point inputs, each once."""
     wrt = signature.differentiable_inputs
     outputs = [spec.name for spec in signature.outputs if np.issubdtype(spec.dtype, np.floating)]
     if not wrt:
         return ()
-    found = (gap for output in outputs for gap in find_gaps(graph, wrt, output))
+    arrays = weights.of(graph)
+    found = (gap for output in outputs for gap in find_gaps(graph, wrt, output, weights=arrays))
     return tuple(dict.fromkeys(_operator_gaps(found)))
 
 

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import onnx
 import onnxruntime
 
 from explainserve.backends.contract import LoadOptions
+from explainserve.backends.onnx_weights import Weights
 from explainserve.errors import ModelRefused, first_line
 
 logger = logging.getLogger(__name__)
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+# float32 means float32: TensorFloat-32 is on by default on CUDA.
+PROVIDERS: Mapping[str, tuple[str, Callable[[str], dict[str, str]]]] = {
+    "cuda": ("CUDAExecutionProvider", lambda index: {"device_id": index, "use_tf32": "0"}),
+    "tensorrt": ("TensorrtExecutionProvider", lambda index: {"device_id": index}),
+    "openvino": ("OpenVINOExecutionProvider", lambda index: {"device_type": "CPU", "precision": "FP32"}),
+}
+"""Execution provider and its options, given the number of the device, by the name of the device."""
 
 
-def open_session(model: onnx.ModelProto, options: LoadOptions) -> onnxruntime.InferenceSession:
-    """A session on `options.device`.
+def open_session(
+    model: onnx.ModelProto, options: LoadOptions, weights: Weights | None = None
+) -> onnxruntime.InferenceSession:
+    """A session on `options.device`, of a model that may refer to `weights`.
 
     Raises:
         ModelRefused: onnxruntime refuses the graph (MODEL_NOT_RUNNABLE), or runs it elsewhere (DEVICE_UNAVAILABLE).
@@ -29,12 +41,35 @@ def open_session(model: onnx.ModelProto, options: LoadOptions) -> onnxruntime.In
     settings.log_severity_level = 3  # errors
     # Threads that spin between batches take the processor from everything else on the machine.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not options.pack_weights:
+        # Blocked layouts, too, are copies of the weights.
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        settings.add_session_config_entry("session.disable_prepacking", "1")
+    if weights is not None:
+        _lend(settings, weights.values(model), options)
     try:
         session = onnxruntime.InferenceSession(model.SerializeToString(), settings, _providers(options.device))
     except Exception as error:  # onnxruntime's own exceptions derive from Exception directly
         raise ModelRefused("MODEL_NOT_RUNNABLE", f"onnxruntime refuses the graph: {first_line(error)}") from error
     _check_provider(session, options.device)
     return session
+
+
+def _lend(settings: Any, values: Mapping[str, Any], options: LoadOptions) -> None:
+    """Resolves the references, and has the session read the weights where they are instead of copying them."""
+    settings.add_external_initializers(list(values), list(values.values()))
+    if options.device == "cpu":
+        for name, value in values.items():
+            settings.add_initializer(name, value)
+
+
+def resident_bytes() -> int | None:
+    """Bytes of this process in memory, or None where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def available_device(options: LoadOptions) -> str:
@@ -57,23 +92,29 @@ def available_device(options: LoadOptions) -> str:
 
 def _try_device(options: LoadOptions) -> None:
     available = onnxruntime.get_available_providers()
-    if CUDA not in available:
+    if _provider(options.device) not in available:
         raise _unavailable(options.device, f"this onnxruntime has only {', '.join(available)}")
-    onnxruntime.preload_dlls()
+    if options.device.startswith("cuda"):
+        onnxruntime.preload_dlls()
     open_session(_identity_model(), options)
+
+
+def _provider(device: str) -> str:
+    return CPU if device == "cpu" else PROVIDERS[device.partition(":")[0]][0]
 
 
 def _providers(device: str) -> list[Any]:
     if device == "cpu":
         return [CPU]
-    # float32 means float32: TensorFloat-32 is on by default there.
-    return [(CUDA, {"device_id": device.partition(":")[2] or "0", "use_tf32": "0"}), CPU]
+    name, _, index = device.partition(":")
+    provider, provider_options = PROVIDERS[name]
+    return [(provider, provider_options(index or "0")), CPU]
 
 
 def _check_provider(session: onnxruntime.InferenceSession, device: str) -> None:
     """onnxruntime falls back to the CPU without an error."""
     found = session.get_providers()
-    if (CPU if device == "cpu" else CUDA) not in found:
+    if _provider(device) not in found:
         raise _unavailable(device, f"onnxruntime runs on {', '.join(found)}")
 
 

@@ -132,8 +132,8 @@ class _Comparison:
         alone = [_values(model.evaluate(Rows(rows.function, (segment,))))[0] for segment in rows.segments]
         return cls(
             tuple(together),
-            tuple(_difference(a, b) for a, b in zip(together, alone, strict=True)),
-            max(_difference(a, b) for a, b in zip(together, again, strict=True)),
+            tuple(relative_difference(a, b) for a, b in zip(together, alone, strict=True)),
+            max(relative_difference(a, b) for a, b in zip(together, again, strict=True)),
         )
 
     @property
@@ -233,7 +233,7 @@ def _parts(evaluation: SegmentEvaluation) -> Iterator[NDArray[np.generic]]:
         yield evaluation.outputs
 
 
-def _difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+def relative_difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     """|a - b| / |b| over the elements where both are finite; infinite where not the same ones are."""
     finite = np.isfinite(a)
     if a.shape != b.shape or not np.array_equal(finite, np.isfinite(b)):

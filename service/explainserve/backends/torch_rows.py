@@ -48,6 +48,7 @@ class TorchModel:
         self.fixed_batch = fixed_batch or not all(spec.batched for spec in signature.inputs)
         self.gaps = gaps
         self.layers: tuple[Layer, ...] = ()
+        self.memory = None
         self.library_versions: Mapping[str, str] = {"torch": str(torch.__version__)}
         self._forward = forward
         self._device = device

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from explainserve_client import Attribution, ExplainResult, ModelInfo, ModelSummary, PredictResult
+    from explainserve_client import Attribution, ExplainResult, Memory, ModelInfo, ModelSummary, PredictResult
 
 Row = Sequence[str]
 
@@ -79,12 +79,18 @@ def model(info: ModelInfo) -> str:
             ("method", f"{line.method}: {'supported' if line.supported else line.reason}")
             for line in info.methods.values()
         ),
+        *([("memory", _memory(info.memory))] if info.memory is not None else []),
         *(("layer", text) for text in layer_lines(tuple(info.layers.values()))),
         *(("no gradient", f"{gap.operator} in {gap.node}: {gap.reason}") for gap in info.gaps),
         *(("warning", text) for text in info.warnings),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in rows)
+
+
+def _memory(memory: Memory) -> str:
+    parts = [f"{memory.weight_bytes:,} bytes of weights", f"{memory.gradient_bytes:,} of gradient graphs"]
+    return ", ".join([*parts, f"about {memory.session_bytes:,} of sessions"] if memory.session_bytes else parts)
 
 
 class _Layer(Protocol):

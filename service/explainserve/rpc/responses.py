@@ -291,7 +291,13 @@ def model_message(entry: ModelEntry, model: ServedModel) -> model_pb2.Model:
         default_target=model.default_target,
         default_baseline=model.config.default_baseline,
         differentiable=model.differentiable,
+        memory=_memory(model),
     )
+
+
+def _memory(model: ServedModel) -> model_pb2.Memory | None:
+    memory = model.loaded.memory
+    return None if memory is None else model_pb2.Memory(**dataclasses.asdict(memory))
 
 
 def _layers(model: ServedModel) -> list[model_pb2.Layer]:

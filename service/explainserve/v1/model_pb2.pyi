@@ -720,6 +720,40 @@ class ReadingGuide(_message.Message):
 Global___ReadingGuide: _TypeAlias = ReadingGuide  # noqa: Y015
 
 @_typing.final
+class Memory(_message.Message):
+    """Bytes that a loaded model takes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    GRADIENT_BYTES_FIELD_NUMBER: _builtins.int
+    SESSION_BYTES_FIELD_NUMBER: _builtins.int
+    weight_bytes: _builtins.int
+    """Weights of the file, held once and shared by all graphs."""
+    gradient_bytes: _builtins.int
+    """Constants that only gradient graphs have, such as flipped kernels. Grows when a new kind of gradient is first asked for."""
+    session_bytes: _builtins.int
+    """By how much the server's memory grew when sessions were opened: weights packed for speed, and buffers. Measured, so only
+    about right; absent where the system does not tell.
+    """
+    def __init__(
+        self,
+        *,
+        weight_bytes: _builtins.int = ...,
+        gradient_bytes: _builtins.int = ...,
+        session_bytes: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_session_bytes", b"_session_bytes", "session_bytes", b"session_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_session_bytes", b"_session_bytes", "gradient_bytes", b"gradient_bytes", "session_bytes", b"session_bytes", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__session_bytes: _TypeAlias = _typing.Literal["session_bytes"]  # noqa: Y015
+    _WhichOneofArgType__session_bytes: _TypeAlias = _typing.Literal["_session_bytes", b"_session_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__session_bytes) -> _WhichOneofReturnType__session_bytes | None: ...
+
+Global___Memory: _TypeAlias = Memory  # noqa: Y015
+
+@_typing.final
 class Model(_message.Message):
     """All that the server knows of one model version."""
 
@@ -741,6 +775,7 @@ class Model(_message.Message):
     DEFAULT_TARGET_FIELD_NUMBER: _builtins.int
     DEFAULT_BASELINE_FIELD_NUMBER: _builtins.int
     DIFFERENTIABLE_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
     sha256: _builtins.str
     """SHA-256 of the model file, lower-case hexadecimal."""
     batching: Global___Batching.ValueType
@@ -791,6 +826,10 @@ class Model(_message.Message):
     def data_baselines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the data baselines configured for this model."""
 
+    @_builtins.property
+    def memory(self) -> Global___Memory:
+        """What it takes; absent where the backend does not tell."""
+
     def __init__(
         self,
         *,
@@ -810,10 +849,11 @@ class Model(_message.Message):
         default_target: _builtins.int | None = ...,
         default_baseline: _builtins.str = ...,
         differentiable: _builtins.bool = ...,
+        memory: Global___Memory | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "default_target", b"default_target", "noise_floor", b"noise_floor", "summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "default_target", b"default_target", "memory", b"memory", "noise_floor", b"noise_floor", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "backend", b"backend", "batching", b"batching", "data_baselines", b"data_baselines", "default_baseline", b"default_baseline", "default_target", b"default_target", "device", b"device", "differentiable", b"differentiable", "gaps", b"gaps", "inputs", b"inputs", "layers", b"layers", "methods", b"methods", "noise_floor", b"noise_floor", "outputs", b"outputs", "sha256", b"sha256", "summary", b"summary", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "backend", b"backend", "batching", b"batching", "data_baselines", b"data_baselines", "default_baseline", b"default_baseline", "default_target", b"default_target", "device", b"device", "differentiable", b"differentiable", "gaps", b"gaps", "inputs", b"inputs", "layers", b"layers", "memory", b"memory", "methods", b"methods", "noise_floor", b"noise_floor", "outputs", b"outputs", "sha256", b"sha256", "summary", b"summary", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_target: _TypeAlias = _typing.Literal["default_target"]  # noqa: Y015
     _WhichOneofArgType__default_target: _TypeAlias = _typing.Literal["_default_target", b"_default_target"]  # noqa: Y015

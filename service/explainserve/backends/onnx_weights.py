@@ -1,0 +1,102 @@
+"""The weights of ONNX graphs, held once, however many sessions read them.
+
+A graph refers to a weight as external data whose location is the digest of its content; the content is here. So a
+gradient graph weighs what it adds, and onnxruntime is handed the same memory for each session.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+
+Array = NDArray[np.generic]
+
+SMALLEST_BYTES = 1 << 10
+"""Smaller tensors stay in their graph: shapes, and what optimizers fold."""
+
+_HELD = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.UINT8}
+
+
+@dataclass(frozen=True)
+class _Held:
+    array: Array
+    value: onnxruntime.OrtValue
+
+
+class Weights:
+    """Content by digest. Used by one thread at a time."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, _Held] = {}
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes of all that is held."""
+        return sum(held.array.nbytes for held in self._held.values())
+
+    def take(self, model: onnx.ModelProto) -> None:
+        """Moves the large initializers of `model` here; references take their place."""
+        for tensor in model.graph.initializer:
+            if tensor.data_type in _HELD and not is_reference(tensor):
+                array = numpy_helper.to_array(tensor)
+                if array.nbytes >= SMALLEST_BYTES:
+                    _refer(tensor, self._hold(array))
+
+    def of(self, model: onnx.ModelProto) -> Mapping[str, Array]:
+        """The arrays that `model` refers to, by name."""
+        return {tensor.name: self._held[reference(tensor)].array for tensor in _references(model)}
+
+    def values(self, model: onnx.ModelProto) -> dict[str, onnxruntime.OrtValue]:
+        """The same as onnxruntime takes them."""
+        return {tensor.name: self._held[reference(tensor)].value for tensor in _references(model)}
+
+    def holds_all(self, model: onnx.ModelProto) -> bool:
+        """Whether every reference of `model` can be resolved."""
+        return all(reference(tensor) in self._held for tensor in _references(model))
+
+    def _hold(self, array: Array) -> str:
+        owned = np.array(array)  # protobuf's buffer goes away with the message
+        digest = hashlib.blake2b(f"{owned.dtype.str}{owned.shape}".encode(), digest_size=20)
+        digest.update(owned.data if owned.ndim else owned.tobytes())
+        key = digest.hexdigest()
+        if key not in self._held:
+            self._held[key] = _Held(owned, onnxruntime.OrtValue.ortvalue_from_numpy(owned))
+        return key
+
+
+def is_reference(tensor: TensorProto) -> bool:
+    """Whether the content of a tensor is held elsewhere."""
+    return tensor.data_location == TensorProto.EXTERNAL
+
+
+def reference(tensor: TensorProto) -> str:
+    """The digest that a reference holds."""
+    return next(entry.value for entry in tensor.external_data if entry.key == "location")
+
+
+def _references(model: onnx.ModelProto) -> Iterator[TensorProto]:
+    return (tensor for tensor in model.graph.initializer if is_reference(tensor))
+
+
+def _refer(tensor: TensorProto, digest: str) -> None:
+    kept = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    kept.data_location = TensorProto.EXTERNAL
+    kept.external_data.add(key="location", value=digest)
+    tensor.CopyFrom(kept)
+
+
+def referenced(models: Iterable[onnx.ModelProto]) -> dict[str, int]:
+    """Bytes by digest of all that the models refer to."""
+    return {
+        reference(tensor): int(np.prod(tensor.dims, dtype=np.int64))
+        * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for model in models
+        for tensor in _references(model)
+    }
