@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
+from onnx_vjp.classical_cases import classical_cases
 from onnx_vjp.sampling_oracles import ORACLES
 from onnx_vjp.vjp_oracle import Case, Function, single
 
@@ -39,6 +40,7 @@ def own_cases() -> Iterator[Case]:
     yield from _einsums()
     yield from _scattered()
     yield from _selected()
+    yield from classical_cases()
 
 
 def _convolutions() -> Iterator[Case]:

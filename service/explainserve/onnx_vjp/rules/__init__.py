@@ -2,6 +2,7 @@
 
 from explainserve.onnx_vjp.rules import (
     arithmetic,
+    classical,
     convolution,
     cumulative,
     einsum,
@@ -23,6 +24,7 @@ from explainserve.onnx_vjp.rules import (
 
 __all__ = [
     "arithmetic",
+    "classical",
     "convolution",
     "cumulative",
     "einsum",
