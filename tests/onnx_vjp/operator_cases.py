@@ -11,6 +11,7 @@ import numpy as np
 from onnx import TensorProto
 
 from onnx_vjp.classical_cases import classical_cases
+from onnx_vjp.control_cases import control_cases
 from onnx_vjp.sampling_oracles import ORACLES
 from onnx_vjp.vjp_oracle import Case, Function, single
 
@@ -36,6 +37,7 @@ def own_cases() -> Iterator[Case]:
     yield from _shapes()
     yield from _indexing()
     yield from _sampling()
+    yield from control_cases()
     yield from _rest()
     yield from _einsums()
     yield from _scattered()

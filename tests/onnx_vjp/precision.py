@@ -47,6 +47,8 @@ def _retype(kind: TypeProto, target: int) -> None:
 def _retype_node(node: NodeProto, target: int) -> None:
     if node.op_type == "GroupNormalization" and not any(a.name == "stash_type" for a in node.attribute):
         node.attribute.append(helper.make_attribute("stash_type", target))
+    if node.op_type == "ConstantOfShape" and not node.attribute:
+        node.attribute.append(helper.make_attribute("value", helper.make_tensor("zero", target, [1], [0.0])))
     for attribute in node.attribute:
         if attribute.name in TYPES and attribute.i in FLOATS:
             attribute.i = target

@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import zip_longest
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +20,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from onnx.reference.ops import op_max_pool, op_pool_common
+from onnx.reference.ops import op_loop, op_max_pool, op_pool_common, op_scan
 
 from onnx_vjp.precision import in_type
 
@@ -65,6 +66,53 @@ class Optional(OpRun):
         return (value,)
 
 
+class Loop(op_loop.Loop):
+    """Joins what it writes instead of stacking it, and does not run without a condition."""
+
+    def _run(self, most: Any, on: Any, *states: Any, context: Any = None, **rest: Any) -> tuple[Any, ...]:
+        rest.pop("body")
+        written: list[Any] = []
+        step, on = 0, True if on is None else on
+        while on and (most is None or step < most):
+            values = dict(zip(self.body.input_names, (np.array(step), np.array(on), *states), strict=True))
+            on, *results = self._run_body({**(context or {}), **values}, **rest)
+            states, written, step = results[: len(states)], [*written, results[len(states) :]], step + 1
+        return (*states, *(np.stack(values) for values in zip(*written, strict=True)))
+
+
+class Scan(op_scan.Scan):
+    """Knows no axes or directions."""
+
+    def __init__(self, node: onnx.NodeProto, run_params: Any) -> None:
+        OpRun.__init__(self, node, run_params)
+
+    def _run(self, *values: Any, context: Any = None, **rest: Any) -> tuple[Any, ...]:
+        if self.run_params["opsets"][""] > 8:
+            return self._scan(values, context or {}, **rest)
+        rows = [self._scan(row, context or {}, **rest) for row in zip(*values[1:], strict=True)]
+        return tuple(map(np.stack, zip(*rows, strict=True)))
+
+    def _scan(self, values: Any, context: Any, num_scan_inputs: int, **rest: Any) -> tuple[Any, ...]:
+        count, written = len(values) - num_scan_inputs, []
+        states, axes, directions = values[:count], *(rest.get(f"scan_{name}") or [] for name in _READS)
+        pieces = [_cut(x, *way) for x, *way in zip_longest(values[count:], axes, directions, fillvalue=0)]
+        for read in zip(*pieces, strict=True):
+            names = dict(zip(self.body.input_names, (*states, *read), strict=True))
+            results = self._run_body({**context, **names}, attributes=rest["attributes"])
+            states, written = results[:count], [*written, results[count:]]
+        axes, directions = (rest.get(f"scan_{name}") or [] for name in _WRITES)
+        stacked = zip_longest(map(np.stack, zip(*written, strict=True)), axes, directions, fillvalue=0)
+        return (*states, *(np.moveaxis(x[::-1] if back else x, 0, axis) for x, axis, back in stacked))
+
+
+_READS, _WRITES = ("input_axes", "input_directions"), ("output_axes", "output_directions")
+
+
+def _cut(x: np.ndarray, axis: int, back: int) -> np.ndarray:
+    """The pieces of a tensor along an axis, in order."""
+    return np.moveaxis(x, axis, 0)[:: -1 if back else 1]
+
+
 class MaxPool(op_pool_common.CommonPool):
     """Has a loop of its own; its values are those of the loop that is spared below."""
 
@@ -87,9 +135,11 @@ class Scatter(OpRun):
 OPERATORS = (
     Erf,
     Gelu,
+    Loop,
     MaxPool,
     MeanVarianceNormalization,
     Optional,
+    Scan,
     Scatter,
     *(
         _widened(module, operator)

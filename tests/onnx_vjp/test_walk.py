@@ -127,11 +127,12 @@ def test_a_quantized_graph_is_refused_although_integers_carry_no_gradient() -> N
     assert all("quantiz" in gap.reason for gap in gaps)
 
 
-def test_a_branch_that_captures_a_differentiated_tensor_is_a_gap() -> None:
+def test_a_branch_passes_the_gradient_to_what_it_captures() -> None:
     branch = helper.make_graph([node("Neg", "h", "o")], "branch", [], [helper.make_tensor_value_info("o", F, [2])])
     choice = helper.make_node("If", ["c"], ["y"], name="choice", then_branch=branch, else_branch=branch)
     graph = model([node("Exp", "x", "h"), choice], {"x": [2]}, ["y"], {"c": np.array(True)})
-    assert [gap.node for gap in find_gaps(graph, ["x"], "y")] == ["choice"]
+    (dx,) = gradients(graph, ["x"], "y", f32(1, 1), {"x": f32(0, 1)})
+    np.testing.assert_allclose(dx, -np.exp(f32(0, 1)), rtol=1e-6)
 
 
 def test_a_malformed_graph_is_an_error_that_says_so() -> None:

@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from explainserve.onnx_vjp import GradientGraph, Table, input_gradient
 from onnx_vjp.precision import FLOATS
-from onnx_vjp.reference import Optional, Reference, Scatter
+from onnx_vjp.reference import Loop, Optional, Reference, Scan, Scatter
 
 Function = Callable[..., "np.ndarray | Sequence[np.ndarray]"]
 Feeds = dict[str, np.ndarray]
@@ -85,7 +85,7 @@ def run(model: onnx.ModelProto, feeds: Feeds, outputs: list[str]) -> list[np.nda
 def run_reference(model: onnx.ModelProto, feeds: Feeds, outputs: list[str]) -> list[np.ndarray]:
     """onnx's reference evaluator, in the types that the model has."""
     with np.errstate(all="ignore"):
-        return list(ReferenceEvaluator(model, new_ops=[Optional, Scatter]).run(outputs, feeds))
+        return list(ReferenceEvaluator(model, new_ops=[Loop, Optional, Scan, Scatter]).run(outputs, feeds))
 
 
 def _accepted(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -6,7 +6,7 @@ Rules are written against operator set 18 or newer; `opset.py` raises older mode
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from onnx import AttributeProto, NodeProto, TensorProto, helper
@@ -14,16 +14,32 @@ from onnx import AttributeProto, NodeProto, TensorProto, helper
 from explainserve.onnx_vjp.graph import FLOATS, Graph
 from explainserve.onnx_vjp.registry import Refusal
 from explainserve.onnx_vjp.shapes import Shape
+from explainserve.onnx_vjp.subgraphs import captured, subgraphs
+
+if TYPE_CHECKING:
+    from explainserve.onnx_vjp.walk import Walk
 
 Operand = str | float | int | Sequence[int] | np.ndarray | None
 
 
 class Node:
-    """A forward node as a rule sees it. An absent optional input is the empty string."""
+    """A forward node as a rule sees it. An absent optional input is the empty string.
 
-    def __init__(self, proto: NodeProto, live: frozenset[str], twins: Mapping[str, str] | None = None) -> None:
+    `sources` are the inputs and, behind them, the tensors that its subgraphs read; a rule returns gradients in this
+    order.
+    """
+
+    def __init__(
+        self,
+        proto: NodeProto,
+        live: frozenset[str],
+        twins: Mapping[str, str] | None = None,
+        walk: Callable[[Graph, Sequence[str], Sequence[str]], Walk] | None = None,
+    ) -> None:
         self.proto = proto
+        self._walk = walk
         self.inputs: tuple[str, ...] = tuple(proto.input)
+        self.sources: tuple[str, ...] = (*self.inputs, *captured(proto))
         self.outputs: tuple[str, ...] = tuple(proto.output)
         self._live = live
         self._twins = twins or {}
@@ -40,8 +56,15 @@ class Node:
         return default
 
     def differentiates(self, index: int) -> bool:
-        """Whether the gradient of this input is needed at all: a rule may spare itself work that is costly to write."""
-        return self.input(index) in self._live
+        """Whether the gradient of this source is needed at all: a rule may spare itself work that is costly to
+        write.
+        """
+        return index < len(self.sources) and self.sources[index] in self._live
+
+    def walk(self, body: Graph, wrt: Sequence[str], of: Sequence[str]) -> Walk:
+        """A walk over one of the node's bodies by the rules of the walk that this node is visited by."""
+        assert self._walk is not None, "a composition is no walk. This is a bug."
+        return self._walk(body, wrt, of)
 
     def twin(self, value: str) -> str:
         """The same tensor in the other forward pass of a rule that compares two; itself where both share it."""
@@ -91,7 +114,8 @@ class Emitter:
 
     def _folded(self, node: NodeProto) -> tuple[str, ...] | None:
         values = [self.graph.constant(name) if name else None for name in node.input]
-        if not node.input or any(value is None for value, name in zip(values, node.input, strict=True) if name):
+        unknown = any(value is None for value, name in zip(values, node.input, strict=True) if name)
+        if unknown or not node.input or any(subgraphs(node)):
             return None
         outputs = self.graph.folded(node, values)
         if outputs is None:

@@ -1,6 +1,7 @@
 """Operators that are made of others, replaced by what they are made of where they have no rule of their own.
 
-ONNX defines some operators by function bodies; compositions of the rule table define more.
+ONNX defines some operators by function bodies; compositions of the rule table define more. A choice whose condition is
+constant is made of one of its branches.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.graph import Graph, consumed
 from explainserve.onnx_vjp.path import live_path, version_of
 from explainserve.onnx_vjp.registry import Composition, Refusal, State, Table, canonical_domain, lookup
+from explainserve.onnx_vjp.subgraphs import rename, subgraphs
 
 
 def expand(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) -> Mapping[str, Refusal]:
@@ -34,7 +36,7 @@ def expand(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) ->
                 graph.register(node)
             blocks = _is_opaque(graph, node)
             wanted = id(node) in on_path or _concerns_all(graph, node, table, blocks)
-            parts = _replacement(graph, node, table, refusals) if wanted else None
+            parts = _chosen(graph, node) or (_replacement(graph, node, table, refusals) if wanted else None)
             replaced |= parts is not None
             opaque |= parts is not None and blocks
             nodes += [node] if parts is None else parts
@@ -43,6 +45,21 @@ def expand(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) ->
         graph.nodes = nodes
         if opaque:
             graph.infer_again()
+
+
+def _chosen(graph: Graph, node: NodeProto) -> list[NodeProto] | None:
+    """The branch that a constant condition takes, in place of its If node."""
+    condition = graph.constant(node.input[0]) if node.op_type == "If" else None
+    if condition is None:
+        return None
+    branch = next(a.g for a in node.attribute if a.name == ("then_branch" if condition.any() else "else_branch"))
+    for tensor in branch.initializer:
+        graph.adopt(tensor)
+    results = zip(branch.output, node.output, strict=False)
+    parts = [*branch.node, *(helper.make_node("Identity", [inner.name], [name]) for inner, name in results if name)]
+    for part in parts:
+        graph.register(part)
+    return parts
 
 
 def _replacement(graph: Graph, node: NodeProto, table: Table, refusals: dict[str, Refusal]) -> list[NodeProto] | None:
@@ -69,8 +86,8 @@ def _state(graph: Graph, node: NodeProto, table: Table) -> State | None:
 
 
 def _is_opaque(graph: Graph, node: NodeProto) -> bool:
-    """Whether shape inference does not know the operator, so that all behind it is unknown too."""
-    return any(graph.dtype(name) == TensorProto.UNDEFINED for name in node.output if name)
+    """Whether shape inference does not see through the operator, so that all behind it is unknown too."""
+    return any(graph.dtype(n) == TensorProto.UNDEFINED or graph.shape(n) is None for n in node.output if n)
 
 
 def _composed(graph: Graph, node: NodeProto, state: Composition) -> list[NodeProto]:
@@ -143,6 +160,8 @@ def _instance(graph: Graph, node: NodeProto, body: FunctionProto) -> list[NodePr
         names.update((name, graph.fresh(f"{label}/{name}")) for name in inner.output if name and name not in names)
         part.output.extend(names[name] if name else "" for name in inner.output)
         part.attribute.extend(_bound(inner, attributes))
+        for within in subgraphs(part):
+            rename(within, names, lambda name: graph.fresh(f"{label}/{name}"))
         graph.register(part)
         parts.append(part)
     return parts
@@ -155,10 +174,21 @@ def _bound(node: NodeProto, actual: dict[str, onnx.AttributeProto]) -> list[onnx
     bound = []
     for attribute in node.attribute:
         if not attribute.ref_attr_name:
-            bound.append(attribute)
+            bound.append(_bound_within(attribute, actual))
         elif attribute.ref_attr_name in actual:
             resolved = onnx.AttributeProto()
             resolved.CopyFrom(actual[attribute.ref_attr_name])
             resolved.name = attribute.name
             bound.append(resolved)
     return bound
+
+
+def _bound_within(attribute: onnx.AttributeProto, actual: dict[str, onnx.AttributeProto]) -> onnx.AttributeProto:
+    """An attribute whose subgraph, where it has one, has its own nodes' references resolved."""
+    copy = onnx.AttributeProto()
+    copy.CopyFrom(attribute)
+    for node in copy.g.node:
+        resolved = _bound(node, actual)
+        del node.attribute[:]
+        node.attribute.extend(resolved)
+    return copy

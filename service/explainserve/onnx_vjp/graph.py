@@ -6,18 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from explainserve.onnx_vjp.evaluation import evaluate
 from explainserve.onnx_vjp.registry import canonical_domain
-from explainserve.onnx_vjp.shapes import Shape, Shapes
+from explainserve.onnx_vjp.shapes import SHAPE_ELEMENTS, Shape, Shapes, TensorType
+from explainserve.onnx_vjp.subgraphs import captured, names_within, read_from_outside, subgraphs
 
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16})
 
 # Larger constants are left to the runtime to compute.
 FOLDED_ELEMENTS = 1 << 26
 
-_RANDOM = frozenset(
+RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
 
@@ -31,27 +32,34 @@ _SELECTING = frozenset({"Compress", "NonZero", "Unique"})
 class Graph:
     """A private, growing copy of a model's graph. `model` must outlive nothing: it is copied.
 
-    `weights` holds the values of initializers that the model only refers to as external data.
+    `weights` holds the values of initializers that the model only refers to as external data. The body of a node is a
+    graph of its own, which `nested` makes: it reads the tensors `outside` from `outer`.
     """
 
-    def __init__(self, model: onnx.ModelProto, weights: Mapping[str, np.ndarray] | None = None) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        weights: Mapping[str, np.ndarray] | None = None,
+        *,
+        outer: Graph | None = None,
+        outside: Iterable[str] = (),
+    ) -> None:
         self._weights = weights or {}
+        self.outer, self.outside = outer, frozenset(outside)
         self.proto = onnx.ModelProto()
         self.proto.CopyFrom(model)
         graph = self.proto.graph
-        self.opsets = {canonical_domain(entry.domain): entry.version for entry in model.opset_import}
+        imports = {canonical_domain(entry.domain): entry.version for entry in model.opset_import}
+        self.opsets: dict[str, int] = outer.opsets if outer else imports
         self.nodes: list[NodeProto] = list(graph.node)
         self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
         self.producers: dict[str, NodeProto] = {name: node for node in self.nodes for name in node.output if name}
-        self.shapes = Shapes(self.proto)
         self._values: dict[str, np.ndarray | None] = {}
-        self._taken = (
-            {value.name for value in graph.input}
-            | set(self.producers)
-            | set(self.initializers)
-            | {node.name for node in self.nodes}
-        )
+        self._taken: set[str] = outer._taken if outer else set()
+        self._taken.update(names_within(graph))
         self._serial = 0
+        self.shapes = Shapes(self.proto)
+        self._infer_loops()
 
     # -- what is known about a tensor
     # ------------------------------------------------------------------------------------
@@ -99,6 +107,8 @@ class Graph:
         return [source for source in node.input if source]
 
     def _evaluated(self, name: str) -> np.ndarray | None:
+        if self.outer is not None and name in self.outside:
+            return self.outer.constant(name)
         if name in self.initializers:
             return self._stored(self.initializers[name])
         node = self.producers.get(name)
@@ -119,10 +129,12 @@ class Graph:
         return numpy_helper.to_array(tensor)
 
     def _static_shape(self, node: NodeProto) -> np.ndarray | None:
-        """What a Shape node returns where the shape of its input is static."""
-        shape = self.shape(node.input[0]) if node.op_type == "Shape" and node.input else None
+        """What a Shape or Size node returns where the shape of its input is static."""
+        shape = self.shape(node.input[0]) if node.op_type in ("Shape", "Size") and node.input else None
         if shape is None or not all(isinstance(dimension, int) for dimension in shape):
             return None
+        if node.op_type == "Size":
+            return np.array(np.prod(np.array(shape, np.int64)))
         start, end = (next((a.i for a in node.attribute if a.name == key), None) for key in ("start", "end"))
         return np.array(shape[start:end], dtype=np.int64)
 
@@ -157,6 +169,27 @@ class Graph:
     def infer_again(self) -> None:
         """Infer all types from the start: nodes were replaced that inference could not see through."""
         self.shapes = Shapes(self.model(self.nodes, [], []))
+        self._infer_loops()
+
+    def _infer_loops(self) -> None:
+        """Make known what Loops carry: ONNX infers no shapes for it, nor for anything behind, since a Loop may change
+        them.
+        """
+        found: set[str] = set()
+        for node in self.nodes:
+            if node.op_type == "Loop":
+                body = self.loop_body(node)
+                states = len(node.input) - 2
+                for index, (name, result) in enumerate(zip(node.output, body.proto.graph.output[1:], strict=False)):
+                    kind = body.shapes.stated(result.name)
+                    if name and kind.dtype:
+                        self.shapes.declare(name, kind if index < states else kind.stacked())
+                        found.add(name)
+            elif found.intersection(consumed(node)):
+                unknown = [name for name in node.output if name and self.shape(name) is None]
+                if unknown:
+                    self.register(node)
+                    found.update(unknown)
 
     def append(self, node: NodeProto) -> None:
         """Add a node after all others, and infer the types of its outputs."""
@@ -172,14 +205,75 @@ class Graph:
     def add_constant(self, value: np.ndarray, hint: str = "constant") -> str:
         """Add an initializer and return its name."""
         name = self.fresh(hint)
-        self.initializers[name] = numpy_helper.from_array(value, name)
-        self.shapes.add_constant(name, self.initializers[name].data_type, value.shape)
+        self.adopt(numpy_helper.from_array(value, name))
         self._values[name] = value
         return name
+
+    def adopt(self, tensor: TensorProto) -> None:
+        """Add an initializer under its own name, which must be new."""
+        self.initializers[tensor.name] = tensor
+        self.shapes.add_constant(tensor.name, tensor.data_type, tensor.dims)
 
     def opset_imports(self) -> list[onnx.OperatorSetIdProto]:
         """The operator sets as ONNX writes them."""
         return [helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
+
+    # -- subgraphs
+    # --------------------------------------------------------------------------------------------------------
+
+    def nested(self, body: GraphProto, inputs: Sequence[TensorType], reads: Iterable[str] = ()) -> Graph:
+        """The body of one of this graph's nodes as a graph of its own, its inputs of the given types where they are
+        known. What it reads from here, and what `reads` names, are further inputs of it.
+        """
+        model = onnx.ModelProto(ir_version=self.proto.ir_version, opset_import=self.opset_imports())
+        graph, outside = model.graph, dict.fromkeys((*read_from_outside(body), *reads))
+        graph.CopyFrom(body)
+        for value, kind in zip(graph.input, inputs, strict=True):
+            if kind.dtype and (kind.shape is not None or not value.type.tensor_type.elem_type):
+                value.type.CopyFrom(kind.proto())
+        for name in outside:
+            constant = self.constant(name)
+            if constant is not None and constant.size <= SHAPE_ELEMENTS:
+                graph.initializer.append(numpy_helper.from_array(constant, name))
+            elif self.dtype(name):
+                graph.input.add(name=name).type.CopyFrom(self.shapes.type(name).proto())
+        return Graph(model, self._weights, outer=self, outside=outside)
+
+    def loop_body(self, node: NodeProto) -> Graph:
+        """The body of a Loop, with the shapes that hold in every iteration: those of the initial states, less what an
+        iteration changes of them.
+        """
+        (body,) = subgraphs(node)
+        states = [self.shapes.type(name) for name in node.input[2:]]
+        while True:
+            nested = self.nested(body, [COUNTER, CONDITION, *states])
+            carried = zip(states, body.input[2:], body.output[1:], strict=False)
+            kept = [_kept(state, nested.shape(old.name), nested.shape(new.name)) for state, old, new in carried]
+            if kept == states:
+                return nested
+            states = kept
+
+    def subgraph(
+        self, nodes: Sequence[NodeProto], inputs: Sequence[str], outputs: Sequence[str], name: str
+    ) -> GraphProto:
+        """A body of `nodes` for a node of the outer graph."""
+        graph = GraphProto(name=name)
+        graph.input.extend(map(self._declared, inputs))
+        graph.output.extend(map(self._declared, outputs))
+        self.fill(graph, nodes)
+        return graph
+
+    def _declared(self, name: str) -> onnx.ValueInfoProto:
+        return self.value_info(name, name) if self.dtype(name) else onnx.ValueInfoProto(name=name)
+
+    def fill(self, body: GraphProto, nodes: Sequence[NodeProto]) -> None:
+        """Give a body these nodes, and the constants that they and its outputs read."""
+        del body.node[:], body.initializer[:], body.value_info[:]
+        body.node.extend(nodes)
+        used = {name for node in nodes for name in consumed(node)} | {value.name for value in body.output}
+        body.initializer.extend(
+            tensor for name, tensor in self.initializers.items() if name in used and name not in self.outside
+        )
 
     # -- the way back
     # ----------------------------------------------------------------------------------------------------
@@ -217,18 +311,22 @@ class Graph:
 
 
 def _is_folded(node: NodeProto) -> bool:
-    return node.op_type not in _RANDOM and not any(attribute.HasField("g") for attribute in node.attribute)
+    return node.op_type not in RANDOM and not any(subgraphs(node))
+
+
+COUNTER, CONDITION = TensorType(TensorProto.INT64, ()), TensorType(TensorProto.BOOL, ())
+
+
+def _kept(state: TensorType, before: Shape | None, after: Shape | None) -> TensorType:
+    """The type of a state less the dimensions that differ after an iteration."""
+    if before == after or state.shape is None:
+        return state
+    if after is None or len(after) != len(state.shape):
+        return TensorType(state.dtype, None)
+    dims = zip(state.shape, before or after, after, strict=True)
+    return TensorType(state.dtype, tuple(dim if old == new else None for dim, old, new in dims))
 
 
 def consumed(node: NodeProto) -> list[str]:
     """Every outer tensor that a node reads, those captured by its subgraphs included."""
-    names = [name for name in node.input if name]
-    for attribute in node.attribute:
-        for subgraph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-            inner = {name for child in subgraph.node for name in child.output} | {
-                value.name for value in subgraph.input
-            }
-            inner |= {tensor.name for tensor in subgraph.initializer}
-            names += [name for child in subgraph.node for name in consumed(child) if name not in inner]
-            names += [value.name for value in subgraph.output if value.name not in inner]
-    return names
+    return [*(name for name in node.input if name), *captured(node)]

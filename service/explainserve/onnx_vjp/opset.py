@@ -16,6 +16,7 @@ import onnx.inliner
 from onnx import NodeProto, helper, numpy_helper
 
 from explainserve.onnx_vjp.registry import canonical_domain
+from explainserve.onnx_vjp.subgraphs import make_names_unique, subgraphs
 
 FLOOR = 18
 OLDEST = 7
@@ -31,6 +32,7 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     _drop_overridable_inputs(copy)
     _lift_constants(copy.graph)
     raise_opset(copy)
+    make_names_unique(copy.graph)
     return copy
 
 
@@ -65,6 +67,8 @@ def _lift_constants(graph: onnx.GraphProto) -> None:
     """Constant nodes that hold a tensor become initializers."""
     kept = []
     for node in graph.node:
+        for inner in subgraphs(node):
+            _lift_constants(inner)
         tensor = (
             next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
             if node.op_type == "Constant"
@@ -92,11 +96,10 @@ class _Upgrade:
         self.graph.node.extend(nodes)
 
     def _upgraded(self, node: NodeProto) -> Iterator[NodeProto]:
-        for attribute in node.attribute:
-            for subgraph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                nested = _Upgrade(subgraph, self.version)
-                nested.taken |= self.taken
-                nested.run()
+        for subgraph in subgraphs(node):
+            nested = _Upgrade(subgraph, self.version)
+            nested.taken |= self.taken
+            nested.run()
         for until, rewrite in _REWRITES.get(node.op_type, ()) if canonical_domain(node.domain) == "" else ():
             if self.version < until:
                 yield from rewrite(self, node)
@@ -223,6 +226,28 @@ def _batch_normalization_7(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
     return [node]
 
 
+def _scan_8(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    """Scan before 9 scans every row of a batch by itself: a Scan of today over the rows."""
+    lengths, *inputs = node.input
+    if lengths:
+        raise ValueError(f"Scan '{node.name or node.output[0]}' of operator set 8 has a length for every row")
+    count = _taken_attribute(node, "num_scan_inputs")
+    directions = _taken_attribute(node, "directions", [0] * count)
+    body: onnx.GraphProto = _taken_attribute(node, "body")
+    rows, results = ([upgrade.fresh(f"{name}/row") for name in names] for names in (inputs, node.output))
+    row = helper.make_node(
+        "Scan", rows, results, body=body, num_scan_inputs=count, scan_input_directions=list(directions)
+    )
+    formals = list(map(_of_type, rows, body.input)), list(map(_of_type, results, body.output))
+    by_row = helper.make_graph([row], "rows", *formals)
+    return [helper.make_node("Scan", inputs, node.output, node.name, body=by_row, num_scan_inputs=len(inputs))]
+
+
+def _of_type(name: str, like: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
+    """A value of the element type of another one."""
+    return helper.make_tensor_value_info(name, like.type.tensor_type.elem_type, None)
+
+
 def _upsample(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
     if upgrade.version < 9:
         scales = _taken_attribute(node, "scales")
@@ -261,6 +286,7 @@ _REWRITES: dict[str, tuple[tuple[int, Rewrite], ...]] = {
     "ReduceSum": ((13, _integers_to_input("axes", 1)),),
     "Resize": ((11, _resize_10),),
     "RoiAlign": ((16, _roi_align_10),),
+    "Scan": ((9, _scan_8),),
     "Scatter": ((FLOOR, _scatter),),
     "Slice": ((10, _slice_1),),
     "Softmax": ((13, _flattened),),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -22,6 +23,27 @@ from explainserve.onnx_vjp.lost_shapes import complete
 
 Dimension = int | str | None
 Shape = tuple[Dimension, ...]
+
+
+class TensorType(NamedTuple):
+    """Element type and shape, UNDEFINED and None where they are unknown."""
+
+    dtype: int
+    shape: Shape | None
+
+    def proto(self) -> TypeProto:
+        """The type as ONNX writes it."""
+        return helper.make_tensor_type_proto(self.dtype, self.shape)
+
+    def stacked(self) -> TensorType:
+        """The type of any number of such tensors, stacked along a new first axis."""
+        return TensorType(self.dtype, None if self.shape is None else (None, *self.shape))
+
+    def without_axis(self, axis: int) -> TensorType:
+        """The type of one piece of a tensor that is cut along `axis`."""
+        shape = self.shape
+        return TensorType(self.dtype, shape and tuple(np.delete(np.array(shape, object), axis)))
+
 
 # Longer constants are no shapes. Inference writes out integer arithmetic element by element, so it must not see them.
 SHAPE_ELEMENTS = 16
@@ -100,6 +122,19 @@ class Shapes:
             return int(one.dim_value)
         return self._symbols.get((one.dim_value, two.dim_value), f"{one.dim_value}|{two.dim_value}")
 
+    def type(self, name: str) -> TensorType:
+        """What is known of a tensor."""
+        return TensorType(self.dtype(name), self.shape(name))
+
+    def stated(self, name: str) -> TensorType:
+        """What is known of a tensor in terms of the model's inputs: without the dimensions that are computed from
+        theirs.
+        """
+        shape, own = self.shape(name), set(self._symbols.values())
+        return TensorType(
+            self.dtype(name), shape and tuple(d if isinstance(d, int) or d in own else None for d in shape)
+        )
+
     def type_proto(self, name: str) -> TypeProto:
         """The type as ONNX writes it, with the model's own symbols."""
         own = set(self._symbols.values())
@@ -122,6 +157,16 @@ class Shapes:
                 types[name] = types[like]
             else:
                 types.pop(name, None)
+
+    def declare(self, name: str, kind: TensorType) -> None:
+        """State the type of a tensor; its symbols are those of this graph, derived ones included."""
+        shape = kind.shape
+        numbers = {symbol: pair for pair, symbol in self._symbols.items()}
+        for index, types in enumerate(self._probes):
+            dims = shape and [d if isinstance(d, int) else _derived(d, numbers)[index] for d in shape]
+            types[name] = helper.make_tensor_type_proto(kind.dtype, dims)
+        own = shape and [d if isinstance(d, int) or d in numbers else None for d in shape]
+        self._symbolic[name] = helper.make_tensor_type_proto(kind.dtype, own)
 
     def add_constant(self, name: str, data_type: int, dims: Iterable[int]) -> None:
         """Make the type of a new initializer known."""
@@ -200,6 +245,16 @@ def _symbols(model: onnx.ModelProto) -> list[str]:
 
 def _dims(kind: TypeProto | None) -> Sequence[onnx.TensorShapeProto.Dimension] | None:
     return kind.tensor_type.shape.dim if kind is not None and kind.tensor_type.HasField("shape") else None
+
+
+def _derived(symbol: str | None, numbers: Mapping[str, tuple[int, int]]) -> tuple[int | None, int | None]:
+    """The numbers that stand for a symbol, which a derived one has for its name."""
+    if symbol is None:
+        return None, None
+    if symbol in numbers:
+        return numbers[symbol]
+    one, _, two = symbol.partition("|")
+    return (int(one), int(two)) if two.isdigit() and one.isdigit() else (None, None)
 
 
 def _symbol(dim: onnx.TensorShapeProto.Dimension) -> Dimension:

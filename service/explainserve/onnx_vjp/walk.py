@@ -26,12 +26,14 @@ class Walk:
     """Writes the vector-Jacobian product of `of` with respect to `wrt` behind the nodes of `graph`.
 
     Operators of the path that are made of others are replaced on construction; `vjp` then does the walk. `gaps` lists
-    what could not be differentiated.
+    what could not be differentiated, in the bodies of nodes too.
     """
 
-    def __init__(self, graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) -> None:
+    def __init__(
+        self, graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table, gaps: list[Gap] | None = None
+    ) -> None:
         self.graph, self.wrt, self.of, self.table = graph, tuple(wrt), tuple(of), table
-        self.gaps: list[Gap] = []
+        self.gaps = [] if gaps is None else gaps
         self._refusals = expand(graph, self.wrt, self.of, table)
         self.path = live_path(graph, self.wrt, self.of, table)
         self._cotangents: dict[str, list[str]] = defaultdict(list)
@@ -46,9 +48,12 @@ class Walk:
             if name in self.path.tensors:
                 self._cotangents[name].append(cotangent)
         for node in reversed(self.path.nodes):
-            self._visit(op, Node(node, self.path.tensors, twins or {}))
+            self._visit(op, Node(node, self.path.tensors, twins or {}, self._within))
         sums = {name: self._sum(op, name) for name in self.wrt}
         return {name: value for name, value in sums.items() if value is not None}
+
+    def _within(self, graph: Graph, wrt: Sequence[str], of: Sequence[str]) -> Walk:
+        return Walk(graph, wrt, of, self.table, self.gaps)
 
     def _sum(self, op: Emitter, name: str) -> str | None:
         parts = self._cotangents.get(name)
@@ -66,10 +71,10 @@ class Walk:
         except Refusal as refusal:
             self.gaps.append(_gap(node.proto, refusal))
             # Any value keeps the walk going, so that the gaps behind this one are found too.
-            gradients = [name if node.differentiates(index) else None for index, name in enumerate(node.inputs)]
+            gradients = [name if node.differentiates(index) else None for index, name in enumerate(node.sources)]
             state = None
         broadcast = isinstance(state, Rule) and state.broadcasts
-        for index, (name, gradient) in enumerate(zip(node.inputs, gradients, strict=False)):
+        for index, (name, gradient) in enumerate(zip(node.sources, gradients, strict=False)):
             if gradient is not None and node.differentiates(index):
                 gradient = op.sum_to(gradient, name) if broadcast else gradient
                 self.graph.shapes.assign(gradient, name)

@@ -3,6 +3,7 @@
 from explainserve.onnx_vjp.rules import (
     arithmetic,
     classical,
+    control,
     convolution,
     cumulative,
     einsum,
@@ -25,6 +26,7 @@ from explainserve.onnx_vjp.rules import (
 __all__ = [
     "arithmetic",
     "classical",
+    "control",
     "convolution",
     "cumulative",
     "einsum",
