@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from onnx.reference.ops import op_loop, op_max_pool, op_pool_common, op_scan
+from onnx.reference.ops import op_conv_transpose, op_loop, op_pool_common, op_scan
 
 from onnx_vjp.precision import in_type
 
@@ -113,14 +114,27 @@ def _cut(x: np.ndarray, axis: int, back: int) -> np.ndarray:
     return np.moveaxis(x, axis, 0)[:: -1 if back else 1]
 
 
-class MaxPool(op_pool_common.CommonPool):
-    """Has a loop of its own; its values are those of the loop that is spared below."""
+class ConvTranspose(OpRun):
+    """Wrong for groups, except for those of a single channel."""
 
-    def _run(self, x: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
-        if len(self.onnx_node.output) > 1:
-            return tuple(op_max_pool.MaxPool(self.onnx_node, self.run_params).run(x))
-        attributes.pop("storage_order", None)
-        return tuple(op_pool_common.CommonPool._run(self, "MAX", 0, x, **attributes))
+    def _run(
+        self, x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None, group: int = 1, **attributes: Any
+    ) -> tuple[np.ndarray]:
+        groups = zip(np.split(x, group, axis=1), np.split(w, group), strict=True)
+        alone = op_conv_transpose.ConvTranspose(self.onnx_node, self.run_params)
+        y = np.concatenate([alone._run(part, kernel, group=1, **attributes)[0] for part, kernel in groups], axis=1)
+        return (y if bias is None else y + bias.reshape(-1, *[1] * (x.ndim - 2)),)
+
+
+class MaxPool(op_pool_common.CommonPool):
+    """Wrong positions at stride 1; its values are those of the loop that is spared below."""
+
+    def _run(self, x: np.ndarray, storage_order: int = 0, **attributes: Any) -> tuple[np.ndarray, ...]:
+        values = tuple(op_pool_common.CommonPool._run(self, "MAX", 0, x, **attributes))
+        if len(self.onnx_node.output) == 1:
+            return values
+        with patch.object(op_pool_common, "pool", partial(_positions, order="F" if storage_order else "C")):
+            return values[0], np.asarray(op_pool_common.CommonPool._run(self, "MAX", 0, x, **attributes)[0], np.int64)
 
 
 class Scatter(OpRun):
@@ -133,6 +147,7 @@ class Scatter(OpRun):
 
 
 OPERATORS = (
+    ConvTranspose,
     Erf,
     Gelu,
     Loop,
@@ -154,6 +169,27 @@ OPERATORS = (
 )
 
 
+def _windows(
+    padded: np.ndarray,
+    x_shape: Sequence[int],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    out_shape: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+) -> np.ndarray:
+    """The windows of each image, shape (rows, channels, *out_shape, elements). `padded` is NaN where nothing counts."""
+    rank = len(kernel)
+    padded = padded.copy()
+    for axis, size in enumerate(x_shape[2:]):
+        padded[(slice(None),) * (2 + axis) + (slice(size + pads[axis] + pads[rank + axis], None),)] = np.nan
+    spans = [dilation * (size - 1) + 1 for size, dilation in zip(kernel, dilations, strict=True)]
+    windows = sliding_window_view(padded, spans, axis=tuple(range(2, 2 + rank)))
+    firsts = tuple(slice(None, stride * count, stride) for stride, count in zip(strides, out_shape, strict=True))
+    windows = windows[(slice(None), slice(None), *firsts, *(slice(None, None, step) for step in dilations))]
+    return windows.reshape(*windows.shape[: 2 + rank], -1)
+
+
 def _pool(
     padded: np.ndarray,
     x_shape: Sequence[int],
@@ -166,20 +202,41 @@ def _pool(
     dilations: Sequence[int] | None = None,
     *rest: object,
 ) -> np.ndarray:
-    """Average and maximum of windows without a loop over them. `padded` is NaN where nothing counts."""
+    """Average and maximum of windows without a loop over them."""
     rank = len(kernel)
     strides, dilations, pads = strides or [1] * rank, dilations or [1] * rank, pads or [0] * 2 * rank
-    padded = padded.copy()
-    for axis, size in enumerate(x_shape[2:]):
-        padded[(slice(None),) * (2 + axis) + (slice(size + pads[axis] + pads[rank + axis], None),)] = np.nan
-    spans = [dilation * (size - 1) + 1 for size, dilation in zip(kernel, dilations, strict=True)]
-    windows = sliding_window_view(padded, spans, axis=tuple(range(2, 2 + rank)))
-    firsts = tuple(slice(None, stride * count, stride) for stride, count in zip(strides, out_shape, strict=True))
-    windows = windows[(slice(None), slice(None), *firsts, *(slice(None, None, step) for step in dilations))]
-    values = windows.reshape(*windows.shape[: 2 + rank], -1)
+    values = _windows(padded, x_shape, kernel, strides, out_shape, pads, dilations)
     if pooling_type == "MAX":
         return np.asarray(np.fmax.reduce(values, axis=-1))
     return np.asarray(np.nansum(values, axis=-1) / np.sum(~np.isnan(values), axis=-1))
+
+
+def _positions(
+    padded: np.ndarray,
+    x_shape: Sequence[int],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    out_shape: Sequence[int],
+    _: str,
+    __: object = None,
+    pads: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    *rest: object,
+    order: Literal["C", "F"],
+) -> np.ndarray:
+    """Where the first maximum of each window is, counted over the whole tensor."""
+    rank = len(kernel)
+    strides, dilations, pads = strides or [1] * rank, dilations or [1] * rank, pads or [0] * 2 * rank
+    values = _windows(padded, x_shape, kernel, strides, out_shape, pads, dilations)
+    offsets = np.unravel_index(np.nanargmax(values, axis=-1), kernel)
+    starts = np.ogrid[tuple(slice(count) for count in out_shape)]
+    places = [
+        start * stride + offset * dilation - before
+        for start, stride, offset, dilation, before in zip(starts, strides, offsets, dilations, pads, strict=False)
+    ]
+    image = np.arange(np.prod(x_shape[:2])).reshape(*x_shape[:2], *[1] * rank)
+    inside = np.ravel_multi_index(places, x_shape[2:], order=order)
+    return np.asarray(image * np.prod(x_shape[2:], dtype=np.int64) + inside)
 
 
 class Reference:

@@ -62,7 +62,8 @@ def _transposed(op: Emitter, g: str, kernel: str, x: str, view: Windows, groups:
     shared = {"strides": view.strides, "dilations": view.dilations, "group": groups, "kernel_shape": view.kernel}
     missing = op.constant(view.missing(op, x, g))
     if missing is None or view.pads is None:
-        return view.placed(op, op.ConvTranspose(g, kernel, **shared), x)
+        largest = [stride - 1 for stride in view.strides]
+        return view.cut(op, op.ConvTranspose(g, kernel, output_padding=largest, **shared), x)
     return op.ConvTranspose(g, kernel, pads=view.pads, output_padding=list(missing), **shared)
 
 

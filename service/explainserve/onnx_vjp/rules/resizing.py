@@ -21,7 +21,7 @@ def pad(op: Emitter, node: Node, g: str) -> Gradients:
     """Padding with a constant is undone by cropping; a padding that repeats elements adds their cotangents."""
     x, pads, axes = node.inputs[0], node.inputs[1], node.input(3)
     mode = node.attribute("mode", "constant")
-    cropped = op.Pad(g, op.Neg(pads), None, axes)
+    cropped = _cropped(op, g, x, pads, axes)
     if mode == "constant":
         value = node.input(2)
         dvalue = (
@@ -35,6 +35,18 @@ def pad(op: Emitter, node: Node, g: str) -> Gradients:
         if any(constant is None or constant.any() for constant in constants):
             g = _unpadded(op, g, axis, op.Pad(_identity(op, x, axis), _last_axis(op, *amounts), mode=mode))
     return g, None, None, None
+
+
+def _cropped(op: Emitter, g: str, x: str, pads: str, axes: str) -> str:
+    """What lies inside the padding, and zeros where a negative one had cut."""
+    zero = op.array(np.array([0]))
+    filling = op.Max(op.Neg(pads), zero)
+    constant = op.constant(filling)
+    if constant is None or constant.any():
+        g = op.Pad(g, filling, None, axes)
+    which = op.Cast(axes, to=TensorProto.INT64) if axes else op.array(np.arange(op.rank(x)))
+    start = op.Gather(op.Reshape(op.Max(pads, zero), [2, -1]), op.array(np.array(0)))
+    return op.Slice(g, start, op.Add(start, op.Gather(op.dims(x), which)), which)
 
 
 def _padded_axes(op: Emitter, node: Node) -> list[int]:

@@ -59,11 +59,21 @@ class Windows:
         return op.Pad(x, self._around(op, self.before, self.after)), (0,) * 2 * self.rank
 
     def placed(self, op: Emitter, full: str, x: str) -> str:
-        """All windows together, whose first element lies at minus the padding, cut or filled up to the extent of x."""
-        rest = op.Sub(op.Add(spatial(op, x), self.before), spatial(op, full))
-        pads = self._around(op, op.Neg(self.before), rest)
-        constant = op.constant(pads)
-        return full if constant is not None and not constant.any() else op.Pad(full, pads)
+        """All windows together, whose first element lies at minus the padding, filled or cut up to the extent of x."""
+        lacking = op.Sub(op.Add(self.before, spatial(op, x)), spatial(op, full))
+        filling = op.Max(lacking, op.array(np.zeros(self.rank, np.int64)))
+        constant = op.constant(filling)
+        if constant is None or constant.any():
+            full = op.Pad(full, self._around(op, op.Sub(filling, filling), filling))
+        return self.cut(op, full, x)
+
+    def cut(self, op: Emitter, full: str, x: str) -> str:
+        """The extent of x out of what starts at minus the padding and reaches at least as far."""
+        start, size = self.before, spatial(op, x)
+        sizes = op.constant(op.Sub(spatial(op, full), size))
+        if sizes is not None and not sizes.any():
+            return full
+        return op.Slice(full, start, op.Add(start, size), self.axes)
 
     def _around(self, op: Emitter, before: str, after: str) -> str:
         return op.Concat([0, 0], before, [0, 0], after, axis=0)
