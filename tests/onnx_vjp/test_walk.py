@@ -304,10 +304,27 @@ def test_kinks_agree_with_torch(
 
 
 def test_clip_passes_the_gradient_at_its_bounds() -> None:
-    constants = {"low": np.array(0, np.float32), "high": np.array(6, np.float32)}
+    constants = {"low": np.array(-1, np.float32), "high": np.array(6, np.float32)}
     graph = model([node("Clip", "x low high", "y")], {"x": [5]}, ["y"], constants)
-    (dx,) = gradients(graph, ["x"], "y", f32(1, 1, 1, 1, 1), {"x": f32(-1, 0, 3, 6, 7)})
+    (dx,) = gradients(graph, ["x"], "y", f32(1, 1, 1, 1, 1), {"x": f32(-2, -1, 3, 6, 7)})
     np.testing.assert_array_equal(dx, f32(0, 1, 1, 1, 0))
+
+
+@pytest.mark.parametrize("high", [6, 0.3, 1e30])
+def test_a_capped_rectifier_passes_the_gradient_between_its_bounds(high: float) -> None:
+    low, cap = np.float32(0), np.float32(high)
+    constants = {"low": np.array(low), "high": np.array(cap)}
+    graph = model([node("Clip", "x low high", "y")], {"x": [6]}, ["y"], constants)
+    edges = [low, np.finfo(np.float32).tiny, np.nextafter(cap, low), cap]
+    (dx,) = gradients(graph, ["x"], "y", np.ones(6, np.float32), {"x": f32(-1, *edges, np.inf)})
+    np.testing.assert_array_equal(dx, f32(0, 0, 1, 1, 0, 0))
+
+
+def test_a_rectifier_passes_the_gradient_of_the_smallest_and_the_largest_numbers() -> None:
+    graph = model([node("Relu", "x", "y")], {"x": [4]}, ["y"])
+    numbers = np.finfo(np.float32)
+    (dx,) = gradients(graph, ["x"], "y", f32(2, 2, 2, 2), {"x": f32(-numbers.tiny, 0, numbers.tiny, numbers.max)})
+    np.testing.assert_array_equal(dx, f32(0, 0, 2, 2))
 
 
 @pytest.mark.parametrize("operator", ["Max", "Min"])

@@ -6,6 +6,7 @@ Rules are written against operator set 18 or newer; `opset.py` raises older mode
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import frexp, ldexp
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -220,6 +221,18 @@ class Emitter:
     def mask(self, condition: str, like: str) -> str:
         """A boolean tensor as 0 and 1 of the element type of `like`; multiplying by it measures faster than Where."""
         return self.cast_like(condition, like)
+
+    def step(self, value: str, bound: float = 0.0, *, falling: bool = False) -> str:
+        """1 where `value` is above `bound` (below it if `falling`), else 0, in the type of `value`.
+
+        A line steep enough to cross the unit interval between two neighbouring numbers: one operator in place of two,
+        and one that onnxruntime computes in the blocked layout of its convolutions. Subnormal numbers count in part.
+        """
+        if self.graph.dtype(value) not in (TensorProto.FLOAT, TensorProto.DOUBLE):
+            return self.mask(self.Less(value, bound) if falling else self.Greater(value, bound), value)
+        _, exponent = frexp(bound)
+        slope = ldexp(-1.0 if falling else 1.0, 126 - max(exponent, 0))
+        return self.HardSigmoid(value, alpha=slope, beta=-slope * bound)
 
     def transposed(self, value: str) -> str:
         """The last two axes exchanged."""

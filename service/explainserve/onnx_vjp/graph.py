@@ -288,7 +288,10 @@ class Graph:
     def part(
         self, nodes: Iterable[NodeProto], inputs: Iterable[onnx.ValueInfoProto], outputs: Iterable[onnx.ValueInfoProto]
     ) -> onnx.ModelProto:
-        """A model of `nodes` alone, with the initializers that they use."""
+        """A model of `nodes` alone, with the initializers that they use.
+
+        All types are stated: onnxruntime keeps tensors in one memory layout only where it knows that shapes agree.
+        """
         own = self.proto
         model = onnx.ModelProto(ir_version=own.ir_version, opset_import=self.opset_imports())
         model.producer_name, model.producer_version = own.producer_name, own.producer_version
@@ -299,6 +302,9 @@ class Graph:
         graph.node.extend(nodes)
         graph.input.extend(inputs)
         graph.output.extend(outputs)
+        declared = {value.name for value in graph.output}
+        inner = {name for node in graph.node for name in node.output if name in self.shapes} - declared
+        graph.value_info.extend(self.value_info(name, name) for name in sorted(inner))
         used = {name for node in graph.node for name in consumed(node)} | {output.name for output in graph.output}
         graph.initializer.extend(tensor for name, tensor in self.initializers.items() if name in used)
         return model

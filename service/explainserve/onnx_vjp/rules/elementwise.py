@@ -128,7 +128,7 @@ def erf(op: Emitter, node: Node, g: str) -> Gradients:
 
 @rule("Relu")
 def relu(op: Emitter, node: Node, g: str) -> Gradients:
-    return (op.Mul(g, op.mask(op.Greater(node.outputs[0], 0), g)),)
+    return (op.Mul(g, op.step(node.outputs[0])),)
 
 
 @rule("LeakyRelu")
@@ -174,9 +174,13 @@ def celu(op: Emitter, node: Node, g: str) -> Gradients:
 def clip(op: Emitter, node: Node, g: str) -> Gradients:
     """y = min(max(x, low), high).
 
-    The bounds themselves pass the gradient to x, as torch's clamp does; outside, it goes to the bound.
+    The bounds themselves pass the gradient to x, as torch's clamp does; outside, it goes to the bound. Not so those of
+    a capped rectifier, as in torch's relu6: its gradient is read from y alone, which needs no x.
     """
     x, low, high = node.inputs[0], node.input(1), node.input(2)
+    if (cap := _rectifier_cap(op, low, high)) is not None:
+        y = node.outputs[0]
+        return op.Mul(g, op.Mul(op.step(y), op.step(y, cap, falling=True))), None, None
     inside = [op.GreaterOrEqual(x, low)] if low else []
     inside += [op.LessOrEqual(x, high)] if high else []
     dx = op.Mul(g, op.mask(reduce(op.And, inside), g)) if inside else g
@@ -184,6 +188,12 @@ def clip(op: Emitter, node: Node, g: str) -> Gradients:
     below = op.Less(x, low) if low else None
     below = op.And(below, op.Not(above)) if below and above else below
     return dx, _total(op, g, below), _total(op, g, above)
+
+
+def _rectifier_cap(op: Emitter, low: str, high: str) -> float | None:
+    """The upper bound of a Clip to [0, high] with constant bounds, as ReLU6 is written; else None."""
+    floor, cap = op.constant(low), op.constant(high)
+    return float(cap) if floor is not None and cap is not None and not floor.any() and cap > 0 else None
 
 
 def _total(op: Emitter, g: str, condition: str | None) -> str | None:

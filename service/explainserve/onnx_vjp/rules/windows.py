@@ -84,7 +84,10 @@ class Windows:
 
 
 def spatial(op: Emitter, value: str) -> str:
-    """The spatial sizes of (N, C, ...) as an int64 vector."""
+    """The spatial sizes of (N, C, ...) as an int64 vector: a constant where they are static."""
+    sizes = static((op.shape(value) or (None,) * 3)[2:])
+    if sizes is not None:
+        return op.array(np.array(sizes, np.int64))
     return op.Slice(op.dims(value), [2], [op.rank(value)])
 
 
