@@ -43,6 +43,7 @@ def own_cases() -> Iterator[Case]:
     yield from _scattered()
     yield from _selected()
     yield from classical_cases()
+    yield from _spectra()
 
 
 def _convolutions() -> Iterator[Case]:
@@ -403,3 +404,27 @@ def _selected() -> Iterator[Case]:
     for size in (1, 2, 5):
         yield single("Det", {"x": _x(size, size)}, name=f"{size}")
         yield single("Det", {"x": _x(2, 3, size, size)}, name=f"batch of {size}")
+
+
+def _spectra() -> Iterator[Case]:
+    real, complex_ = _x(2, 6, 3, 1), _x(2, 6, 3, 2)
+    for dynamic in (None, ("n",)):
+        for x in (real, complex_):
+            for length in (5, 6, 8):
+                yield single("DFT", {"x": x, "n": np.array(length)}, axis=1, version=17, dynamic=dynamic)
+                feeds = {"x": x, "n": np.array(length), "i": np.array(-3)}
+                yield single("DFT", feeds, inverse=1, version=20, dynamic=dynamic)
+        for length in (5, 6, 7):
+            feeds = {"x": real, "n": np.array(length), "i": np.array(1)}
+            yield single("DFT", feeds, onesided=1, version=20, dynamic=dynamic)
+            feeds = {"x": complex_[:, : length // 2 + 1], "n": np.array(length)}
+            yield single("DFT", feeds, onesided=1, inverse=1, axis=1, version=17, dynamic=dynamic)
+        yield single("DFT", {"x": complex_}, version=20, dynamic=dynamic)
+        yield single("DFT", {"x": complex_}, onesided=1, inverse=1, version=20, dynamic=dynamic)
+        signal, window = _x(2, 20, 1), np.abs(_x(8))
+        for onesided in (0, 1):
+            feeds = {"x": signal, "s": np.array(3), "w": window, "l": np.array(8)}
+            yield single("STFT", feeds, onesided=onesided, version=17, dynamic=dynamic)
+        yield single(
+            "STFT", {"x": _x(2, 20, 2), "s": np.array(5), "_w": window, "l": np.array(7)}, onesided=0, dynamic=dynamic
+        )

@@ -21,6 +21,7 @@ from explainserve.onnx_vjp.rules import (
     selection,
     sequences,
     shape,
+    spectral,
 )
 
 __all__ = [
@@ -44,4 +45,5 @@ __all__ = [
     "selection",
     "sequences",
     "shape",
+    "spectral",
 ]
