@@ -43,6 +43,19 @@ def linear(weights: np.ndarray, batch: int | str = "batch") -> onnx.ModelProto:
     )
 
 
+def quantized_twice() -> onnx.ModelProto:
+    """Two nodes of which no gradient is taken, `first_gap` and `second_gap`, one after the other."""
+    scale = ["scale", "zero"]
+    nodes = [
+        node("QuantizeLinear", ["x", *scale], ["q"], name="first_gap"),
+        node("DequantizeLinear", ["q", *scale], ["h"], name="first_back"),
+        node("QuantizeLinear", ["h", *scale], ["r"], name="second_gap"),
+        node("DequantizeLinear", ["r", *scale], ["y"], name="second_back"),
+    ]
+    weights = {"scale": np.array(0.5, np.float32), "zero": np.array(0, np.int8)}
+    return model(nodes, [("x", ["batch", 3])], [("y", ["batch", 3])], weights)
+
+
 def save(proto: onnx.ModelProto, folder: Path, name: str = "model.onnx") -> Path:
     """Writes a model into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,9 @@ from explainserve.settings import Settings
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
 from explainserve_client import Box, Label, Margin, TopK
+from hostile_graphs import CRASHERS, endless
 from models import MODELS, write_model
+from onnx_graphs import quantized_twice, save
 
 pytest.importorskip("onnxruntime")
 
@@ -724,6 +726,32 @@ def test_inspect_of_a_file_that_cannot_be_served_says_why_and_exits_with_1(tmp_p
     assert answer.exit_code == 1
     assert re.match(r"error: [A-Z_]+: .+\n$", answer.err)
     assert answer.out == "", "what is no model has no model.toml"
+
+
+def test_inspect_survives_a_file_that_crashes_the_libraries(tmp_path: Path) -> None:
+    """Whichever file a library may have learned to refuse."""
+    answers = [call("inspect", save(make(), tmp_path / name)) for name, make in CRASHERS.items()]
+
+    assert [answer.exit_code for answer in answers] == [1] * len(CRASHERS)
+    assert any(answer.err.startswith("error: MODEL_CRASHES: ") for answer in answers)
+
+
+def test_inspect_limits_the_time_that_a_file_gets(tmp_path: Path) -> None:
+    answer = call("inspect", save(endless(), tmp_path), "--trial-seconds", "1", "--json")
+
+    assert answer.exit_code == 1
+    assert json.loads(answer.out)["refusal"]["reason"] == "MODEL_LOAD_TIMEOUT"
+    assert json.loads(answer.out)["sha256"], "what is known without reading the file is told"
+
+
+def test_inspect_names_every_gap_and_what_to_do(tmp_path: Path) -> None:
+    answer = call("inspect", save(quantized_twice(), tmp_path))
+
+    assert answer.exit_code == 0, answer.err
+    for name in ("first_gap", "second_gap"):
+        (line,) = [line for line in answer.out.splitlines() if line.startswith("# no gradient: ") and name in line]
+        assert re.match(r"# no gradient: \w+ in \w+: .+; .+", line)
+    assert tomllib.loads(answer.out)["outputs"], "it serves predictions"
 
 
 # docs/command-line.md

@@ -107,15 +107,17 @@ def test_a_fixed_batch_and_gaps_are_told(tmp_path: Path) -> None:
     nodes = [
         node("Concat", ["x", "token"], ["both"], axis=0),
         node("ReduceSum", ["both", "first"], ["sum"], keepdims=1),
-        node("QuickGelu", ["sum"], ["y"], name="odd", domain="com.microsoft"),
+        node("QuantizeLinear", ["sum", "scale"], ["q"], name="odd"),
+        node("DequantizeLinear", ["q", "scale"], ["h"], name="even"),
+        node("QuickGelu", ["h"], ["y"], domain="com.microsoft"),
     ]
-    weights = {"token": np.ones((1, 3), np.float32), "first": np.array([0])}
+    weights = {"token": np.ones((1, 3), np.float32), "first": np.array([0]), "scale": np.array(0.5, np.float32)}
     proto = model(nodes, [("x", [1, 3])], [("y", [1, 3])], weights, domains=["com.microsoft"])
     found = inspect_file(save(proto, tmp_path))
 
     assert found.fixed_batch
     assert found.gradient_mode == "black_box"
-    assert [gap.node for gap in found.gaps] == ["odd"]
+    assert [gap.node for gap in found.gaps] == ["even", "odd"]
     assert found.operators["com.microsoft.QuickGelu"] == 1
     assert starter_config(found.starter, tmp_path).inputs[0].shape == (1, 3)
 

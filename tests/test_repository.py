@@ -24,6 +24,7 @@ from explainserve.repository import (
     ServedModel,
     digest,
     discover,
+    model_files,
     open_model,
 )
 from onnx_graphs import linear, make_external, model, node, save
@@ -162,7 +163,7 @@ class TestDigest:
         path = put(tmp_path)
         expected = hashlib.sha256(path.read_bytes()).hexdigest()
 
-        assert digest(path) == expected
+        assert digest(model_files(path)) == expected
         assert configured(tmp_path, f'sha256 = "{expected}"').sha256 == expected
 
     def test_external_data_belongs_to_it(self, tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ class TestDigest:
         path = save(proto, tmp_path)
         contents = [path.read_bytes(), (tmp_path / "a.bin").read_bytes(), (tmp_path / "w.bin").read_bytes()]
 
-        assert digest(path) == hashlib.sha256(b"".join(contents)).hexdigest()
+        assert digest(model_files(path)) == hashlib.sha256(b"".join(contents)).hexdigest()
 
     def test_another_one_than_expected_is_refused_before_the_file_is_loaded(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -190,7 +191,7 @@ class TestDigest:
         error = refused(tmp_path, f'sha256 = "{"0" * 64}"')
 
         assert error.reason == "SHA256_MISMATCH"
-        assert error.metadata["actual"] == digest(tmp_path / "net" / "1" / "model.onnx")
+        assert error.metadata["actual"] == digest([tmp_path / "net" / "1" / "model.onnx"])
 
 
 class TestOpen:

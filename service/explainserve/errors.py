@@ -18,8 +18,19 @@ to gRPC status codes, in one table; anything else that is raised is a bug and be
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 _MAX_LINE = 500
 """Characters that are quoted of an exception which a library raised."""
+
+_OUT_OF_MEMORY = (
+    "bad_alloc",
+    "bad allocation",
+    "failed to allocate memory",
+    "out of memory",
+    "allocate memory: you tried to allocate",
+    "cannot allocate memory",
+)
 
 
 class ExplainServeError(Exception):
@@ -76,6 +87,19 @@ class EvaluationFailed(ExplainServeError):
 
 class ModelRefused(ExplainServeError):
     """A model file cannot be served; the others are."""
+
+    @classmethod
+    def told(cls, reason: str, message: str, metadata: Mapping[str, str]) -> ModelRefused:
+        """A refusal that was raised in another process."""
+        refusal = cls(reason, message)
+        refusal.metadata.update(metadata)
+        return refusal
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; libraries say so in words of their own."""
+    told = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in told for words in _OUT_OF_MEMORY)
 
 
 def first_line(error: BaseException) -> str:

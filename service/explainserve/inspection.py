@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,9 +11,10 @@ import numpy as np
 
 from explainserve import backends
 from explainserve.backends import Layer, LoadOptions, OperatorGap
+from explainserve.backends.trial import FATAL, Trials
 from explainserve.errors import ModelRefused
 from explainserve.model_config import ModelConfig
-from explainserve.repository import FORMATS, digest
+from explainserve.repository import FORMATS, digest, model_files
 from explainserve.signature import Axis, InputSpec, OutputSpec, Signature
 
 _CHANNEL_COUNTS = (1, 3, 4)
@@ -55,13 +56,19 @@ class Inspection:
     starter: str = ""
 
 
-def inspect_file(path: Path) -> Inspection:
-    """Reads a model file the way the server would without a model.toml; a refusal is part of the answer."""
+def inspect_file(path: Path, trials: Trials | None = None) -> Inspection:
+    """Reads a model file the way the server would without a model.toml; a refusal is part of the answer.
+
+    Args:
+        trials: try the file in another process before it is read in this one; None trusts it.
+    """
     found = Inspection(path, FORMATS.get(path.suffix, ""))
     activations: dict[str, str] = {}
     try:
         _check_file(path)
-        found = replace(found, sha256=digest(path))
+        files = model_files(path, trials)
+        found = replace(found, sha256=digest(files))
+        _try(files, found.sha256, trials)
         if found.format == "onnx":
             found, activations = _with_graph(found)
         loaded = backends.load(path, ModelConfig(), LoadOptions())
@@ -81,6 +88,16 @@ def inspect_file(path: Path) -> Inspection:
 def _check_file(path: Path) -> None:
     if not path.is_file() or path.suffix not in FORMATS:
         raise ModelRefused("NO_MODEL_FILE", f"{path.name} is no file ending in {', '.join(FORMATS)}", file=path.name)
+
+
+def _try(files: Sequence[Path], sha256: str, trials: Trials | None) -> None:
+    """Raises what kept another process from answering; any other refusal comes again, when more is known to tell."""
+    try:
+        if trials is not None:
+            trials.check(files, sha256, ModelConfig(), LoadOptions(), "inspect")
+    except ModelRefused as refusal:
+        if refusal.reason in FATAL:
+            raise
 
 
 def _with_graph(found: Inspection) -> tuple[Inspection, dict[str, str]]:

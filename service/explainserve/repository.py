@@ -13,7 +13,8 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from numpy.typing import NDArray
 from explainserve import backends
 from explainserve.backends import LOADERS, LoadedModel, LoadOptions, probe
 from explainserve.backends.probe import ProbeResult
+from explainserve.backends.trial import TrialLimits, Trials
+from explainserve.backends.tried import Tried
 from explainserve.baselines import NAMED, Data, InputBaseline
 from explainserve.errors import ExplainServeError, ModelRefused, NotFound, Unsupported
 from explainserve.model_config import BaselineConfig, ModelConfig, read_model_config
@@ -206,21 +209,30 @@ def discover(root: Path) -> list[ModelFolder]:
     return [version for model in models for version in _versions(model)]
 
 
-def open_model(folder: ModelFolder, options: LoadOptions, max_batch_rows: int = DEFAULT_BATCH_ROWS) -> ServedModel:
+def open_model(
+    folder: ModelFolder,
+    options: LoadOptions,
+    max_batch_rows: int = DEFAULT_BATCH_ROWS,
+    trials: Trials | None = None,
+) -> ServedModel:
     """Reads, checks and probes one version.
 
     Args:
         max_batch_rows: where the model states no limit of its own.
+        trials: try the model in another process before it is loaded in this one; None trusts it.
 
     Raises:
         ModelRefused: it cannot be served; the reason says why.
     """
     path = folder.model_file()
     config = ModelConfig() if folder.config_path is None else read_model_config(folder.config_path)
+    files = model_files(path, trials)
     # Before loading: a backend may run what a file holds.
-    sha256 = digest(path)
+    sha256 = digest(files)
     _check_sha256(config.sha256, sha256, path)
     _check_default_baseline(config)
+    if trials is not None:
+        trials.check(files, sha256, config, options)
     loaded = backends.load(path, config, options)
     _check_default_baseline_inputs(config, loaded.signature)
     found = probe.check(loaded)
@@ -241,23 +253,47 @@ def open_model(folder: ModelFolder, options: LoadOptions, max_batch_rows: int = 
     )
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a model file followed by its external data files in the order of their names, hexadecimal.
+def model_files(path: Path, trials: Trials | None = None) -> tuple[Path, ...]:
+    """A model file, then its external data files in the order of their names.
+
+    Args:
+        trials: have another process read the file; None trusts it.
 
     Raises:
         ModelRefused: the file is not readable (MODEL_FILE_UNREADABLE) or not as its suffix says, or its backend is not
             installed.
     """
+    if path.suffix != ".onnx":
+        return (path,)
+    backends.loader(path.suffix)  # says what to install where onnx is missing
+    from explainserve.backends import onnx_file
+
+    with _told_unreadable(path):
+        return onnx_file.files(path) if trials is None else trials.files(path)
+
+
+def digest(files: Sequence[Path]) -> str:
+    """SHA-256 of these files, one after the other, hexadecimal.
+
+    Raises:
+        ModelRefused: one is not readable (MODEL_FILE_UNREADABLE).
+    """
     total = hashlib.sha256()
-    try:
-        for file in _files(path):
+    with _told_unreadable(files[0]):
+        for file in files:
             with file.open("rb") as data:
                 while block := data.read(1 << 20):
                     total.update(block)
+    return total.hexdigest()
+
+
+@contextmanager
+def _told_unreadable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         name = Path(error.filename or path).name
         raise ModelRefused("MODEL_FILE_UNREADABLE", f"{name} cannot be read: {_cause(error)}", file=name) from error
-    return total.hexdigest()
 
 
 class Repository:
@@ -268,12 +304,23 @@ class Repository:
     Args:
         root: the model folder.
         max_batch_rows: rows of a micro-batch where a model states no limit of its own.
+        trial_limits: of the process in which each model is tried before it is loaded in this one; None trusts all.
+        tried: models that need no trial any more.
     """
 
-    def __init__(self, root: Path, options: LoadOptions, max_batch_rows: int = DEFAULT_BATCH_ROWS) -> None:
+    def __init__(
+        self,
+        root: Path,
+        options: LoadOptions,
+        max_batch_rows: int = DEFAULT_BATCH_ROWS,
+        trial_limits: TrialLimits | None = None,
+        tried: Tried | None = None,
+    ) -> None:
         self._root = root
         self._options = options
         self._max_batch_rows = max_batch_rows
+        self._trial_limits = trial_limits
+        self._tried = tried or Tried()
         self._entries: dict[tuple[str, int], ModelEntry] = {}
 
     @property
@@ -293,8 +340,9 @@ class Repository:
         folders = discover(self._root)
         for folder in folders:
             self._put(ModelEntry(folder.name, folder.version, folder.format, ModelState.LOADING), report)
-        for folder in folders:
-            self._put(self._loaded(folder), report)
+        with nullcontext() if self._trial_limits is None else Trials(self._trial_limits, self._tried) as trials:
+            for folder in folders:
+                self._put(self._loaded(folder, trials), report)
 
     def entry(self, model: ServedModel) -> ModelEntry:
         """The entry of a served model."""
@@ -323,9 +371,9 @@ class Repository:
             )
         return _served(entry)
 
-    def _loaded(self, folder: ModelFolder) -> ModelEntry:
+    def _loaded(self, folder: ModelFolder, trials: Trials | None) -> ModelEntry:
         try:
-            served = open_model(folder, self._options, self._max_batch_rows)
+            served = open_model(folder, self._options, self._max_batch_rows, trials)
         except ExplainServeError as error:
             return _failed(folder, error.message, error.reason)
         except Exception as error:  # whatever a library raises on a bad file, the other models are served
@@ -376,15 +424,6 @@ def _version(name: str, folder: Path) -> ModelFolder:
 def _cause(error: OSError) -> str:
     """Without the path, which is the server's own business."""
     return error.strerror or type(error).__name__
-
-
-def _files(path: Path) -> tuple[Path, ...]:
-    if path.suffix != ".onnx":
-        return (path,)
-    backends.loader(path.suffix)  # says what to install where onnx is missing
-    from explainserve.backends import onnx_file
-
-    return onnx_file.files(path)
 
 
 def _check_sha256(expected: str | None, actual: str, path: Path) -> None:

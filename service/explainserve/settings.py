@@ -33,6 +33,10 @@ class Settings(BaseSettings):
         max_instances: cap of instances of one request.
         grace_seconds: time that running requests get on shutdown.
         default_timeout_seconds: limit of requests that come without a deadline.
+        trial_seconds: time that a model file gets in the process that tries it first; 0 loads files without a trial.
+        trial_memory_bytes: memory that a model file gets there.
+        cache: folder for what can be found out again: gradient graphs, and which files were tried; None keeps it in
+            memory.
         log_format: "json" lines or "console" text.
     """
 
@@ -54,6 +58,9 @@ class Settings(BaseSettings):
     max_instances: PositiveInt = 256
     grace_seconds: Annotated[float, Field(ge=0)] = 30.0
     default_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    trial_seconds: Annotated[float, Field(ge=0)] = 60.0
+    trial_memory_bytes: PositiveInt = 4 * 1024 * 1024 * 1024
+    cache: Path | None = None
     log_format: Literal["json", "console"] = "json"
 
     @property

@@ -161,9 +161,12 @@ def _unusual(root: Path) -> None:
     ]
     table = np.arange(7, dtype=np.float32)
     _write(root, "tokens", tokens, {"ids": (TensorProto.INT64, ["batch", 5])}, {"y": ["batch", 5]}, {"e": table})
-    refused = [helper.make_node("Det", ["x"], ["y"], name="the_gap")]
+    refused = [
+        helper.make_node("QuantizeLinear", ["x", "scale"], ["q"], name="the_gap"),
+        helper.make_node("DequantizeLinear", ["q", "scale"], ["y"], name="the_way_back"),
+    ]
     square: dict[str, tuple[int, Sequence[int | str]]] = {"x": (TensorProto.FLOAT, ["batch", 2, 2])}
-    _write(root, "gap", refused, square, {"y": ["batch"]}, {})
+    _write(root, "gap", refused, square, {"y": ["batch", 2, 2]}, {"scale": np.array(0.5, np.float32)})
 
 
 def _slow(root: Path) -> None:

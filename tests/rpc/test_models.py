@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1 import model_pb2, tensor_pb2
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
+from hostile_graphs import CRASHERS
+from onnx_graphs import linear, quantized_twice, save
 from rpc.folder import LABELS, MEAN, STD
-from rpc.loopback import named, refusal
+from rpc.loopback import Loopback, array, named, refusal, request
 
 READY, FAILED = model_pb2.MODEL_STATE_READY, model_pb2.MODEL_STATE_FAILED
 
@@ -124,13 +128,50 @@ def test_methods_say_how_to_read_them(stub: ExplainerServiceStub) -> None:
 
 def test_model_with_a_gap_names_it_and_its_remedy(stub: ExplainerServiceStub) -> None:
     own = model(stub, "gap")
-    (gap,), (method,) = own.gaps, own.methods
+    (_, gap), (method,) = own.gaps, own.methods
 
-    assert (gap.operator, gap.node) == ("Det", "the_gap")
+    assert (gap.operator, gap.node) == ("QuantizeLinear", "the_gap")
     assert gap.reason and gap.remedy
     assert not own.differentiable and not method.supported
-    assert "Det" in method.reason
+    assert "QuantizeLinear" in method.reason
     assert not own.HasField("noise_floor")
+
+
+def test_a_model_with_gaps_is_refused_for_gradients_with_all_of_them_and_predicts(
+    serve: Callable[..., Loopback], tmp_path: Path
+) -> None:
+    save(quantized_twice(), tmp_path / "quantized" / "1")
+    stub = serve(models=tmp_path).stub
+    x = {"x": np.array([[0.6, -0.2, 1.1]], np.float32)}
+
+    own = model(stub, "quantized")
+    refused = refusal(lambda: stub.Explain(request("quantized", x), timeout=60))
+    asked = pb.PredictRequest(model=named("quantized"), inputs=request("", x).inputs, include_tensors=True)
+    (predicted,) = stub.Predict(asked, timeout=60).predictions
+
+    assert {"first_gap", "second_gap"} <= {gap.node for gap in own.gaps}
+    assert all(gap.operator and gap.reason and gap.remedy for gap in own.gaps)
+    assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NOT_DIFFERENTIABLE")
+    assert refused.metadata["gap_count"] == str(len(own.gaps))
+    assert all(gap.node in refused.metadata["gaps"] for gap in own.gaps)
+    np.testing.assert_array_equal(array(predicted.tensor), [0.5, 0.0, 1.0])
+
+
+def test_a_file_that_crashes_the_libraries_is_listed_and_the_others_are_served(
+    serve: Callable[..., Loopback], tmp_path: Path
+) -> None:
+    for name, make in CRASHERS.items():
+        save(make(), tmp_path / name / "1")
+    save(linear(np.ones((3, 2), np.float32)), tmp_path / "sound" / "1")
+    running = serve(models=tmp_path)
+
+    models = {own.name: own for own in running.stub.ListModels(pb.ListModelsRequest(), timeout=60).models}
+    refused = refusal(lambda: model(running.stub, "division"))
+
+    assert models["sound"].state == READY
+    assert {models[name].state for name in CRASHERS} == {FAILED}
+    assert "MODEL_CRASHES" in {models[name].error_reason for name in CRASHERS}
+    assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_FAILED")
 
 
 def test_model_without_a_floating_point_input_supports_no_gradient(stub: ExplainerServiceStub) -> None:

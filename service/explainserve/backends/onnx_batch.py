@@ -14,7 +14,7 @@ from explainserve.backends.contract import LoadOptions
 from explainserve.backends.onnx_session import open_session
 from explainserve.backends.onnx_weights import Weights
 from explainserve.backends.probe import FreeExtents, free_extents, sample_instances
-from explainserve.errors import ModelRefused
+from explainserve.errors import ModelRefused, first_line, is_out_of_memory
 from explainserve.signature import Signature
 
 Array = NDArray[np.generic]
@@ -89,7 +89,9 @@ class _Trial:
 def _tried(session: onnxruntime.InferenceSession, feeds: Mapping[str, Array]) -> list[Array] | None:
     try:
         return [np.asarray(array) for array in session.run(None, feeds)]
-    except Exception:  # that it raises, whatever it raises, is the answer
+    except Exception as error:  # that it raises, whatever it raises, is the answer
+        if is_out_of_memory(error):
+            raise MemoryError(first_line(error)) from error
         return None
 
 

@@ -24,7 +24,7 @@ from explainserve.backends.onnx_session import available_device, open_session, r
 from explainserve.backends.onnx_verification import LARGEST_DIFFERENCE, largest_difference
 from explainserve.backends.onnx_weights import Weights
 from explainserve.backends.probe import FreeExtents, free_extents, gradient_rows, sample_instances
-from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported, first_line
+from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported, first_line, is_out_of_memory
 from explainserve.model_config import ModelConfig
 from explainserve.onnx_vjp import Gap, GradientGraph, UnsupportedOperators, append_score_head, find_gaps, input_gradient
 from explainserve.onnx_vjp.opset import OLDEST as OLDEST_OPSET
@@ -73,6 +73,8 @@ class _Function:
         try:
             outputs: list[Array] = self.session.run(None, feeds)
         except Exception as error:  # onnxruntime's own exceptions derive from Exception directly
+            if is_out_of_memory(error):
+                raise EvaluationFailed("OUT_OF_MEMORY", f"no memory is left: {first_line(error)}") from error
             raise EvaluationFailed("MODEL_RAISED", f"onnxruntime raised: {first_line(error)}") from error
         return outputs
 

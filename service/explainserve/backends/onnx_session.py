@@ -13,7 +13,7 @@ import onnxruntime
 
 from explainserve.backends.contract import LoadOptions
 from explainserve.backends.onnx_weights import Weights
-from explainserve.errors import ModelRefused, first_line
+from explainserve.errors import ModelRefused, first_line, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ def open_session(
 
     Raises:
         ModelRefused: onnxruntime refuses the graph (MODEL_NOT_RUNNABLE), or runs it elsewhere (DEVICE_UNAVAILABLE).
+        MemoryError: memory ran out, which says nothing about the graph.
     """
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.thread_count or len(os.sched_getaffinity(0))
@@ -50,6 +51,8 @@ def open_session(
     try:
         session = onnxruntime.InferenceSession(model.SerializeToString(), settings, _providers(options.device))
     except Exception as error:  # onnxruntime's own exceptions derive from Exception directly
+        if is_out_of_memory(error):
+            raise MemoryError(first_line(error)) from error
         raise ModelRefused("MODEL_NOT_RUNNABLE", f"onnxruntime refuses the graph: {first_line(error)}") from error
     _check_provider(session, options.device)
     return session

@@ -62,12 +62,15 @@ def check(model: LoadedModel) -> ProbeResult:
     Raises:
         ModelRefused: it does not evaluate at its own static shapes (PROBE_FAILED), or two evaluations of the same rows
             differ (TRAINING_MODE).
+        MemoryError: memory ran out.
     """
     failures = []
     for extents in free_extents(model.signature):
         try:
             return _compared(model, sample_instances(model.signature, _ROWS, extents))
         except EvaluationFailed as error:
+            if error.reason == "OUT_OF_MEMORY":
+                raise MemoryError(error.message) from error
             failures.append(error)
     return _not_compared(model.signature, failures[0])
 

@@ -35,8 +35,9 @@ def _has_gradient(model: LoadedModel) -> bool | None:
         instances = sample_instances(model.signature, 1, extents)
         try:
             return any(_differentiates(model, rows) for rows in gradient_rows(model.signature, instances))
-        except EvaluationFailed:
-            continue
+        except EvaluationFailed as error:
+            if error.reason == "OUT_OF_MEMORY":
+                raise MemoryError(error.message) from error
     return None
 
 

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from explainserve.backends.contract import Layer, LoadOptions, OperatorGap
-from explainserve.errors import EvaluationFailed, ExplainServeError, ModelRefused, Unsupported, first_line
+from explainserve.errors import (
+    EvaluationFailed,
+    ExplainServeError,
+    ModelRefused,
+    Unsupported,
+    first_line,
+    is_out_of_memory,
+)
 from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector
 from explainserve.signature import OutputSpec, ScoreHead, Signature, element_count
 
@@ -222,9 +229,9 @@ def _guarded(call: Callable[[], _Result]) -> _Result:
         return call()
     except ExplainServeError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise EvaluationFailed("OUT_OF_MEMORY", f"the device has no memory left: {first_line(error)}") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise EvaluationFailed("OUT_OF_MEMORY", f"the device has no memory left: {first_line(error)}") from error
         raise EvaluationFailed("MODEL_RAISED", f"the model raised: {first_line(error)}") from error
 
 

@@ -20,7 +20,7 @@ from explainserve.backends.probe import LIKELIEST, FreeExtents, free_extents, sa
 from explainserve.backends.torch_archive import require_torchscript
 from explainserve.backends.torch_gradient import gradient_gaps
 from explainserve.backends.torch_rows import TorchModel, resolve_device, use_threads
-from explainserve.errors import ModelRefused, first_line
+from explainserve.errors import ModelRefused, first_line, is_out_of_memory
 from explainserve.model_config import ModelConfig
 from explainserve.signature import Signature
 
@@ -117,7 +117,9 @@ class _Trial:
         try:
             with torch.no_grad():
                 forward(self.inputs(1))
-        except RuntimeError:
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise MemoryError(first_line(error)) from error
             return False
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,19 @@ def inspect(
         Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A model file: .onnx, .pt2, .pt or .ts.")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a model.toml.")] = False,
+    trial_seconds: Annotated[
+        float,
+        typer.Option(
+            envvar="EXPLAINSERVE_TRIAL_SECONDS",
+            metavar="SECONDS",
+            min=0,
+            help="Time that the file gets in the process that tries it first; 0 reads it without a trial.",
+        ),
+    ] = 60.0,
+    trial_memory_bytes: Annotated[
+        int,
+        typer.Option(envvar="EXPLAINSERVE_TRIAL_MEMORY_BYTES", metavar="N", min=1, help="Memory that it gets there."),
+    ] = 4 * 1024 * 1024 * 1024,
 ) -> None:
     """Write a starter model.toml for a model file.
 
@@ -26,9 +40,13 @@ def inspect(
     inspect model.onnx > model.toml`. Needs no server. Exits with 1 where the file cannot be served as it is; where no
     model.toml would help, only the reason is printed.
     """
+    from explainserve.backends.trial import TrialLimits, Trials
+    from explainserve.backends.tried import Tried
     from explainserve.inspection import inspect_file
 
-    found = inspect_file(file)
+    limits = TrialLimits(trial_seconds, trial_memory_bytes)
+    with Trials(limits, Tried()) if trial_seconds else nullcontext() as trials:
+        found = inspect_file(file, trials)
     if as_json:
         from explainserve.cli.documents import document
 
@@ -52,4 +70,4 @@ def _comments(found: Inspection) -> list[str]:
     }
     lines = [f"# {name}: {' '.join(text.split())}" for name, text in facts.items() if text]
     lines += [f"# layer: {text}" for text in layer_lines(found.layers)]
-    return [*lines, *(f"# no gradient: {gap.operator} in {gap.node}: {gap.reason}" for gap in found.gaps)]
+    return [*lines, *(f"# no gradient: {gap.operator} in {gap.node}: {gap.reason}; {gap.remedy}" for gap in found.gaps)]

@@ -83,6 +83,24 @@ def serve(
             "default_timeout_seconds", "Seconds for requests that come without a deadline; above 0.", "SECONDS", min=0
         ),
     ] = 600.0,
+    trial_seconds: Annotated[
+        float,
+        _knob(
+            "trial_seconds",
+            "Seconds, and one more for each 10 MB, that an unknown model file gets in the process that tries it before "
+            "the server loads it; 0 loads files without a trial.",
+            "SECONDS",
+            min=0,
+        ),
+    ] = 60.0,
+    trial_memory_bytes: Annotated[
+        int,
+        _knob("trial_memory_bytes", "Memory that it gets there, and 12 more for each byte of the file.", min=1),
+    ] = 4 * 1024 * 1024 * 1024,
+    cache: Annotated[
+        Path | None,
+        _knob("cache", "Folder that keeps gradient graphs, and which files were tried, for the next start.", "DIR"),
+    ] = None,
     log_format: Annotated[
         LogFormat, _knob("log_format", "Log lines on standard error.", "json|console")
     ] = LogFormat.JSON,

@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry
 from threadpoolctl import ThreadpoolController
 
 from explainserve.backends import LoadOptions
+from explainserve.backends.trial import TrialLimits
+from explainserve.backends.tried import Tried
 from explainserve.engine import Engine
 from explainserve.explainer import Explainer
 from explainserve.metrics import Metrics
@@ -77,8 +79,10 @@ class Server:
     async def _start_answering(self) -> None:
         """Takes the port before the models are loaded, so that a taken one is told at once."""
         settings = self._settings
-        options = LoadOptions(settings.device, settings.allow_device_fallback, settings.thread_count)
-        repository = Repository(settings.models, options, settings.max_batch_rows)
+        options = LoadOptions(settings.device, settings.allow_device_fallback, settings.thread_count, settings.cache)
+        limits = TrialLimits(settings.trial_seconds, settings.trial_memory_bytes) if settings.trial_seconds else None
+        tried = Tried(settings.cache and settings.cache / "tried")
+        repository = Repository(settings.models, options, settings.max_batch_rows, limits, tried)
         self._engine = Engine(Scheduler(settings.max_waiting_rows), self._metrics)
         explainer = Explainer(self._engine, settings.row_limit, _MEMORY_PER_MESSAGE_BYTE * settings.max_message_bytes)
         self._health = health.aio.HealthServicer()

@@ -1,0 +1,40 @@
+"""ONNX files that harm the process that loads them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from onnx_graphs import model, node
+
+
+def plus(constant: list[onnx.NodeProto], **weights: np.ndarray) -> onnx.ModelProto:
+    """y = x + c, with c computed from weights."""
+    return model([*constant, node("Add", ["x", "c"], ["y"])], [("x", [1, 3])], [("y", [1, 3])], weights)
+
+
+def divided() -> onnx.ModelProto:
+    """The least integer divided by -1 does not fit, which processors report like a division by zero."""
+    quotient = [node("Div", ["least", "minus"], ["q"]), node("Cast", ["q"], ["c"], to=TensorProto.FLOAT)]
+    return plus(quotient, least=np.array([-(2**63)], np.int64), minus=np.array([-1], np.int64))
+
+
+def groupless() -> onnx.ModelProto:
+    """Channels divided among no group."""
+    nodes = [node("ConvTranspose", ["x", "W"], ["y"], group=0)]
+    shape = ["a", "b", "c", "d"]
+    return model(nodes, [("x", [1, 4, 8, 8])], [("y", shape)], {"W": np.ones((4, 3, 3, 3), np.float32)})
+
+
+def endless() -> onnx.ModelProto:
+    values = [("i", TensorProto.INT64, []), ("go", TensorProto.BOOL, []), ("v", TensorProto.FLOAT, [1, 3])]
+    inputs = [helper.make_tensor_value_info(*value) for value in values]
+    outputs = [helper.make_tensor_value_info(f"{name}_out", *rest) for name, *rest in values[1:]]
+    body = [node("Identity", ["go"], ["go_out"]), node("Neg", ["v"], ["v_out"])]
+    loop = node("Loop", ["count", "", "x"], ["y"], body=helper.make_graph(body, "body", inputs, outputs))
+    return model([loop], [("x", [1, 3])], [("y", [1, 3])], {"count": np.array(2**62, np.int64)})
+
+
+CRASHERS = {"division": divided, "groups": groupless}
+"""Files that kill the process by a signal, with the versions of libraries that this was written for."""
