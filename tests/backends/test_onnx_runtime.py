@@ -111,6 +111,26 @@ class TestReading:
 
         assert refusal(save(broken, tmp_path)).reason == "MODEL_INVALID"
 
+    def test_a_file_of_onnxruntimes_own_tools_is_read(self, loaded: Callable[..., OnnxModel]) -> None:
+        """Fused operators without the import of their domain, and some in the default domain before ONNX has them."""
+        nodes = [
+            node("LayerNormalization", ["x", "scale"], ["normal"], axis=-1, epsilon=0.0),
+            node("SimplifiedLayerNormalization", ["normal", "scale"], ["simple"], axis=-1, epsilon=0.0),
+            node("FusedMatMul", ["simple", "simple"], ["y"], domain="com.microsoft", transB=1),
+        ]
+        scale = {"scale": np.ones(2, np.float32)}
+        own = loaded(model(nodes, [("x", ["batch", 3, 2])], [("y", ["batch", 3, 3])], scale, opset=14))
+        point = {"x": np.array([[1.0, 5.0], [4.0, 2.0], [0.0, 3.0]], np.float32)}
+        signs = np.array([-1.0, 1.0, -1.0])
+
+        assert own.gradient_mode == "gradient_graph"
+        np.testing.assert_allclose(forward(own, point), 2 * np.outer(signs, signs), rtol=1e-5)
+
+    def test_an_operator_of_nobody_in_the_default_domain_is_invalid(self, tmp_path: Path) -> None:
+        strange = model([node("Whirl", ["x"], ["y"])], [("x", ["batch", 2])], [("y", ["batch", 2])])
+
+        assert refusal(save(strange, tmp_path)).reason == "MODEL_INVALID"
+
     def test_an_operator_that_nobody_knows_is_named(self, tmp_path: Path) -> None:
         custom = model(
             [node("Whirl", ["x"], ["y"], domain="org.example")],

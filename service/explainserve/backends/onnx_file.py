@@ -11,9 +11,16 @@ import onnx
 
 from explainserve.containment import inside
 from explainserve.errors import ModelRefused
+from explainserve.onnx_vjp.opset import import_domains
 
 PROTOBUF_BYTES = 2**31 - 1
 """Largest message that protobuf serializes; onnxruntime receives models as one message."""
+
+
+DEFAULT_DOMAIN = ("", "ai.onnx")
+
+_ADOPTED = {"LayerNormalization": 17, "SimplifiedLayerNormalization": math.inf}
+"""What onnxruntime writes into the default domain before ONNX has it, and the version since which ONNX has it."""
 
 
 def read(path: Path) -> onnx.ModelProto:
@@ -61,11 +68,26 @@ def _corrupt(path: Path, why: str) -> ModelRefused:
 
 
 def _check(model: onnx.ModelProto, path: Path) -> None:
+    adopted = _adopted(model)
+    for node in adopted:
+        node.domain = "com.microsoft"  # onnx's checker passes over domains that it does not know
+    import_domains(model)
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         first = str(error).strip().splitlines()[0]
         raise ModelRefused("MODEL_INVALID", f"{path.name} violates the ONNX specification: {first}") from error
+    finally:
+        for node in adopted:
+            node.domain = ""
+
+
+def _adopted(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The nodes of the main graph that onnxruntime knows in the default domain and ONNX does not."""
+    version = next((entry.version for entry in model.opset_import if entry.domain in DEFAULT_DOMAIN), 1)
+    return [
+        node for node in model.graph.node if node.domain in DEFAULT_DOMAIN and version < _ADOPTED.get(node.op_type, 0)
+    ]
 
 
 def _tensors(message: Any) -> Iterator[onnx.TensorProto]:

@@ -20,6 +20,7 @@ from explainserve.onnx_vjp.subgraphs import make_names_unique, subgraphs
 
 FLOOR = 18
 OLDEST = 7
+RUNTIME_DOMAINS = frozenset({"com.microsoft", "com.microsoft.nchwc"})
 
 
 def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -33,7 +34,17 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     _lift_constants(copy.graph)
     raise_opset(copy)
     make_names_unique(copy.graph)
+    import_domains(copy)
     return copy
+
+
+def import_domains(model: onnx.ModelProto) -> None:
+    """Import, in place, onnxruntime's own domains where a node of the main graph needs them: its optimizer tools leave
+    the import out, and it does not miss it.
+    """
+    imported = {entry.domain for entry in model.opset_import}
+    used = dict.fromkeys(node.domain for node in model.graph.node if node.domain in RUNTIME_DOMAINS)
+    model.opset_import.extend(helper.make_opsetid(domain, 1) for domain in used if domain not in imported)
 
 
 def raise_opset(model: onnx.ModelProto) -> None:
