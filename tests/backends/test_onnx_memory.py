@@ -76,6 +76,20 @@ def test_one_weight_is_the_same_memory_for_every_session() -> None:
     assert values[0] == values[1] == weights.of(graph)["matrix"].ctypes.data
 
 
+def test_a_weight_is_read_as_it_is_where_the_runtime_moves_transposes() -> None:
+    offsets = random.standard_normal((1, 16, 16)).astype(np.float32)
+    nodes = [
+        node("Transpose", ["x"], ["t"], perm=[0, 2, 1]),
+        node("Add", ["t", "offsets"], ["s"]),
+        node("Transpose", ["s"], ["y"], perm=[0, 2, 1]),
+    ]
+    graph = model(nodes, [("x", ["n", 16, 16])], [("y", ["n", 16, 16])], {"offsets": offsets})
+    weights, x = Weights(), random.standard_normal((2, 16, 16)).astype(np.float32)
+    weights.take(graph)
+    (y,) = onnx_session.open_session(graph, LoadOptions(), weights).run(None, {"x": x})
+    np.testing.assert_array_equal(y, x + offsets.transpose(0, 2, 1))
+
+
 @pytest.mark.parametrize("pack_weights", [True, False])
 def test_what_a_model_takes_is_told(tmp_path: Path, pack_weights: bool) -> None:
     loaded = load(tmp_path, LoadOptions(pack_weights=pack_weights))

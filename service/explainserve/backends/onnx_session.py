@@ -14,6 +14,7 @@ import onnxruntime
 from explainserve.backends.contract import LoadOptions
 from explainserve.backends.onnx_weights import Weights
 from explainserve.errors import ModelRefused, first_line, is_out_of_memory
+from explainserve.onnx_vjp.graph import consumed
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def open_session(
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         settings.add_session_config_entry("session.disable_prepacking", "1")
     if weights is not None:
-        _lend(settings, weights.values(model), options)
+        _lend(settings, weights.values(model), _lendable(model) if options.device == "cpu" else frozenset())
     try:
         session = onnxruntime.InferenceSession(model.SerializeToString(), settings, _providers(options.device))
     except Exception as error:  # onnxruntime's own exceptions derive from Exception directly
@@ -58,12 +59,23 @@ def open_session(
     return session
 
 
-def _lend(settings: Any, values: Mapping[str, Any], options: LoadOptions) -> None:
-    """Resolves the references, and has the session read the weights where they are instead of copying them."""
+def _lend(settings: Any, values: Mapping[str, Any], lendable: frozenset[str]) -> None:
+    """Resolves the references, and has the session read the lendable weights where they are instead of copying them."""
     settings.add_external_initializers(list(values), list(values.values()))
-    if options.device == "cpu":
-        for name, value in values.items():
-            settings.add_initializer(name, value)
+    for name in lendable.intersection(values):
+        settings.add_initializer(name, values[name])
+
+
+def _lendable(model: onnx.ModelProto) -> frozenset[str]:
+    """Weights that only operators of _READING use. onnxruntime moves a Transpose past others by transposing their
+    constants under the old name, and then reads a lent one as if it had been transposed.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    others = {name for node in model.graph.node if node.op_type not in _READING for name in consumed(node)}
+    return frozenset(weights - others)
+
+
+_READING = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
 def resident_bytes() -> int | None:
