@@ -114,6 +114,14 @@ def _convolutions() -> Iterator[Case]:
             **shape,
         )
 
+    columns = {"x": _x(2, 12, 12), "i": _i(4, 5), "b": _i(2, 3)}
+    shape = {"strides": [2, 1], "pads": [1, 0, 1, 1], "dilations": [1, 1]}
+    for dynamic in (None, (), ("i", "b")):
+        yield single("Col2Im", columns, dynamic=dynamic, **shape)
+    yield single(
+        "Col2Im", {"x": _x(1, 4, 8), "i": _i(9, 1), "b": _i(2, 1)}, name="dilated", dilations=[1, 1], dynamic=()
+    )
+
 
 def _conv_transpose_1d(groups: int, kept: slice) -> Function:
     """Stride and dilation 2. The reference evaluator fails on groups in 1-D and on output_shape."""
@@ -145,7 +153,14 @@ def _pooling() -> Iterator[Case]:
         shape = {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}
         yield single(name, {"x": image}, dynamic=dynamic, **shape)
         yield single(name, {"x": image}, pads=[1, 0, 0, 1], dynamic=dynamic, **shape)
+    places = np.array([[[0, 3, 6], [12, 17, 19]]]).reshape(1, 1, 2, 3)
     for dynamic in (None, ()):
+        yield single(
+            "MaxUnpool", {"x": _x(1, 1, 2, 3), "i": places}, kernel_shape=[2, 2], strides=[2, 2], dynamic=dynamic
+        )
+        # The reference evaluator goes through as many channels as there are images.
+        yield single("LRN", {"x": _x(4, 4, 3, 2)}, size=4, alpha=0.5, beta=0.6, bias=1.2, dynamic=dynamic)
+        yield single("LRN", {"x": _x(5, 5, 1, 2)}, size=3, alpha=0.5, dynamic=dynamic)
         shape = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1], "count_include_pad": 1}
         yield single("AveragePool", {"x": image}, dynamic=dynamic, **shape)
         yield single("AveragePool", {"x": image}, kernel_shape=[2, 2], strides=[3, 3], dynamic=dynamic)
@@ -185,8 +200,11 @@ def _shapes() -> Iterator[Case]:
             )
             yield single("Pad", {"x": _x(7, 2), "p": _i(0, 0, 3, 0)}, mode=mode, dynamic=dynamic)
     yield single("DepthToSpace", {"x": _x(1, 8, 2, 3)}, blocksize=2, mode="CRD", dynamic=())
-    yield single("DepthToSpace", {"x": _x(1, 8, 2, 3)}, blocksize=2, mode="DCR")
-    yield single("SpaceToDepth", {"x": _x(1, 2, 4, 6)}, blocksize=2)
+    yield single("DepthToSpace", {"x": _x(1, 8, 2, 3)}, blocksize=2, mode="DCR", dynamic=())
+    yield single("SpaceToDepth", {"x": _x(1, 2, 4, 6)}, blocksize=2, dynamic=())
+    for dynamic in ((), ("s",)):
+        yield single("CenterCropPad", {"x": _x(5, 6), "s": _i(7, 3)}, dynamic=dynamic)
+        yield single("CenterCropPad", {"x": _x(5, 6, 2), "s": _i(7)}, axes=[1], dynamic=dynamic)
 
 
 def _indexing() -> Iterator[Case]:
@@ -250,6 +268,15 @@ def _sampling() -> Iterator[Case]:
             spatial_scale=0.8,
             dynamic=("i",) if ratio else None,
             version=16,
+        )
+
+    # Image, left, top, right, bottom; the last one lies outside.
+    boxes = np.array([[1, 0.4, 1.2, 6.8, 5.3], [0, -2, 3, 2, 8], [1, 3, 3, 3, 3], [0, 40, 0, 50, 3]], np.float32)
+    feeds = {"x": _x(2, 3, 6, 8), "r": boxes}
+    for dynamic in (None, ()):
+        yield replace(_by_oracle("MaxRoiPool", feeds, pooled_shape=[2, 3], dynamic=dynamic), controls=("r",))
+        yield replace(
+            _by_oracle("MaxRoiPool", feeds, pooled_shape=[1, 2], spatial_scale=0.7, dynamic=dynamic), controls=("r",)
         )
 
     moved = {"x": _x(2, 4, 5, 6), "w": _x(6, 2, 3, 2), "o": _x(2, 24, 2, 3), "_b": _x(6), "m": _x(2, 12, 2, 3)}

@@ -152,11 +152,48 @@ def aligned_resize(node: NodeProto, feeds: dict[str, np.ndarray]) -> Function:
     return function
 
 
+def max_unpool(_: NodeProto, feeds: dict[str, np.ndarray]) -> Function:
+    """MaxUnpool into a given shape: positions count in the output, as onnxruntime and torch have it. The reference
+    evaluator counts in the shape that the attributes tell, and pads it.
+    """
+
+    def function(x: np.ndarray, indices: np.ndarray, shape: np.ndarray) -> np.ndarray:
+        flat = np.zeros(int(np.prod(shape)))
+        flat[indices.ravel()] = x.ravel()
+        return flat.reshape(shape)
+
+    return function
+
+
+def max_roi_pool(node: NodeProto, _: dict[str, np.ndarray]) -> Function:
+    """MaxRoiPool, which the reference evaluator lacks, bin by bin."""
+    chosen = {"spatial_scale": 1.0, **_attributes(node)}
+    scale, pooled = float(chosen["spatial_scale"]), tuple(chosen["pooled_shape"])
+
+    def function(x: np.ndarray, rois: np.ndarray) -> np.ndarray:
+        y = np.zeros((len(rois), x.shape[1], *pooled))
+        for r, (image, *corners) in enumerate(rois):
+            left, top, right, bottom = (int(np.floor(corner * scale + 0.5)) for corner in corners)
+            extents = [(top, max(bottom - top + 1, 1)), (left, max(right - left + 1, 1))]
+            for cell in np.ndindex(*pooled):
+                bounds = []
+                for at, count, (start, length), size in zip(cell, pooled, extents, x.shape[2:], strict=True):
+                    low, high = np.floor(at * length / count) + start, np.ceil((at + 1) * length / count) + start
+                    bounds.append(slice(*np.clip([low, high], 0, size).astype(int)))
+                window = x[int(image)][:, bounds[0], bounds[1]]
+                y[(r, slice(None), *cell)] = window.max(axis=(1, 2)) if window.size else 0
+        return y
+
+    return function
+
+
 # By operator, or by the name of a case.
 ORACLES = {
     "AffineGrid": affine_grid,
     "DeformConv": deform_conv,
     "GridSample": grid_sample,
+    "MaxRoiPool": max_roi_pool,
+    "test_maxunpool_export_with_output_shape": max_unpool,
     "test_resize_downsample_scales_cubic_align_corners": aligned_resize,
     "test_resize_downsample_scales_linear_align_corners": aligned_resize,
 }

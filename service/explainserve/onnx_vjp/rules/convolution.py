@@ -130,3 +130,16 @@ def _transposed_windows(op: Emitter, node: Node) -> Windows:
         total = op.Sub(full, list(wanted[-rank:]))
     before, after = halves(op, op.Max(total, op.array(np.zeros(rank, np.int64))), mode)
     return of_padding(op, sizes, strides, dilations, before, after)
+
+
+@rule("Col2Im")
+def col2im(op: Emitter, node: Node, g: str) -> Gradients:
+    """Blocks that were added up at their places in the image are read there again: a convolution of each channel with
+    one kernel per position of the block, which is one there and zero elsewhere.
+    """
+    x, _, block = node.inputs
+    size = op.ReduceProd(block, keepdims=1)
+    kernels = op.Reshape(op.EyeLike(op.zeros(op.Concat(size, size, axis=0), x)), op.Concat([-1, 1], block, axis=0))
+    images = op.Reshape(g, op.Concat([-1, 1], spatial(op, g), axis=0))
+    geometry = {name: node.attribute(name) for name in ("dilations", "pads", "strides")}
+    return op.reshape_like(op.Conv(images, kernels, **geometry), x), None, None

@@ -127,3 +127,26 @@ def lp_normalization(op: Emitter, node: Node, g: str) -> Gradients:
     norm = (op.ReduceL2 if euclidean else op.ReduceL1)(x, [axis], keepdims=1)
     along = op.ReduceSum(op.Mul(g, y), [axis], keepdims=1)
     return (op.Div(op.Sub(g, op.Mul(y if euclidean else op.Sign(x), along)), norm),)
+
+
+@rule("LRN")
+def local_response_normalization(op: Emitter, node: Node, g: str) -> Gradients:
+    """y = x s^-beta with s = bias + alpha A(x^2), where A averages over neighbouring channels, so
+    dx = g s^-beta - 2 alpha beta x A'(g x s^(-beta-1)). For an even size A reaches further after than before; A' is A
+    with both exchanged.
+    """
+    x, size = node.inputs[0], node.attribute("size")
+    alpha, beta, bias = node.attribute("alpha", 1e-4), node.attribute("beta", 0.75), node.attribute("bias", 1.0)
+    before, after = (size - 1) // 2, size // 2
+    s = op.Add(op.Mul(_over_channels(op, op.Mul(x, x), before, after), alpha), bias)
+    scaled = op.Mul(g, op.Pow(s, -beta))
+    along = _over_channels(op, op.Div(op.Mul(scaled, x), s), after, before)
+    return (op.Sub(scaled, op.Mul(op.Mul(x, along), 2 * alpha * beta)),)
+
+
+def _over_channels(op: Emitter, value: str, before: int, after: int) -> str:
+    """The average over a channel and its neighbours, zero beyond the first and the last."""
+    columns = op.Reshape(value, op.Concat([0, 1], op.dim(value, 1), [-1], axis=0))
+    size = [1 + before + after, 1]
+    averaged = op.AveragePool(columns, kernel_shape=size, pads=[before, 0, after, 0], count_include_pad=1)
+    return op.reshape_like(averaged, value)

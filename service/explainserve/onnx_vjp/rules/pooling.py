@@ -29,6 +29,12 @@ def unpooled(op: Emitter, node: Node, g: str) -> str:
     return op.reshape_like(op.ScatterElements(blank, positions, op.Reshape(g, [-1]), axis=0, reduction="add"), x)
 
 
+@rule("MaxUnpool")
+def max_unpool(op: Emitter, node: Node, g: str) -> Gradients:
+    """Every element went to its place in the flattened output."""
+    return op.Gather(op.Reshape(g, [-1]), node.inputs[1], axis=0), *[None] * (len(node.inputs) - 1)
+
+
 def _indices(op: Emitter, node: Node) -> str:
     """The operator's own indices; where they count in column-major order, those of a second pooling that does not."""
     if not node.attribute("storage_order", 0):

@@ -1,4 +1,4 @@
-"""Reading an image between its pixels: GridSample, RoiAlign, DeformConv.
+"""Reading an image at computed places: GridSample, RoiAlign, MaxRoiPool, DeformConv.
 
 One idea covers them. The value at a point is a sum over the corners around it, y = sum of w x[position], where w is a
 product over the axes of functions of the point's coordinates. So dx adds w g at the positions, and the gradient of a
@@ -403,8 +403,8 @@ def _roi_neighbours(op: Emitter, coordinate: str, size: str, present: str | None
 
 def _moved(op: Emitter, neighbour: Neighbour, axes: list[int]) -> Neighbour:
     """The tensors of one axis among those of both."""
-    weight, slope = op.Unsqueeze(neighbour.weight, axes), op.Unsqueeze(neighbour.slope, axes)
-    return Neighbour(op.Unsqueeze(neighbour.position, axes), weight, slope)
+    slope = op.Unsqueeze(neighbour.slope, axes) if neighbour.slope else None
+    return Neighbour(op.Unsqueeze(neighbour.position, axes), op.Unsqueeze(neighbour.weight, axes), slope)
 
 
 def _lengths(op: Emitter, *axes: _RoiAxis) -> list[str]:
@@ -445,6 +445,47 @@ def _ends(op: Emitter, axis: _RoiAxis, gradient: str) -> tuple[str, str]:
     end = op.ReduceSum(moved, [1, 2], keepdims=0)
     start = op.Sub(op.ReduceSum(gradient, [1, 2], keepdims=0), end)
     return op.Unsqueeze(start, [1]), op.Unsqueeze(end, [1])
+
+
+@rule("MaxRoiPool")
+def max_roi_pool(op: Emitter, node: Node, g: str) -> Gradients:
+    """RoiAlign's maximum over all pixels of a bin. The bounds are rounded, so that the regions have no gradient."""
+    x, rois = node.inputs
+    vertical, horizontal = _pooled_axis(op, node, 0), _pooled_axis(op, node, 1)
+    axes = [
+        [_moved(op, n, [3, 4]) for n in vertical.neighbours],
+        [_moved(op, n, [1, 2]) for n in horizontal.neighbours],
+    ]
+    images = op.Unsqueeze(op.Cast(op.Gather(rois, [0], axis=1), to=7), [2, 3, 4])
+    corners = list(_corners(op, images, [vertical.size, horizontal.size], axes))
+    bins = op.Unsqueeze(op.Transpose(g, perm=[0, 2, 3, 1]), [2, 4])
+    samples = op.Concat(op.dim(bins, 0), *_lengths(op, vertical, horizontal), axis=0)
+    cotangents = _largest(op, _rows(op, x), corners, bins, samples, _present(op, vertical, horizontal))
+    return _written(op, corners, cotangents, x), None
+
+
+def _pooled_axis(op: Emitter, node: Node, axis: int) -> _RoiAxis:
+    """Bins overlap where the region's length is no multiple of their number: their bounds are rounded outwards."""
+    x, rois = node.inputs
+    bins, size = node.attribute("pooled_shape")[axis], op.dim(x, 2 + axis)
+    first, last = (
+        op.Floor(op.Add(op.Mul(op.Gather(rois, [column], axis=1), node.attribute("spatial_scale", 1.0)), 0.5))
+        for column in (2 - axis, 4 - axis)
+    )
+    stride = op.Div(op.Max(op.Add(op.Sub(last, first), 1), 1), float(bins))
+    edge = op.cast_like(size, x)
+    start, stop = (
+        op.Unsqueeze(op.Min(op.Max(op.Add(bound, first), 0), edge), [2])
+        for bound in (
+            op.Floor(op.Mul(stride, np.arange(bins, dtype=float))),
+            op.Ceil(op.Mul(stride, np.arange(1, bins + 1, dtype=float))),
+        )
+    )
+    longest = op.Cast(op.Max(op.ReduceMax(op.Sub(stop, start), keepdims=0), 1), to=7)
+    position = op.Add(start, op.cast_like(counted(op, op.Reshape(longest, [1])), start))
+    present = op.Less(position, stop)
+    neighbour = Neighbour(_pixel(op, position, size), op.mask(present, position), None)
+    return _RoiAxis(size, op.array(np.array([bins])), start, present, position, None, [neighbour])
 
 
 # -- DeformConv
