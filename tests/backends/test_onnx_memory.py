@@ -45,10 +45,13 @@ def load(folder: Path, options: LoadOptions | None = None) -> OnnxModel:
     return onnx_runtime.load(save(network(), folder), ModelConfig(), options or LoadOptions())
 
 
+def selector(index: int) -> Selector:
+    return Selector(np.array([index]), np.ones(1, np.float32))
+
+
 def gradient(loaded: OnnxModel) -> np.ndarray:
     x = np.random.default_rng(0).standard_normal((4, 6, 6)).astype(np.float32)
-    weights = Selector(np.array([7]), np.ones(1, np.float32))
-    segment = Segment({"x": 0 * x}, {"x": x}, {}, FUNCTION, np.array([0.5, 1.0]), np.ones(2), weights)
+    segment = Segment({"x": 0 * x}, {"x": x}, {}, FUNCTION, np.array([0.5, 1.0]), np.ones(2), selector(7))
     (found,) = loaded.evaluate(Rows(FUNCTION, (segment,)))
     return np.asarray(found.gradient_sums["x"])
 
@@ -97,6 +100,29 @@ def test_what_a_model_takes_is_told(tmp_path: Path, pack_weights: bool) -> None:
     expected = gradient(load(tmp_path))
     np.testing.assert_allclose(gradient(loaded), expected, rtol=1e-4, atol=1e-6)
     assert 0 < loaded.memory.gradient_bytes <= KERNEL.nbytes + MATRIX.nbytes
+
+
+def test_sharing_weights_that_the_runtime_would_transpose_changes_no_value(tmp_path: Path) -> None:
+    """onnxruntime pushes the Transpose through Add, and transposes the weight for it in place."""
+    nodes = [
+        node("Transpose", ["x"], ["t"], perm=[0, 2, 1]),
+        node("Add", ["t", "shift"], ["s"]),
+        node("Transpose", ["s"], ["u"], perm=[0, 2, 1]),
+        node("Relu", ["u"], ["r"]),
+        node("ReduceSum", ["r", "axes"], ["y"], keepdims=0),
+    ]
+    shift = random.standard_normal((1, 16, 16)).astype(np.float32)
+    constants = {"shift": shift, "axes": np.array([1])}
+    path = save(model(nodes, [("x", ["batch", 16, 16])], [("y", ["batch", 16])], constants), tmp_path)
+    x = random.standard_normal((16, 16)).astype(np.float32)
+    rows = Rows(FUNCTION, (Segment({"x": 0 * x}, {"x": x}, {}, FUNCTION, np.ones(1), np.ones(1), selector(3)),))
+    for pack_weights in (True, False):
+        loaded = onnx_runtime.load(path, ModelConfig(), LoadOptions(pack_weights=pack_weights))
+        (found,) = loaded.evaluate(rows)
+        expected = np.zeros_like(x)
+        expected[:, 3] = (x + shift[0].T)[:, 3] > 0
+        np.testing.assert_allclose(found.gradient_sums["x"], expected)
+        np.testing.assert_allclose(found.scores, np.maximum(x + shift[0].T, 0).sum(0)[3], rtol=1e-5)
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from explainserve.backends import onnx_graph
+from explainserve.backends import onnx_free_batch
 from explainserve.backends.contract import LoadOptions
 from explainserve.backends.onnx_session import open_session
 from explainserve.backends.onnx_weights import Weights
@@ -38,8 +38,8 @@ def with_rows(
     trial, alone = tried
     if stated_free and trial.keeps_rows(original):
         return model, True
-    for reshapes in (False, True) if batched else ():
-        candidate = onnx_graph.with_free_batch(model, batched, reshapes=reshapes)
+    for change in (onnx_free_batch.declared, onnx_free_batch.repaired) if batched else ():
+        candidate = change(model, batched)
         try:
             if trial.agrees(open_session(candidate, options, weights), alone):
                 return candidate, True

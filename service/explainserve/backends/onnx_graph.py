@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from explainserve import onnx_vjp
 from explainserve.backends.contract import Layer
@@ -90,25 +90,6 @@ def last_activations(model: onnx.ModelProto) -> dict[str, str]:
     return {name: last[name] for name in names if last.get(name) in ("softmax", "sigmoid")}
 
 
-def with_free_batch(model: onnx.ModelProto, batched: Sequence[str], *, reshapes: bool) -> onnx.ModelProto:
-    """A copy whose `batched` inputs and whose outputs accept any batch.
-
-    `reshapes` also frees the first extent of constant Reshape targets, into which exporters bake a batch of one.
-    Whether the result computes the same is for the caller to check: a graph can depend on its batch in other ways.
-    """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    del copy.graph.value_info[:]  # shapes inferred with a batch of one
-    for value in copy.graph.input:
-        if value.name in batched:
-            value.type.tensor_type.shape.dim[0].dim_param = BATCH
-    for value in copy.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    if reshapes:
-        _free_reshapes(copy, batched)
-    return copy
-
-
 def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     """`model`, changed in place, with only these tensors as outputs; onnxruntime then drops what they do not need."""
     known = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
@@ -116,45 +97,6 @@ def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
     del model.graph.output[:]
     model.graph.output.extend(outputs)
     return model
-
-
-def _free_reshapes(model: onnx.ModelProto, batched: Sequence[str]) -> None:
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    constants |= {node.output[0]: node.attribute[0].t for node in graph.node if _is_constant(node)}
-    for node in _dependent_nodes(model, batched):
-        if node.op_type == "Reshape" and len(node.input) > 1 and node.input[1] in constants:
-            target = _free_target(numpy_helper.to_array(constants[node.input[1]]))
-            name = f"{node.output[0]}/free_shape"
-            graph.initializer.append(numpy_helper.from_array(target, name))
-            node.input[1] = name
-
-
-def _dependent_nodes(model: onnx.ModelProto, sources: Sequence[str]) -> Iterator[onnx.NodeProto]:
-    """The nodes that read a source or what was computed from one, in topological order."""
-    dependent = set(sources)
-    for node in model.graph.node:
-        if dependent.intersection(node.input):
-            dependent.update(node.output)
-            yield node
-
-
-def _is_float(value: onnx.ValueInfoProto) -> bool:
-    return _DTYPES.get(value.type.tensor_type.elem_type, "").startswith("float")
-
-
-def _is_constant(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Constant" and node.attribute[0].name == "value"
-
-
-def _free_target(target: np.ndarray) -> np.ndarray:
-    """The first extent becomes what is left over; where another one is that already, an extent of one is copied."""
-    freed = target.copy()
-    if len(freed) and -1 not in freed:
-        freed[0] = -1
-    elif len(freed) and freed[0] == 1:
-        freed[0] = 0
-    return freed
 
 
 def _dtype(what: str, value: onnx.ValueInfoProto) -> np.dtype[np.generic]:

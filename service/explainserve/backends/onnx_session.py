@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import onnxruntime
 from explainserve.backends.contract import LoadOptions
 from explainserve.backends.onnx_weights import Weights
 from explainserve.errors import ModelRefused, first_line, is_out_of_memory
-from explainserve.onnx_vjp.graph import consumed
 
 logger = logging.getLogger(__name__)
 
@@ -37,45 +37,64 @@ def open_session(
         ModelRefused: onnxruntime refuses the graph (MODEL_NOT_RUNNABLE), or runs it elsewhere (DEVICE_UNAVAILABLE).
         MemoryError: memory ran out, which says nothing about the graph.
     """
+    settings = _settings(options)
+    if weights is not None and not options.pack_weights and options.device == "cpu":
+        model = _optimized(model, options, weights)
+        _share(settings, weights.values(model))
+    if weights is not None:
+        _resolve(settings, weights.values(model))
+    session = _session(model, settings, options)
+    _check_provider(session, options.device)
+    return session
+
+
+def _settings(options: LoadOptions) -> onnxruntime.SessionOptions:
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.thread_count or len(os.sched_getaffinity(0))
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     settings.log_severity_level = 3  # errors
     # Threads that spin between batches take the processor from everything else on the machine.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not options.pack_weights:
-        # Blocked layouts, too, are copies of the weights.
-        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        settings.add_session_config_entry("session.disable_prepacking", "1")
-    if weights is not None:
-        _lend(settings, weights.values(model), _lendable(model) if options.device == "cpu" else frozenset())
+    return settings
+
+
+def _session(model: onnx.ModelProto, settings: Any, options: LoadOptions) -> onnxruntime.InferenceSession:
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), settings, _providers(options.device))
+        return onnxruntime.InferenceSession(model.SerializeToString(), settings, _providers(options.device))
     except Exception as error:  # onnxruntime's own exceptions derive from Exception directly
         if is_out_of_memory(error):
             raise MemoryError(first_line(error)) from error
         raise ModelRefused("MODEL_NOT_RUNNABLE", f"onnxruntime refuses the graph: {first_line(error)}") from error
-    _check_provider(session, options.device)
-    return session
 
 
-def _lend(settings: Any, values: Mapping[str, Any], lendable: frozenset[str]) -> None:
-    """Resolves the references, and has the session read the lendable weights where they are instead of copying them."""
+def _resolve(settings: Any, values: Mapping[str, Any]) -> None:
     settings.add_external_initializers(list(values), list(values.values()))
-    for name in lendable.intersection(values):
-        settings.add_initializer(name, values[name])
 
 
-def _lendable(model: onnx.ModelProto) -> frozenset[str]:
-    """Weights that only operators of _READING use. onnxruntime moves a Transpose past others by transposing their
-    constants under the old name, and then reads a lent one as if it had been transposed.
+def _share(settings: Any, values: Mapping[str, Any]) -> None:
+    """Reads the weights where they are. onnxruntime must not optimize then: it would change some of them in place, and
+    the shared ones would come back in their stead.
     """
-    weights = {tensor.name for tensor in model.graph.initializer}
-    others = {name for node in model.graph.node if node.op_type not in _READING for name in consumed(node)}
-    return frozenset(weights - others)
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    settings.add_session_config_entry("session.disable_prepacking", "1")
+    for name, value in values.items():
+        settings.add_initializer(name, value)
 
 
-_READING = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+def _optimized(model: onnx.ModelProto, options: LoadOptions, weights: Weights) -> onnx.ModelProto:
+    """What onnxruntime makes of a graph, short of layouts in blocks, which are copies of the weights; new weights are
+    held with the others.
+    """
+    settings = _settings(options)
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    settings.add_session_config_entry("session.disable_prepacking", "1")
+    _resolve(settings, weights.values(model))
+    with tempfile.TemporaryDirectory() as folder:
+        settings.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        _session(model, settings, options)
+        optimized = onnx.load(settings.optimized_model_filepath)
+    weights.take(optimized)
+    return optimized
 
 
 def resident_bytes() -> int | None:
