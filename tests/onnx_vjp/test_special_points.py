@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import onnx.parser
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -77,3 +78,62 @@ def test_singular_matrices() -> None:
     cofactors = np.stack([np.zeros((3, 3)), [[3, -6, 3], [3, -6, 3], [-3, 6, -3]]])
     (actual,) = gradients("Det", {"x": both}).values()
     np.testing.assert_allclose(actual, 2 * (0 - 0.25) * cofactors, atol=1e-4)
+
+
+def test_exponents_of_zero() -> None:
+    x, p = np.array([0.0, 0.0, 2.0], np.float32), np.array([0.0, 2.0, 0.0], np.float32)
+    compare(gradients("Pow", {"x": x, "p": p}), expected(torch.pow, x, p))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_row_of_zeros_has_no_direction(p: int) -> None:
+    x = np.array([[0, 0, 0], [1, -2, 2]], np.float32)
+    wanted = expected(lambda x: torch.nn.functional.normalize(x, p=p, dim=1, eps=1e-30), x)
+    compare({"x": gradients("LpNormalization", {"x": x}, p=p)["x"][1:]}, [wanted[0][1:]])
+    assert not gradients("LpNormalization", {"x": x}, p=p)["x"][0].any()
+
+
+def test_three_ties_share_alike() -> None:
+    a, b, c = np.array([[1.0], [2.0]], np.float32), np.ones(2, np.float32), np.array(1.0, np.float32)
+    each, alone = 2 * (1 - 0.25) / 3, 2 * (2 - 0.25)
+    found = gradients("Max", {"a": a, "b": b, "c": c})
+    compare(found, [np.array([[2 * each], [2 * alone]]), np.array([each, each]), np.array(2 * each)])
+
+
+def test_rows_masked_as_a_whole() -> None:
+    """As exporters write attention: what is NaN behind the softmax is replaced by zero."""
+    text = """<ir_version: 8, opset_import: ["" : 18]> g (float[2, 3] x, float[2, 3] bias) => (float[2, 3] y) {
+        s = Add (x, bias)
+        p = Softmax (s)
+        bad = IsNaN (p)
+        zero = Constant <value_float = 0.0> ()
+        y = Where (bad, zero, p)
+    }"""
+    gradient = input_gradient(onnx.parser.parse_model(text), ["x"], "y")
+    x = np.array([[1, 2, 3], [0.5, 1, 2]], np.float32)
+    bias = np.array([[-np.inf] * 3, [0, -np.inf, 0]], np.float32)
+    g = np.array([[1, 2, 3], [1, 5, 3]], np.float32)
+    (dx,) = run(gradient.model, {"x": x, "bias": bias, gradient.cotangent: g}, [gradient.gradients["x"]])
+    p = 1 / (1 + np.exp(-1.5))
+    np.testing.assert_allclose(dx, [[0, 0, 0], [-2 * p * (1 - p), 0, 2 * p * (1 - p)]], rtol=1e-5)
+
+
+def test_statistics_of_another_type() -> None:
+    """Batch normalization of half precision with statistics in single."""
+    text = """<ir_version: 8, opset_import: ["" : 15]>
+    g (float16[2, 3, 4] x, float16[3] s, float16[3] b, float[3] m, float[3] v) => (float16[2, 3, 4] y) {
+        y = BatchNormalization (x, s, b, m, v)
+    }"""
+    generator = np.random.default_rng(0)
+    half = {"x": generator.standard_normal((2, 3, 4)), "s": np.array([1.0, 2, 3]), "b": np.array([0.0, 1, 2])}
+    feeds = {name: value.astype(np.float16) for name, value in half.items()}
+    feeds |= {"m": np.array([0.1, 0.2, 0.3], np.float32), "v": np.array([1.0, 2, 4], np.float32)}
+    gradient = input_gradient(onnx.parser.parse_model(text), list(feeds), "y")
+    ones = np.ones((2, 3, 4), np.float16)
+    names = list(gradient.gradients.values())
+    found = dict(zip(feeds, run(gradient.model, {**feeds, gradient.cotangent: ones}, names), strict=True))
+    assert {name: value.dtype for name, value in found.items()} == {name: value.dtype for name, value in feeds.items()}
+    slope = feeds["s"] / np.sqrt(feeds["v"] + 1e-5)
+    np.testing.assert_allclose(found["x"], ones * slope[:, None], rtol=1e-2)
+    np.testing.assert_allclose(found["m"], -8 * slope, rtol=1e-2)
+    np.testing.assert_allclose(found["b"], [8, 8, 8])

@@ -42,9 +42,8 @@ def pow_(op: Emitter, node: Node, g: str) -> Gradients:
         return op.Mul(g, factor) if power else op.Mul(g, op.zeros_like(x)), None
     p_float = op.cast_like(exponent, x)
     slope = op.Where(op.Equal(p_float, 0), 0, op.Mul(p_float, op.Pow(x, op.Sub(p_float, 1))))
-    positive = op.Greater(x, 0)
-    logarithm = op.Where(positive, op.Log(op.Where(positive, x, 1)), 0)
-    return op.Mul(g, slope), op.cast_like(op.Mul(op.Mul(g, node.outputs[0]), logarithm), exponent)
+    growth = op.Where(op.Greater(x, 0), op.Mul(node.outputs[0], op.Log(x)), 0)
+    return op.Mul(g, slope), op.cast_like(op.Mul(g, growth), exponent)
 
 
 @rule("Mod", broadcasts=True)

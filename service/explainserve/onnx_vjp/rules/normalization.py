@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
-from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
+from explainserve.onnx_vjp.registry import Gradients, Refusal, composition, rule
 
 
 @rule("Softmax", since=13)
 def softmax(op: Emitter, node: Node, g: str) -> Gradients:
-    """dx = y (g - sum(g y))."""
+    """dx = y (g - sum(g y)).
+
+    A row that is masked as a whole is NaN. Where attention replaces such rows afterwards, nothing flows through them.
+    """
     y, axis = node.outputs[0], node.attribute("axis", -1)
+    if _is_replaced_in_part(op, y):
+        y = op.Where(op.IsNaN(y), 0, y)
     return (op.Mul(y, op.Sub(g, op.ReduceSum(op.Mul(g, y), [axis], keepdims=1))),)
+
+
+def _is_replaced_in_part(op: Emitter, value: str) -> bool:
+    """Whether a Where chooses between the value, perhaps in another type, and something else."""
+    names = {value}
+    for node in op.graph.nodes:
+        if node.op_type in ("Cast", "CastLike", "Identity") and node.input[0] in names:
+            names.add(node.output[0])
+        elif node.op_type == "Where" and names.intersection(node.input[1:]):
+            return True
+    return False
 
 
 @rule("LogSoftmax", since=13)
@@ -22,25 +40,28 @@ def log_softmax(op: Emitter, node: Node, g: str) -> Gradients:
     return (op.Sub(g, op.Mul(op.Exp(y), op.ReduceSum(g, [axis], keepdims=1))),)
 
 
-@rule("BatchNormalization")
-def batch_normalization(op: Emitter, node: Node, g: str) -> Gradients:
+@rule("BatchNormalization", every_output=True)
+def batch_normalization(op: Emitter, node: Node, cotangents: list[str]) -> Gradients:
     """Inference: an affine map per channel, y = scale (x - mean) / sqrt(var + epsilon) + bias."""
     if node.attribute("training_mode", 0):
         raise Refusal(
             "BatchNormalization is in training mode, which mixes the rows of a batch",
             "export the model in evaluation mode",
         )
-    x, scale, _, mean, variance = node.inputs
+    g = cotangents[0]
+    x, scale, bias, mean, variance = node.inputs
     inverse = op.Reciprocal(op.Sqrt(op.Add(variance, node.attribute("epsilon", 1e-5))))
-    slope = op.Mul(scale, inverse)
-    dx = op.Mul(g, _per_channel(op, slope, x))
+    slope = op.Mul(op.cast_like(scale, inverse), inverse)
+    dx = op.Mul(g, _per_channel(op, op.cast_like(slope, g), x))
     if not any(node.differentiates(index) for index in range(1, 5)):
         return dx, None, None, None, None
     others = [axis for axis in range(op.rank(x)) if axis != 1]
+    g, x = op.cast_like(g, inverse), op.cast_like(x, inverse)
     total = op.ReduceSum(g, others, keepdims=0)
     moment = op.ReduceSum(op.Mul(g, op.Sub(x, _per_channel(op, mean, x))), others, keepdims=0)
+    dscale, dmean = op.Mul(moment, inverse), op.Neg(op.Mul(total, slope))
     dvariance = op.Mul(op.Mul(op.Mul(moment, slope), op.Mul(inverse, inverse)), -0.5)
-    return dx, op.Mul(moment, inverse), total, op.Neg(op.Mul(total, slope)), dvariance
+    return dx, op.cast_like(dscale, scale), op.cast_like(total, bias), dmean, dvariance
 
 
 def _per_channel(op: Emitter, vector: str, x: str) -> str:
@@ -121,12 +142,25 @@ def _group_normalization(op: Emitter, node: Node, g: str, per_group: bool) -> Gr
 
 @rule("LpNormalization")
 def lp_normalization(op: Emitter, node: Node, g: str) -> Gradients:
-    """y = x / |x|_p along an axis, so dx = (g - u sum(g y)) / |x|_p with u the gradient of the norm: sign(x) or y."""
+    """y = x / |x|_p along an axis, so dx = (g - u sum(g y)) / |x|_p with u the gradient of the norm: sign(x) or y.
+
+    A row of zeros stays zeros and has no gradient.
+    """
     x, y, axis = node.inputs[0], node.outputs[0], node.attribute("axis", -1)
     euclidean = node.attribute("p", 2) == 2
     norm = (op.ReduceL2 if euclidean else op.ReduceL1)(x, [axis], keepdims=1)
     along = op.ReduceSum(op.Mul(g, y), [axis], keepdims=1)
-    return (op.Div(op.Sub(g, op.Mul(y if euclidean else op.Sign(x), along)), norm),)
+    dx = op.Div(op.Sub(g, op.Mul(y if euclidean else op.Sign(x), along)), norm)
+    return (op.Where(op.Equal(norm, 0), 0, dx),)
+
+
+@composition("MeanVarianceNormalization", since=9)
+def mean_variance_normalization(op: Emitter, node: Node) -> Sequence[str | None]:
+    """(x - mean) / (deviation + 1e-9); onnx's own function has it for float32 only."""
+    x, axes = node.inputs[0], node.attribute("axes", [0, 2, 3])
+    mean = op.ReduceMean(x, axes, keepdims=1)
+    variance = op.Sub(op.ReduceMean(op.Mul(x, x), axes, keepdims=1), op.Mul(mean, mean))
+    return (op.Div(op.Sub(x, mean), op.Add(op.Sqrt(variance), 1e-9)),)
 
 
 @rule("LRN")
