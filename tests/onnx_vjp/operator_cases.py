@@ -12,6 +12,7 @@ from onnx import TensorProto
 
 from onnx_vjp.classical_cases import classical_cases
 from onnx_vjp.control_cases import control_cases
+from onnx_vjp.recurrent_cases import recurrent_cases
 from onnx_vjp.sampling_oracles import ORACLES
 from onnx_vjp.vjp_oracle import Case, Function, single
 
@@ -38,6 +39,7 @@ def own_cases() -> Iterator[Case]:
     yield from _indexing()
     yield from _sampling()
     yield from control_cases()
+    yield from recurrent_cases()
     yield from _rest()
     yield from _einsums()
     yield from _scattered()

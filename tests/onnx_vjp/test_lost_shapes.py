@@ -51,3 +51,10 @@ def test_a_gradient_passes_a_lost_shape() -> None:
     heads = x.reshape(3, 4, 2, 3)
     expected = np.where(heads == heads.max(-1, keepdims=True), cotangent[..., None], 0).reshape(x.shape)
     np.testing.assert_array_equal(dx, expected)
+
+
+def test_any_number_of_symbols_stay_symbols() -> None:
+    names = [f"x{index}" for index in range(40)]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [name]) for name in names]
+    graph = Graph(helper.make_model(helper.make_graph([], "symbols", inputs, []), ir_version=10))
+    assert [graph.shape(name) for name in names] == [(name,) for name in names]

@@ -8,7 +8,7 @@ and so are intermediate tensors where their shapes are settled; the others are c
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.graph import CONDITION, COUNTER, RANDOM, Graph, consumed
 from explainserve.onnx_vjp.registry import Refusal
+from explainserve.onnx_vjp.shapes import Dimension, TensorType
 
 
 @dataclass(frozen=True)
@@ -274,6 +275,12 @@ def _varying(nodes: Sequence[NodeProto], formals: Sequence[str]) -> list[str]:
     return list(varying)
 
 
+def _differ(old: Dimension, new: Dimension) -> bool:
+    """Whether two dimensions are known to be different: two symbols of the model may stand for the same number."""
+    computed = isinstance(new, str) and "|" in new
+    return old != new and (computed or (isinstance(old, int) and isinstance(new, int)))
+
+
 def _check_shape(outer: Graph, body: Graph, state: State) -> None:
     """Refuse a state that is no tensor, or whose shape is known to change from one iteration to the next."""
     if outer.dtype(state.initial) == body.dtype(state.before) == TensorProto.UNDEFINED:
@@ -282,9 +289,51 @@ def _check_shape(outer: Graph, body: Graph, state: State) -> None:
     if first is None or after is None:
         return
     before = body.shape(state.before) or first
-    changed = [new for known, old, new in zip(first, before, after, strict=False) if known is not None and old != new]
-    if len(first) != len(after) or any(size is not None for size in changed):
+    sizes = zip(first, before, after, strict=False)
+    if len(first) != len(after) or any(start is not None and _differ(old, new) for start, old, new in sizes):
         raise Refusal(
             f"the shape of '{state.before}' changes from one iteration to the next",
             "collect values in a scan output instead of a growing state",
         )
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def emit_scan(
+    op: Emitter,
+    states: Sequence[str],
+    rows: Sequence[str],
+    step: Callable[[Emitter, Sequence[str], Sequence[str]], Sequence[str]],
+    *,
+    written: int,
+    backward: bool = False,
+) -> tuple[str, ...]:
+    """A Scan along the first axis of `rows`, from its end where it is `backward`: the final states and what it writes.
+
+    `step(op, states, rows)` emits the body, and returns the states after a step and `written` values besides.
+    """
+    outer = op.graph
+    types = [*map(outer.shapes.type, states), *(outer.shapes.type(name).without_axis(0) for name in rows)]
+    names = [outer.fresh("step/before") for _ in types]
+    formals = [helper.make_value_info(name, kind.proto()) for name, kind in zip(names, types, strict=True)]
+    graph = outer.nested(GraphProto(input=formals), types)
+    body = Differentiated(graph, Emitter(graph), 0, {})
+    outputs = body.as_outputs(step(body.op, names[: len(states)], names[len(states) :]))
+    values = op.emit(
+        "Scan",
+        *states,
+        *rows,
+        outputs=len(outputs),
+        body=graph.subgraph(graph.nodes, names, outputs, "step"),
+        num_scan_inputs=len(rows),
+        scan_input_directions=[int(backward)] * len(rows),
+        scan_output_directions=[int(backward)] * written,
+    )
+    for state, value in zip(states, values, strict=False):
+        outer.shapes.assign(value, state)
+    for value, name in zip(values[len(states) :], outputs[len(states) :], strict=True):
+        dtype, shape = graph.shapes.stated(name)
+        steps = outer.shape(rows[0])
+        outer.shapes.declare(value, TensorType(dtype, None if shape is None or steps is None else (steps[0], *shape)))
+    return values

@@ -96,6 +96,9 @@ class Emitter:
         """Append a node and return the names of its outputs; a node whose inputs are all constant is computed
         instead.
         """
+        for operand in operands:
+            if isinstance(operand, str):
+                self.graph.capture(operand)
         like = self._like(operands)
         names = [self._tensor(operand, like) for operand in operands]
         while names and not names[-1]:

@@ -239,6 +239,12 @@ class Graph:
                 graph.input.add(name=name).type.CopyFrom(self.shapes.type(name).proto())
         return Graph(model, self._weights, outer=self, outside=outside)
 
+    def capture(self, name: str) -> None:
+        """Make an outer tensor known that the body did not read so far."""
+        if self.outer is not None and name not in self.shapes and name in self.outer.shapes:
+            self.outside |= {name}
+            self.shapes.declare(name, self.outer.shapes.stated(name))
+
     def loop_body(self, node: NodeProto) -> Graph:
         """The body of a Loop, with the shapes that hold in every iteration: those of the initial states, less what an
         iteration changes of them.

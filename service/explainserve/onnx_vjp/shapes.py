@@ -263,7 +263,9 @@ def _symbol(dim: onnx.TensorShapeProto.Dimension) -> Dimension:
 
 def _number(index: int, probe: int, count: int) -> int:
     position = index + probe * count
-    return _DIVISIBLE * (_PRIMES[position] if position < len(_PRIMES) else 2 * position + 1)
+    return _DIVISIBLE * (
+        _PRIMES[position] if position < len(_PRIMES) else _PRIMES[-1] + 2 * (position - len(_PRIMES) + 1)
+    )
 
 
 def _inferred(model: onnx.ModelProto, numbers: Mapping[str, int] | None) -> dict[str, TypeProto]:
