@@ -126,6 +126,32 @@ class TestReading:
         assert own.gradient_mode == "gradient_graph"
         np.testing.assert_allclose(forward(own, point), 2 * np.outer(signs, signs), rtol=1e-5)
 
+    def test_a_file_with_channels_in_blocks_has_the_gradient_of_the_file_before(
+        self, loaded: Callable[..., OnnxModel], tmp_path: Path
+    ) -> None:
+        generator = np.random.default_rng(2)
+        weights = {"V": generator.standard_normal((32, 3, 3, 3)), "W": generator.standard_normal((16, 32, 3, 3))}
+        nodes = [
+            node("Conv", ["x", "V"], ["wide"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+            node("Relu", ["wide"], ["rectified"]),
+            node("Conv", ["rectified", "W"], ["narrow"], kernel_shape=[3, 3]),
+            node("GlobalAveragePool", ["narrow"], ["mean"]),
+            node("Flatten", ["mean"], ["y"]),
+        ]
+        stored = {name: value.astype(np.float32) for name, value in weights.items()}
+        plain = model(nodes, [("x", ["batch", 3, 8, 8])], [("y", ["batch", 16])], stored)
+        settings = onnxruntime.SessionOptions()
+        settings.optimized_model_filepath = str(tmp_path / "blocked.onnx")
+        settings.log_severity_level = 3
+        onnxruntime.InferenceSession(plain.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+        blocked = onnx.load(tmp_path / "blocked.onnx")
+        start, end = ({"x": generator.standard_normal((3, 8, 8)).astype(np.float32)} for _ in range(2))
+        segment = along(Differentiation("y", ScoreHead.IDENTITY, ("x",)), start, end, [0.2, 0.8], target=selector(5))
+        (expected,), (found,) = (evaluate(loaded(proto), segment) for proto in (plain, blocked))
+
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4)
+        np.testing.assert_allclose(found.gradient_sums["x"], expected.gradient_sums["x"], rtol=1e-3, atol=1e-5)
+
     def test_an_operator_of_nobody_in_the_default_domain_is_invalid(self, tmp_path: Path) -> None:
         strange = model([node("Whirl", ["x"], ["y"])], [("x", ["batch", 2])], [("y", ["batch", 2])])
 

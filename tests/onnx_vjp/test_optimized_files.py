@@ -11,7 +11,9 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from explainserve.onnx_vjp import input_gradient
+from explainserve.backends.onnx_blocks import state_block_size
+from explainserve.onnx_vjp import GRADIENT_RULES, input_gradient
+from onnx_vjp.microsoft_oracle import evaluate
 from onnx_vjp.vjp_oracle import run
 
 LEVELS = {
@@ -128,6 +130,76 @@ def test_blocked_branches_beside_the_path_fit_to_it(tmp_path: Path) -> None:
     expected_y, expected = run(plain.model, {**feeds, plain.cotangent: cotangent}, outputs)
     np.testing.assert_allclose(y, expected_y, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found[:, : expected.shape[1]], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_stated_block_size_makes_the_weights_constant(tmp_path: Path) -> None:
+    file = optimized(image_model(), "all", tmp_path)
+    if not operators(file, "com.microsoft.nchwc"):
+        pytest.skip("onnxruntime lays out nothing in blocks on this processor")
+    feeds = {"x": np.random.default_rng(3).standard_normal((2, 3, 16, 16)).astype(np.float32)}
+    assert {"ReorderInput"} == set(operators(input_gradient(file, ["x"], "y").model, "com.microsoft.nchwc"))
+    state_block_size(file)
+    assert not operators(input_gradient(file, ["x"], "y").model, "com.microsoft.nchwc")
+    assert_same(image_model(), file, feeds)
+
+
+@pytest.mark.parametrize("table", ["guided_backpropagation", "deconvnet"])
+def test_gradient_rules_reach_fused_rectifiers(tmp_path: Path, table: str) -> None:
+    model = image_model()
+    file = optimized(model, "extended", tmp_path)
+    assert "FusedConv" in operators(file, "com.microsoft")
+    x, cotangent = (
+        np.random.default_rng(3).standard_normal(shape).astype(np.float32) for shape in ((2, 3, 16, 16), (2, 32))
+    )
+    found = []
+    for proto in (model, file):
+        result = input_gradient(proto, ["x"], "y", rules=GRADIENT_RULES[table])
+        found += run(result.model, {"x": x, result.cotangent: cotangent}, [result.gradients["x"]])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
+def stored_weights_model(domain: str, attributes: dict[str, int], stored: dict[str, np.ndarray]) -> onnx.ModelProto:
+    """A product with weights that the file holds in few bits."""
+    nodes = [
+        helper.make_node("DequantizeLinear", list(stored), ["w"], domain=domain, **attributes),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 32])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 6])
+    tensors = [numpy_helper.from_array(value, name) for name, value in stored.items()]
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(
+        helper.make_graph(nodes, "stored", [x], [y], tensors), opset_imports=imports, ir_version=10
+    )
+
+
+@pytest.mark.parametrize(
+    ("domain", "attributes", "scales"),
+    [
+        ("", {}, ()),
+        ("", {"axis": 1}, (6,)),
+        ("", {"axis": 0, "block_size": 16}, (2, 6)),
+        ("com.microsoft", {"axis": 1}, (6,)),
+    ],
+)
+def test_weights_in_few_bits_let_the_gradient_through(
+    domain: str, attributes: dict[str, int], scales: tuple[int, ...]
+) -> None:
+    generator = np.random.default_rng(6)
+    stored = {
+        "q": generator.integers(-100, 100, (32, 6)).astype(np.int8),
+        "s": (0.01 + 0.01 * generator.random(scales)).astype(np.float32),
+        "z": generator.integers(-9, 9, scales).astype(np.int8),
+    }
+    scale, zero = (np.repeat(stored[name], 16, axis=0) if len(scales) == 2 else stored[name] for name in "sz")
+    weights = (stored["q"].astype(np.float32) - zero) * scale
+    x = generator.standard_normal((3, 32)).astype(np.float32)
+    result = input_gradient(stored_weights_model(domain, attributes, stored), ["x"], "y")
+    cotangent = generator.standard_normal((3, 6)).astype(np.float32)
+    # Where onnxruntime may fuse, it multiplies such weights by activations in few bits too.
+    y, dx = evaluate(result.model, {"x": x, result.cotangent: cotangent}, ["y", result.gradients["x"]])
+    np.testing.assert_allclose(y, x @ weights, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dx, cotangent @ weights.T, rtol=1e-4, atol=1e-5)
 
 
 def blocked_model(operator: str, channels: int, **attributes: object) -> onnx.ModelProto:

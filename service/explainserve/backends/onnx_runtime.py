@@ -20,6 +20,7 @@ from explainserve.backends import onnx_file, onnx_graph
 from explainserve.backends.contract import LoadOptions, Memory, OperatorGap
 from explainserve.backends.gradient_cache import GradientCache, cache_key
 from explainserve.backends.onnx_batch import with_rows
+from explainserve.backends.onnx_blocks import state_block_size
 from explainserve.backends.onnx_session import available_device, open_session, resident_bytes
 from explainserve.backends.onnx_verification import LARGEST_DIFFERENCE, largest_difference
 from explainserve.backends.onnx_weights import Weights
@@ -51,6 +52,7 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> OnnxModel:
     options = replace(options, device=device)
     model = onnx_file.read(path)
     _check_opset(model)
+    state_block_size(model)
     declared, bare_outputs = onnx_graph.signature(model, config)
     weights = Weights()
     weights.take(model)

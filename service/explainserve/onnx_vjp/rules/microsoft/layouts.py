@@ -18,6 +18,9 @@ from explainserve.onnx_vjp.rules.microsoft.activations import DOMAIN
 from explainserve.onnx_vjp.rules.microsoft.products import conv_sum_activation
 
 BLOCKED = "com.microsoft.nchwc"
+BLOCK_SIZE = f"{BLOCKED}.block_size"
+"""Key of a model's metadata that states the size of a block; without it weights are laid out plainly at every run."""
+
 _LARGEST_BLOCK = 64
 
 # -- channels last
@@ -120,7 +123,7 @@ def _unblocked(op: Emitter, node: Node, kernel: str) -> str:
     """(M / b, C / c, height, width, c, b) in the shape (M, C, height, width) that the file states; c is b, or 1 where
     there are fewer input channels than fit into a block.
 
-    All of this is constant, but the size of a block is known to the runtime only, which folds it.
+    All of this is constant where the size of a block is, which the file does not state.
     """
     outputs, inputs, *sizes = op.shape(kernel) or ()
     block = _block(op)
@@ -132,7 +135,12 @@ def _unblocked(op: Emitter, node: Node, kernel: str) -> str:
 
 
 def _block(op: Emitter) -> str:
-    """The size of a block, of shape (1,): the distance at which the second column follows the first."""
+    """The size of a block, of shape (1,): stated by the model, or the distance at which the second column follows the
+    first where the runtime blocks an image.
+    """
+    stated = next((entry.value for entry in op.graph.proto.metadata_props if entry.key == BLOCK_SIZE), None)
+    if stated is not None:
+        return op.array(np.array([int(stated)], np.int64))
     image = np.arange(2 * _LARGEST_BLOCK, dtype=np.float32).reshape(1, _LARGEST_BLOCK, 1, 2)
     (blocked,) = op.emit("ReorderInput", op.array(image), domain=BLOCKED)
     second = op.Equal(op.Reshape(blocked, [-1]), np.array(1, np.float32))
