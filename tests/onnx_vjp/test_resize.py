@@ -57,9 +57,10 @@ def test_the_gradient_is_the_transpose_of_what_runs(mode: dict[str, object], coo
     crops = coordinates == "tf_crop_and_resize"
     shape = {**mode, "coordinate_transformation_mode": coordinates, "extrapolation_value": 3.0, "version": 19}
     region = {"r": REGION} if crops else {"_r": REGION}
-    for scales in ([1, 1, 0.6, 0.4], [1, 1, 2, 1.7]):
+    for scales in ([1, 1, 0.6, 0.4], [1, 1, 2, 1.7], [1, 1, 3, 2]):
         feeds = {"x": IMAGE, **region, "s": np.array(scales, np.float32)}
-        _assert_transposed(_constant(single("Resize", feeds, **shape), "s", *(["r"] if crops else [])))
+        dynamic = () if scales[2] == 3 else None
+        _assert_transposed(_constant(single("Resize", feeds, dynamic=dynamic, **shape), "s", *(["r"] if crops else [])))
     sizes = {"x": IMAGE, **region, "_s": REGION, "z": np.array([1, 2, 1, 13])}
     _assert_transposed(single("Resize", sizes, dynamic=("z",), **shape))
 

@@ -14,6 +14,7 @@ from onnx import TensorProto
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
 from explainserve.onnx_vjp.rules.indexing import axis_map
+from explainserve.onnx_vjp.shapes import Dimension
 
 
 @rule("Pad")
@@ -105,10 +106,57 @@ def _identity(op: Emitter, x: str, axis: int) -> str:
 
 @rule("Resize")
 def resize(op: Emitter, node: Node, g: str) -> Gradients:
+    absent = [None] * (len(node.inputs) - 1)
+    repeats = _repeats(op, node)
+    if repeats is not None:
+        # A pooling, which measures faster than a matrix product.
+        sums = op.AveragePool(g, kernel_shape=repeats, strides=repeats)
+        return op.Mul(sums, float(np.prod(repeats))), *absent
     for position, axis in enumerate(_resized_axes(op, node)):
         if not _keeps(op, node, position, axis):
             g = axis_map(op, g, axis, _resized_identity(op, node, position, axis))
-    return g, *[None] * (len(node.inputs) - 1)
+    return g, *absent
+
+
+def _repeats(op: Emitter, node: Node) -> list[int] | None:
+    """How often every element is repeated along each spatial axis, where that is all that happens, else None."""
+    coordinates, rounding = (
+        node.attribute(name, default)
+        for name, default in (
+            ("coordinate_transformation_mode", "half_pixel"),
+            ("nearest_mode", "round_prefer_floor"),
+        )
+    )
+    centred = coordinates in ("half_pixel", "half_pixel_symmetric") and rounding.startswith("round")
+    if node.attribute("mode", "nearest") != "nearest" or not (
+        centred or (coordinates == "asymmetric" and rounding == "floor")
+    ):
+        return None
+    scales = _scales(op, node)
+    if scales is None or any(scale != int(scale) or scale < 1 for scale in scales) or any(s != 1 for s in scales[:2]):
+        return None
+    return [int(scale) for scale in scales[2:]] if len(scales) in (3, 4, 5) else None
+
+
+def _scales(op: Emitter, node: Node) -> list[float] | None:
+    """The scale of every axis where all are known."""
+    x, y = op.shape(node.inputs[0]), op.shape(node.outputs[0])
+    constant = op.constant(node.input(2))
+    if constant is not None and constant.size:
+        every = np.ones(op.rank(node.inputs[0]))
+        every[_resized_axes(op, node)] = constant
+        return [float(scale) for scale in every]
+    if node.attribute("keep_aspect_ratio_policy", "stretch") != "stretch" or node.input(2) or x is None or y is None:
+        return None
+    ratios = [_ratio(*pair) for pair in zip(x, y, strict=True)]
+    known = [ratio for ratio in ratios if ratio is not None]
+    return known if len(known) == len(ratios) else None
+
+
+def _ratio(before: Dimension, after: Dimension) -> float | None:
+    if isinstance(before, int) and isinstance(after, int) and before:
+        return after / before
+    return 1.0 if before == after and before is not None else None
 
 
 def _resized_axes(op: Emitter, node: Node) -> list[int]:
