@@ -21,9 +21,10 @@ class Settings(BaseSettings):
         host: address to listen on, for gRPC and HTTP.
         port: gRPC port; 0 picks a free one.
         http_port: port of metrics and liveness; 0 picks a free one.
-        device: "cpu", "cuda" or "cuda:N".
+        device: "cpu", "cuda", "cuda:N", "tensorrt", "tensorrt:N" or "openvino".
         allow_device_fallback: evaluate on the CPU where the device is missing, instead of refusing models.
         thread_count: threads of one evaluation; 0 means all cores.
+        share_weights: hold the weights of an ONNX model once for all of its graphs, at some speed.
         max_batch_rows: rows of one micro-batch where a model states no limit of its own.
         max_step_count: cap of gradient evaluations of one path.
         max_request_rows: cap of rows of one request.
@@ -46,9 +47,10 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Port = 8001
     http_port: Port = 8002
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    device: Annotated[str, Field(pattern=r"^(cpu|openvino|(cuda|tensorrt)(:\d+)?)$")] = "cpu"
     allow_device_fallback: bool = False
     thread_count: Annotated[int, Field(ge=0)] = 0
+    share_weights: bool = False
     max_batch_rows: PositiveInt = 16
     max_step_count: PositiveInt = 512
     max_request_rows: PositiveInt = 65_536

@@ -99,10 +99,10 @@ CASES: dict[str, Callable[[], onnx.ModelProto]] = {
 
 
 def together_and_alone(
-    graph: onnx.ModelProto, folder: Path, pack_weights: bool = True
+    graph: onnx.ModelProto, folder: Path, share_weights: bool = False
 ) -> tuple[onnx_runtime.OnnxModel, np.ndarray, np.ndarray]:
     """Gradients of five rows in one batch, and those of a model of the file as it is, one row after the other."""
-    loaded = onnx_runtime.load(save(graph, folder), ModelConfig(), LoadOptions(pack_weights=pack_weights))
+    loaded = onnx_runtime.load(save(graph, folder), ModelConfig(), LoadOptions(share_weights=share_weights))
     function = Differentiation("y", ScoreHead.IDENTITY, ("x",))
     shape = [axis.size for axis in loaded.signature.inputs[0].instance_axes]
     start, end = np.random.default_rng(1).standard_normal((2, *shape)).astype(np.float32)
@@ -138,8 +138,10 @@ def test_rows_that_mix_stay_row_by_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("dynamo", [False, True])
-def test_a_vision_transformer_exported_with_one_image_takes_many(tmp_path: Path, dynamo: bool) -> None:
+@pytest.mark.parametrize(("dynamo", "share_weights"), [(False, True), (True, False)])
+def test_a_vision_transformer_exported_with_one_image_takes_many(
+    tmp_path: Path, dynamo: bool, share_weights: bool
+) -> None:
     torch = pytest.importorskip("torch")
 
     class Vision(torch.nn.Module):  # type: ignore[name-defined, misc]
@@ -164,6 +166,6 @@ def test_a_vision_transformer_exported_with_one_image_takes_many(tmp_path: Path,
         torch.onnx.export(Vision().eval(), (torch.randn(1, 3, 16, 16),), buffer, dynamo=dynamo, **names)
     graph = onnx.load_from_string(buffer.getvalue())
     assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
-    loaded, together, alone = together_and_alone(graph, tmp_path)
+    loaded, together, alone = together_and_alone(graph, tmp_path, share_weights)
     assert not loaded.fixed_batch
     np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-5)

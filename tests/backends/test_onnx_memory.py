@@ -93,9 +93,9 @@ def test_a_weight_is_read_as_it_is_where_the_runtime_moves_transposes() -> None:
     np.testing.assert_array_equal(y, x + offsets.transpose(0, 2, 1))
 
 
-@pytest.mark.parametrize("pack_weights", [True, False])
-def test_what_a_model_takes_is_told(tmp_path: Path, pack_weights: bool) -> None:
-    loaded = load(tmp_path, LoadOptions(pack_weights=pack_weights))
+@pytest.mark.parametrize("share_weights", [False, True])
+def test_what_a_model_takes_is_told(tmp_path: Path, share_weights: bool) -> None:
+    loaded = load(tmp_path, LoadOptions(share_weights=share_weights))
     assert (loaded.memory.weight_bytes, loaded.memory.gradient_bytes) == (KERNEL.nbytes + MATRIX.nbytes, 0)
     expected = gradient(load(tmp_path))
     np.testing.assert_allclose(gradient(loaded), expected, rtol=1e-4, atol=1e-6)
@@ -116,8 +116,8 @@ def test_sharing_weights_that_the_runtime_would_transpose_changes_no_value(tmp_p
     path = save(model(nodes, [("x", ["batch", 16, 16])], [("y", ["batch", 16])], constants), tmp_path)
     x = random.standard_normal((16, 16)).astype(np.float32)
     rows = Rows(FUNCTION, (Segment({"x": 0 * x}, {"x": x}, {}, FUNCTION, np.ones(1), np.ones(1), selector(3)),))
-    for pack_weights in (True, False):
-        loaded = onnx_runtime.load(path, ModelConfig(), LoadOptions(pack_weights=pack_weights))
+    for share_weights in (True, False):
+        loaded = onnx_runtime.load(path, ModelConfig(), LoadOptions(share_weights=share_weights))
         (found,) = loaded.evaluate(rows)
         expected = np.zeros_like(x)
         expected[:, 3] = (x + shift[0].T)[:, 3] > 0

@@ -17,18 +17,18 @@ class LoadOptions:
     """Where and how models are evaluated.
 
     Attributes:
-        device: "cpu", "cuda" or "cuda:N".
+        device: "cpu", "cuda", "tensorrt" (both also with ":N") or "openvino"; torch has "cpu" and "cuda".
         allow_fallback: evaluate on the CPU where the device is missing, instead of refusing the model.
         thread_count: threads of one evaluation; 0 means all cores.
         cache: folder for gradient graphs, shared safely by several processes; None builds them at each start.
-        pack_weights: let sessions hold weights in the layouts that compute fastest, beside the shared ones.
+        share_weights: hold each weight once for all sessions, without the packed copies that compute faster.
     """
 
     device: str = "cpu"
     allow_fallback: bool = False
     thread_count: int = 0
     cache: Path | None = None
-    pack_weights: bool = True
+    share_weights: bool = False
 
 
 @dataclass(frozen=True)

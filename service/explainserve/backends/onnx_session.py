@@ -38,7 +38,7 @@ def open_session(
         MemoryError: memory ran out, which says nothing about the graph.
     """
     settings = _settings(options)
-    if weights is not None and not options.pack_weights and options.device == "cpu":
+    if weights is not None and options.share_weights and options.device == "cpu":
         model = _optimized(model, options, weights)
         _share(settings, weights.values(model))
     if weights is not None:

@@ -48,12 +48,18 @@ def serve(
     http_port: Annotated[
         int, _knob("http_port", "Port of /metrics, /livez and /readyz; 0 picks a free one.", min=0, max=65535)
     ] = 8002,
-    device: Annotated[str, _knob("device", "Where models are evaluated: cpu, cuda or cuda:N.", "DEVICE")] = "cpu",
+    device: Annotated[
+        str, _knob("device", "Where models are evaluated: cpu, cuda or tensorrt (or with :N), openvino.", "DEVICE")
+    ] = "cpu",
     allow_device_fallback: Annotated[
         bool,
         _knob("allow_device_fallback", "Evaluate on the CPU where the device is missing, instead of refusing models."),
     ] = False,
     thread_count: Annotated[int, _knob("thread_count", "Threads of one evaluation; 0 means all cores.", min=0)] = 0,
+    share_weights: Annotated[
+        bool,
+        _knob("share_weights", "Hold the weights of an ONNX model once for all of its graphs, at some speed."),
+    ] = False,
     max_batch_rows: Annotated[
         int, _knob("max_batch_rows", "Rows evaluated together, where a model states no limit of its own.", min=1)
     ] = 16,

@@ -79,7 +79,13 @@ class Server:
     async def _start_answering(self) -> None:
         """Takes the port before the models are loaded, so that a taken one is told at once."""
         settings = self._settings
-        options = LoadOptions(settings.device, settings.allow_device_fallback, settings.thread_count, settings.cache)
+        options = LoadOptions(
+            settings.device,
+            settings.allow_device_fallback,
+            settings.thread_count,
+            settings.cache,
+            settings.share_weights,
+        )
         limits = TrialLimits(settings.trial_seconds, settings.trial_memory_bytes) if settings.trial_seconds else None
         tried = Tried(settings.cache and settings.cache / "tried")
         repository = Repository(settings.models, options, settings.max_batch_rows, limits, tried)
