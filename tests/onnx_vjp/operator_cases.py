@@ -46,6 +46,7 @@ def own_cases() -> Iterator[Case]:
     yield from _selected()
     yield from classical_cases()
     yield from _spectra()
+    yield from _reductions()
 
 
 def _convolutions() -> Iterator[Case]:
@@ -457,3 +458,22 @@ def _spectra() -> Iterator[Case]:
         yield single(
             "STFT", {"x": _x(2, 20, 2), "s": np.array(5), "_w": window, "l": np.array(7)}, onesided=0, dynamic=dynamic
         )
+
+
+def _reductions() -> Iterator[Case]:
+    """Axes that only the run tells, none at all, and both readings of that."""
+    x = _x(2, 3, 4)
+    operators = ("ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd")
+    for operator in (*operators, "ReduceSum", "ReduceSumSquare"):
+        for dynamic in (None, (), ("a",)):
+            for axes in (_i(), _i(-1), _i(2, 0)):
+                for keepdims, noop in ((0, 0), (1, 0), (0, 1)):
+                    attributes = {"keepdims": keepdims, "noop_with_empty_axes": noop}
+                    yield single(
+                        operator, {"x": x, "a": axes}, dynamic=dynamic, name=f"{axes} {attributes}", **attributes
+                    )
+        yield single(operator, {"x": _x(2, 1, 3), "a": _i(1)}, name="single")
+    for operator in ("ReduceMax", "ReduceMean", "ReduceProd", "ReduceSum"):
+        yield single(operator, {"x": _x()}, keepdims=0, name="scalar")
+    yield single("ReduceSum", {"x": _x(2, 0, 3)}, keepdims=0, name="empty")
+    yield single("ReduceLogSum", {"x": np.abs(x) + 1, "a": _i(1)}, dynamic=("a",), keepdims=0)

@@ -360,3 +360,15 @@ def test_clip_is_a_rectifier_where_its_lower_bound_is_zero(low: float, guided: b
     graph = model([node("Clip", "x low high", "y")], {"x": [1]}, ["y"], constants)
     (dx,) = gradients(graph, ["x"], "y", f32(-1), {"x": f32(2)}, "guided_backpropagation")
     assert dx.item() == (0 if guided else -1)
+
+
+@pytest.mark.parametrize("narrow", [TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT4E2M1])
+def test_a_cast_to_few_bits_is_a_gap_and_not_zero(narrow: int) -> None:
+    imports = [helper.make_opsetid("", 23)]
+    nodes = [node("Cast", "x", "q", to=narrow), node("Reshape", "q s", "r"), node("Cast", "r", "y", to=F)]
+    graph = model(nodes, {"x": [2, 3]}, ["y"], {"s": np.array([6])})
+    del graph.opset_import[:]
+    graph.opset_import.extend(imports)
+    reasons = {gap.node: gap.reason for gap in find_gaps(graph, ["x"], "y")}
+    assert set(reasons) == {"Cast_q", "Cast_y"}
+    assert all("8 bits or less" in reason for reason in reasons.values())

@@ -13,7 +13,11 @@ from explainserve.onnx_vjp.registry import canonical_domain
 from explainserve.onnx_vjp.shapes import SHAPE_ELEMENTS, Shape, Shapes, TensorType
 from explainserve.onnx_vjp.subgraphs import captured, names_within, read_from_outside, subgraphs
 
+_NARROW = ("FLOAT8", "FLOAT6", "FLOAT4")
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16})
+
+# Of 8 bits and less: numbers that models are quantized to.
+NARROW_FLOATS = frozenset(value for name, value in TensorProto.DataType.items() if name.startswith(_NARROW))
 
 # Larger constants are left to the runtime to compute.
 FOLDED_ELEMENTS = 1 << 26
@@ -80,6 +84,10 @@ class Graph:
         silently.
         """
         return self.dtype(name) in FLOATS or self.dtype(name) == TensorProto.UNDEFINED
+
+    def is_narrow_float(self, name: str) -> bool:
+        """Whether the tensor holds quantized numbers in a floating-point format."""
+        return self.dtype(name) in NARROW_FLOATS
 
     def shape(self, name: str) -> Shape | None:
         """Dimensions as int, symbol or None (unknown), or None where even the rank is unknown."""

@@ -31,9 +31,9 @@ def live_path(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table)
     dependent = set(wrt)
     for node in graph.nodes:
         if dependent.intersection(consumed(node)) and not _is_flat(graph, node, table):
-            # Quantized values are integers and must not end the path silently: what is refused carries it on.
+            # Quantized values must not end the path silently: what is refused carries it on.
             through = isinstance(_state(graph, node, table), Refused)
-            dependent.update(name for name in node.output if name and (through or graph.is_float(name)))
+            dependent.update(name for name in node.output if name and (through or _carries(graph, name)))
     needed = dependent.intersection(of)
     nodes: list[NodeProto] = []
     for node in reversed(graph.nodes):
@@ -42,6 +42,10 @@ def live_path(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table)
             nodes.append(node)
             needed.update(sources)
     return LivePath(tuple(reversed(nodes)), frozenset(needed))
+
+
+def _carries(graph: Graph, name: str) -> bool:
+    return graph.is_float(name) or graph.is_narrow_float(name)
 
 
 def _is_flat(graph: Graph, node: NodeProto, table: Table) -> bool:
