@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from explainserve.onnx_vjp import input_gradient
-from onnx_vjp.operator_cases import single
-from onnx_vjp.vjp_oracle import run
+from onnx_vjp.vjp_oracle import Case, run, single
 
 torch = pytest.importorskip("torch")
+F = torch.nn.functional
 
 pytestmark = pytest.mark.torch
 
@@ -20,6 +23,19 @@ _rng = np.random.default_rng(11)
 
 def _x(*shape: int) -> np.ndarray:
     return _rng.standard_normal(shape).astype(np.float32)
+
+
+def _agree(case: Case, function: Callable[..., Any], tolerance: float = 1e-4) -> None:
+    """The gradient of every float input, for one cotangent."""
+    tensors = {name: torch.tensor(case.feeds[name], requires_grad=True) for name in case.wrt}
+    y = function(*tensors.values())
+    cotangent = _x(*y.shape)
+    y.backward(torch.tensor(cotangent))
+    gradient = input_gradient(case.model, case.wrt, "y0")
+    feeds = {**case.feeds, gradient.cotangent: cotangent}
+    values = run(gradient.model, feeds, [gradient.gradients[name] for name in case.wrt])
+    for name, value in zip(case.wrt, values, strict=True):
+        np.testing.assert_allclose(value, tensors[name].grad.numpy(), atol=tolerance, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -32,12 +48,47 @@ def test_grid_sample_agrees_with_torch(mode: str, padding: str, aligned: bool) -
     case = single(
         "GridSample", {"x": x, "g": grid}, mode=mode, padding_mode=padding, align_corners=int(aligned), version=16
     )
-    image, points = (torch.tensor(value, requires_grad=True) for value in (x, grid))
-    y = torch.nn.functional.grid_sample(image, points, mode, padding, aligned)
-    cotangent = _x(*y.shape)
-    y.backward(torch.tensor(cotangent))
-    gradient = input_gradient(case.model, ["x", "g"], "y0")
-    feeds = {**case.feeds, gradient.cotangents["y0"]: cotangent}
-    dx, dgrid = run(gradient.model, feeds, [gradient.gradients[name] for name in ("x", "g")])
-    np.testing.assert_allclose(dx, image.grad.numpy(), atol=1e-4)
-    np.testing.assert_allclose(dgrid, points.grad.numpy(), atol=1e-4)
+    _agree(case, lambda x, g: F.grid_sample(x, g, mode, padding, aligned))
+
+
+@pytest.mark.parametrize("dynamic", [None, ()], ids=["static", "dynamic"])
+def test_transposed_convolutions_agree_with_torch(dynamic: tuple[str, ...] | None) -> None:
+    feeds = {"x": _x(2, 4, 5, 6), "w": _x(4, 3, 3, 2), "b": _x(6)}
+    shape = {"strides": [2, 3], "pads": [1, 0, 1, 0], "output_padding": [1, 2], "dilations": [2, 1], "group": 2}
+    case = single("ConvTranspose", feeds, kernel_shape=[3, 2], dynamic=dynamic, **shape)
+    _agree(case, lambda x, w, b: F.conv_transpose2d(x, w, b, (2, 3), (1, 0), (1, 2), 2, (2, 1)), 1e-3)
+
+
+@pytest.mark.parametrize("dynamic", [None, ()], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), [(3, 2, 1, 1), (2, 2, 0, 1), (3, 1, 1, 2)])
+def test_pooling_agrees_with_torch_at_ties(
+    kernel: int, stride: int, padding: int, dilation: int, dynamic: tuple[str, ...] | None
+) -> None:
+    x = np.round(_x(2, 3, 9, 8))
+    pads = [padding] * 4
+    shape = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": pads, "dynamic": dynamic}
+    pooled = single("MaxPool", {"x": x}, dilations=[dilation] * 2, **shape)
+    _agree(pooled, lambda x: F.max_pool2d(x, kernel, stride, padding, dilation))
+    for counted in (0, 1):
+        averaged = single("AveragePool", {"x": x}, count_include_pad=counted, **shape)
+        _agree(averaged, lambda x, c=counted: F.avg_pool2d(x, kernel, stride, padding, count_include_pad=bool(c)))
+
+
+def test_unpooling_takes_the_indices_of_a_pooling() -> None:
+    nodes = [
+        helper.make_node("MaxPool", ["x"], ["p", "i"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Mul", ["p", "p"], ["q"]),
+        helper.make_node("MaxUnpool", ["q", "i", "shape"], ["y0"], kernel_shape=[2, 2], strides=[2, 2]),
+    ]
+    x = _x(2, 3, 7, 6)
+    shape = numpy_helper.from_array(np.array(x.shape), "shape")
+    declared = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None] * 4)
+    result = helper.make_tensor_value_info("y0", TensorProto.FLOAT, [None] * 4)
+    graph = helper.make_graph(nodes, "unpool", [declared], [result], [shape])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+    def unpooled(x: Any) -> Any:
+        pooled, indices = F.max_pool2d(x, 2, return_indices=True)
+        return F.max_unpool2d(pooled * pooled, indices, 2, output_size=x.shape)
+
+    _agree(Case("unpool", model, {"x": x}), unpooled)
