@@ -152,6 +152,16 @@ class TestReading:
         np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4)
         np.testing.assert_allclose(found.gradient_sums["x"], expected.gradient_sums["x"], rtol=1e-3, atol=1e-5)
 
+    def test_nodes_in_any_order_are_read(self, loaded: Callable[..., OnnxModel]) -> None:
+        nodes = [node("Add", ["double", "x"], ["y"]), node("Add", ["x", "x"], ["double"])]
+        own = loaded(model(nodes, [("x", ["batch", 2])], [("y", ["batch", 2])]))
+        point = {"x": np.array([1.0, -2.0], np.float32)}
+        segment = along(Differentiation("y", ScoreHead.IDENTITY, ("x",)), point, point, [0.5], target=selector(1))
+        (found,) = evaluate(own, segment)
+
+        np.testing.assert_allclose(forward(own, point), [3.0, -6.0])
+        np.testing.assert_allclose(found.gradient_sums["x"], [0.0, 3.0])
+
     def test_an_operator_of_nobody_in_the_default_domain_is_invalid(self, tmp_path: Path) -> None:
         strange = model([node("Whirl", ["x"], ["y"])], [("x", ["batch", 2])], [("y", ["batch", 2])])
 

@@ -80,3 +80,14 @@ def test_an_old_form_computes_what_it_did_and_has_a_gradient(
 def test_a_model_without_broadcasting_rules_is_refused() -> None:
     with pytest.raises(ValueError, match="operator set 6"):
         prepared(old_model(6, "Neg", X, {}, {}))
+
+
+def test_nodes_in_any_order_have_a_gradient() -> None:
+    """What is read before it is written must not end the path silently."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
+    nodes = [helper.make_node("Mul", ["square", "x"], ["y"]), helper.make_node("Mul", ["x", "x"], ["square"])]
+    model = helper.make_model(helper.make_graph(nodes, "order", [x], [y]), opset_imports=[helper.make_opsetid("", 18)])
+    gradient = input_gradient(model, ["x"], "y")
+    feeds = {"x": np.array([2.0, -3.0], np.float32), gradient.cotangent: np.ones(2, np.float32)}
+    (dx,) = run(gradient.model, feeds, [gradient.gradients["x"]])
+    np.testing.assert_allclose(dx, [12.0, 27.0])

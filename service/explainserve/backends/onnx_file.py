@@ -11,7 +11,7 @@ import onnx
 
 from explainserve.containment import inside
 from explainserve.errors import ModelRefused
-from explainserve.onnx_vjp.opset import import_domains
+from explainserve.onnx_vjp.opset import import_domains, sort_nodes
 
 PROTOBUF_BYTES = 2**31 - 1
 """Largest message that protobuf serializes; onnxruntime receives models as one message."""
@@ -72,6 +72,7 @@ def _check(model: onnx.ModelProto, path: Path) -> None:
     for node in adopted:
         node.domain = "com.microsoft"  # onnx's checker passes over domains that it does not know
     import_domains(model)
+    sort_nodes(model.graph)
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:

@@ -7,6 +7,7 @@ same as they stand.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import onnx
 import onnx.inliner
 from onnx import NodeProto, helper, numpy_helper
 
+from explainserve.onnx_vjp.graph import consumed
 from explainserve.onnx_vjp.registry import canonical_domain
 from explainserve.onnx_vjp.subgraphs import make_names_unique, subgraphs
 
@@ -35,6 +37,7 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     raise_opset(copy)
     make_names_unique(copy.graph)
     import_domains(copy)
+    sort_nodes(copy.graph)
     return copy
 
 
@@ -45,6 +48,32 @@ def import_domains(model: onnx.ModelProto) -> None:
     imported = {entry.domain for entry in model.opset_import}
     used = dict.fromkeys(node.domain for node in model.graph.node if node.domain in RUNTIME_DOMAINS)
     model.opset_import.extend(helper.make_opsetid(domain, 1) for domain in used if domain not in imported)
+
+
+def sort_nodes(graph: onnx.GraphProto) -> None:
+    """Put every node, in place, behind those that it reads from, and change nothing else.
+
+    ONNX asks for that order; onnxruntime does not, and its tools write files without it. A cycle is left as it is.
+    """
+    producers = {name: position for position, node in enumerate(graph.node) for name in node.output if name}
+    sources = [{producers[name] for name in consumed(node) if name in producers} for node in graph.node]
+    readers: list[list[int]] = [[] for _ in sources]
+    for position, before in enumerate(sources):
+        for source in before:
+            readers[source].append(position)
+    missing = [len(before) for before in sources]
+    ready = [position for position, count in enumerate(missing) if not count]
+    order = []
+    while ready:
+        order.append(heapq.heappop(ready))
+        for reader in readers[order[-1]]:
+            missing[reader] -= 1
+            if not missing[reader]:
+                heapq.heappush(ready, reader)
+    if len(order) == len(sources) and order != list(range(len(order))):
+        nodes = [graph.node[position] for position in order]
+        del graph.node[:]
+        graph.node.extend(nodes)
 
 
 def raise_opset(model: onnx.ModelProto) -> None:
