@@ -34,12 +34,20 @@ class Differentiated:
         return self.gradients.get(name) or self.op.zeros_like(name)
 
     def as_outputs(self, values: Iterable[str]) -> list[str]:
-        """Names of their own for values that may be inputs, constants, or given twice."""
-        names = [self.graph.fresh("vjp/output") for _ in values]
-        for value, name in zip(values, names, strict=True):
-            self.graph.append(helper.make_node("Identity", [value], [name]))
-            self.graph.shapes.assign(name, value)
+        """The values under names that outputs may have: a copy where one is an input, a constant, a tensor of the
+        body's own nodes, or given twice.
+        """
+        computed = {name for node in self.graph.nodes[self.forward_count :] for name in node.output}
+        names: list[str] = []
+        for value in values:
+            names.append(value if value in computed and value not in names else self._copied(value))
         return names
+
+    def _copied(self, value: str) -> str:
+        name = self.graph.fresh("vjp/output")
+        self.graph.append(helper.make_node("Identity", [value], [name]))
+        self.graph.shapes.assign(name, value)
+        return name
 
     def needed(self, outputs: Iterable[str], stored: Collection[str] = ()) -> tuple[list[NodeProto], set[str]]:
         """The nodes that the outputs need, and every tensor that these read. Tensors of the body's own nodes that are
@@ -256,8 +264,10 @@ class Reverse:
         node.output.extend([""] * missing)
 
     def _store(self, piece: Pieces) -> None:
-        node, body, result = self.forward.node.proto, self.forward.body, self.graph.fresh(piece.outer)
-        body.node.append(helper.make_node("Identity", [piece.inner], [result]))
+        node, body, result = self.forward.node.proto, self.forward.body, piece.inner
+        if result in self.forward.formals or result in {value.name for value in body.output}:
+            result = self.graph.fresh(piece.outer)
+            body.node.append(helper.make_node("Identity", [piece.inner], [result]))
         body.output.append(self.graph.value_info(result, piece.inner))
         node.output.append(piece.outer)
         for attribute in node.attribute:
