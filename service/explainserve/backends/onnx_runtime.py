@@ -175,7 +175,11 @@ class OnnxModel:
         result = self._cache.get(cache_key(graph, function.wrt, score), lambda: self._built(graph, function.wrt, score))
         self._weights.take(result.model)
         outputs = [score, *(result.gradients[name] for name in function.wrt)]
-        gradient = _Function(self._open(result.model, outputs), result.cotangent)
+        try:
+            gradient = _Function(self._open(result.model, outputs), result.cotangent)
+        except ModelRefused as refusal:
+            text = f"the gradient does not run on {self.device}: {refusal.message}"
+            raise Unsupported("NOT_DIFFERENTIABLE", text, device=self.device) from refusal
         if self.device != "cpu":
             self._check_device(gradient, result.model, function)
         return gradient

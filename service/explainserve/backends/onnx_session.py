@@ -27,6 +27,9 @@ PROVIDERS: Mapping[str, tuple[str, Callable[[str], dict[str, str]]]] = {
 }
 """Execution provider and its options, given the number of the device, by the name of the device."""
 
+_OWN_COMPILERS = frozenset({"openvino", "tensorrt"})
+"""They are handed the serialized graph and cannot follow its references."""
+
 
 def open_session(
     model: onnx.ModelProto, options: LoadOptions, weights: Weights | None = None
@@ -41,7 +44,9 @@ def open_session(
     if weights is not None and options.share_weights and options.device == "cpu":
         model = _optimized(model, options, weights)
         _share(settings, weights.values(model))
-    if weights is not None:
+    if weights is not None and options.device.partition(":")[0] in _OWN_COMPILERS:
+        model = weights.embedded(model)
+    elif weights is not None:
         _resolve(settings, weights.values(model))
     session = _session(model, settings, options)
     _check_provider(session, options.device)

@@ -7,7 +7,7 @@ gradient graph weighs what it adds, and onnxruntime is handed the same memory fo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,9 +57,13 @@ class Weights:
         """The same as onnxruntime takes them."""
         return {tensor.name: self._held[reference(tensor)].value for tensor in _references(model)}
 
-    def holds_all(self, model: onnx.ModelProto) -> bool:
-        """Whether every reference of `model` can be resolved."""
-        return all(reference(tensor) in self._held for tensor in _references(model))
+    def embedded(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """A copy of `model` that holds what it refers to."""
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        for tensor in _references(copy):
+            tensor.CopyFrom(numpy_helper.from_array(self._held[reference(tensor)].array, tensor.name))
+        return copy
 
     def _hold(self, array: Array) -> str:
         owned = np.array(array)  # protobuf's buffer goes away with the message
@@ -90,13 +94,3 @@ def _refer(tensor: TensorProto, digest: str) -> None:
     kept.data_location = TensorProto.EXTERNAL
     kept.external_data.add(key="location", value=digest)
     tensor.CopyFrom(kept)
-
-
-def referenced(models: Iterable[onnx.ModelProto]) -> dict[str, int]:
-    """Bytes by digest of all that the models refer to."""
-    return {
-        reference(tensor): int(np.prod(tensor.dims, dtype=np.int64))
-        * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        for model in models
-        for tensor in _references(model)
-    }
