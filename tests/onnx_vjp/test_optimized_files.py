@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from explainserve.backends.onnx_blocks import state_block_size
-from explainserve.onnx_vjp import GRADIENT_RULES, input_gradient
+from explainserve.onnx_vjp import GRADIENT_RULES, cut, input_gradient
 from onnx_vjp.microsoft_oracle import evaluate
 from onnx_vjp.vjp_oracle import run
 
@@ -141,6 +141,20 @@ def test_a_stated_block_size_makes_the_weights_constant(tmp_path: Path) -> None:
     state_block_size(file)
     assert not operators(input_gradient(file, ["x"], "y").model, "com.microsoft.nchwc")
     assert_same(image_model(), file, feeds)
+
+
+def test_a_cut_layer_of_a_blocked_file_is_laid_out_plainly(tmp_path: Path) -> None:
+    model = image_model()
+    file = optimized(model, "all", tmp_path)
+    if not operators(file, "com.microsoft.nchwc"):
+        pytest.skip("onnxruntime lays out nothing in blocks on this processor")
+    first = next(node.output[0] for node in file.graph.node if node.op_type == "Conv")
+    parts = cut(file, [first])
+    x = np.random.default_rng(3).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    (found,) = run(parts.before, {"x": x}, [first])
+    (expected,) = run(cut(model, ["relu"]).before, {"x": x}, ["relu"])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(run(parts.after, {first: found}, ["y"])[0], run(model, {"x": x}, ["y"])[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("table", ["guided_backpropagation", "deconvnet"])

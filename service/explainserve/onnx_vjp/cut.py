@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import NodeProto
 
+from explainserve.onnx_vjp.functions import lay_out_plainly
 from explainserve.onnx_vjp.graph import Graph, consumed
 from explainserve.onnx_vjp.opset import prepared
 from explainserve.onnx_vjp.routes import around, dependents
@@ -50,6 +51,7 @@ def cut(model: onnx.ModelProto, tensors: Sequence[str]) -> Cut:
     depends on, and for one that depends on another of `tensors`.
     """
     graph = Graph(prepared(model))
+    lay_out_plainly(graph)
     wanted = tuple(dict.fromkeys(tensors))
     outputs = [value.name for value in graph.proto.graph.output]
     reached = _checked(graph, wanted, outputs)

@@ -15,7 +15,7 @@ from onnx import FunctionProto, NodeProto, TensorProto, defs, helper
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.graph import Graph, consumed
 from explainserve.onnx_vjp.path import live_path, version_of
-from explainserve.onnx_vjp.registry import Composition, Refusal, State, Table, canonical_domain, lookup
+from explainserve.onnx_vjp.registry import Composition, Refusal, State, Table, canonical_domain, lookup, standard
 from explainserve.onnx_vjp.subgraphs import rename, subgraphs
 
 
@@ -60,6 +60,27 @@ def _chosen(graph: Graph, node: NodeProto) -> list[NodeProto] | None:
     for part in parts:
         graph.register(part)
     return parts
+
+
+def lay_out_plainly(graph: Graph) -> None:
+    """Replace every node whose values are laid out otherwise than their shapes say, so that each tensor can be read by
+    itself. Raises ValueError where one cannot be.
+    """
+    nodes: list[NodeProto] = []
+    for node in graph.nodes:
+        state = _state(graph, node, standard())
+        if isinstance(state, Composition) and state.everywhere:
+            try:
+                nodes += _composed(graph, node, state)
+            except Refusal as refusal:
+                raise ValueError(f"{node.op_type} '{node.output[0]}': {refusal.reason}; {refusal.remedy}") from refusal
+        else:
+            nodes.append(node)
+            if _is_opaque(graph, node):
+                graph.register(node)
+    if len(nodes) != len(graph.nodes):
+        graph.nodes = nodes
+        graph.infer_again()
 
 
 def _replacement(graph: Graph, node: NodeProto, table: Table, refusals: dict[str, Refusal]) -> list[NodeProto] | None:
