@@ -24,7 +24,7 @@ def slice_(op: Emitter, node: Node, g: str) -> Gradients:
         return op.Pad(g, pads), *absent
     axes = _slice_axes(op, node)
     for order, axis in reversed(list(enumerate(axes))):
-        g = place(op, g, x, axis, _slice_positions(op, node, order, axis))
+        g = place(op, g, x, axis, _slice_positions(op, node, order, axis), distinct=True)
     return g, *absent
 
 
@@ -76,16 +76,39 @@ def counted(op: Emitter, size: str) -> str:
     return op.Range(zero, op.Squeeze(size, [0]), one)
 
 
-def place(op: Emitter, g: str, x: str, axis: int, positions: str) -> str:
+def place(op: Emitter, g: str, x: str, axis: int, positions: str, *, distinct: bool = False) -> str:
     """Add the rows of `g` along `axis` into zeros at `positions`; all other axes of `g` are as they are, the axis is
-    as long as in `x`.
+    as long as in `x`. `distinct`: no position comes twice.
     """
     rank = op.rank(g)
     perm = [axis, *(other for other in range(rank) if other != axis)]
     front = op.Transpose(g, perm=perm) if axis else g
-    dims = op.Concat(op.dim(x, axis), op.Slice(op.Shape(front), [1], [rank]), axis=0)
-    placed = op.ScatterND(op.zeros(dims, g), op.Unsqueeze(positions, [1]), front, reduction="add")
+    zeros = op.zeros(op.Concat(op.dim(x, axis), op.Slice(op.Shape(front), [1], [rank]), axis=0), g)
+    known = op.constant(positions)
+    if distinct or (known is not None and len(np.unique(known)) == known.size):
+        placed = op.ScatterND(zeros, op.Unsqueeze(positions, [1]), front)
+    else:
+        placed = reduced_scatter(op, zeros, op.Unsqueeze(positions, [1]), front, "add")
     return op.Transpose(placed, perm=[int(other) for other in np.argsort(perm)]) if axis else placed
+
+
+def reduced_scatter(op: Emitter, data: str, indices: str, updates: str, reduction: str) -> str:
+    """ScatterND with a reduction, as ScatterElements on flat tensors: the threads of onnxruntime's ScatterND overwrite
+    each other's sums where a place comes twice.
+    """
+    shape = op.shape(indices)
+    if shape is None or not isinstance(depth := shape[-1], int):
+        raise Refusal("indices of an unknown number of axes", "store the indices' shape in the file")
+    rank, dims = op.rank(data), op.dims(data)
+    below = [op.ReduceProd(op.Slice(dims, [axis], [rank]), keepdims=1) for axis in range(1, rank)] + [op.array(_ONE)]
+    starts = op.Mul(positive(op, indices, op.Slice(dims, [0], [depth])), op.Concat(*below[:depth], axis=0))
+    offsets = counted(op, below[depth - 1])
+    flat = op.Reshape(op.Add(op.Reshape(op.ReduceSum(starts, [-1], keepdims=0), [-1, 1]), offsets), [-1])
+    cells = op.ScatterElements(op.Reshape(data, [-1]), flat, op.Reshape(updates, [-1]), axis=0, reduction=reduction)
+    return op.reshape_like(cells, data)
+
+
+_ONE = np.ones(1, np.int64)
 
 
 @rule("Gather")
@@ -146,7 +169,7 @@ def gather_nd(op: Emitter, node: Node, g: str) -> Gradients:
     x, indices = node.inputs
     if batch := node.attribute("batch_dims", 0):
         indices = _with_batch_indices(op, indices, batch)
-    return op.ScatterND(op.zeros_like(x), indices, g, reduction="add"), None
+    return reduced_scatter(op, op.zeros_like(x), indices, g, "add"), None
 
 
 def _with_batch_indices(op: Emitter, indices: str, batch: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Gradients, rule
-from explainserve.onnx_vjp.rules.indexing import counted
+from explainserve.onnx_vjp.rules.indexing import counted, reduced_scatter
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,11 @@ def scatter_nd(op: Emitter, node: Node, g: str) -> Gradients:
         node,
         g,
         _Positions(
-            lambda data, updates, reduction: op.ScatterND(data, indices, updates, reduction=reduction),
+            lambda data, updates, reduction: (
+                op.ScatterND(data, indices, updates)
+                if reduction == "none"
+                else reduced_scatter(op, data, indices, updates, reduction)
+            ),
             lambda data: op.GatherND(data, indices),
         ),
     )
