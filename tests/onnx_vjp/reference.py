@@ -21,7 +21,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from onnx.reference.ops import op_conv_transpose, op_loop, op_pool_common, op_scan
+from onnx.reference.ops import op_conv_transpose, op_layer_normalization, op_loop, op_pool_common, op_scan
 
 from onnx_vjp.precision import in_type
 
@@ -65,6 +65,13 @@ class Optional(OpRun):
 
     def _run(self, value: Any = None, type: Any = None) -> tuple[Any]:
         return (value,)
+
+
+class LayerNormalization(op_layer_normalization.LayerNormalization):
+    """Computes in the type of its input, but refuses to be told so."""
+
+    def _run(self, *inputs: np.ndarray, stash_type: int = 1, **attributes: Any) -> tuple[np.ndarray, ...]:
+        return tuple(super()._run(*inputs, stash_type=1, **attributes))
 
 
 class Loop(op_loop.Loop):
@@ -150,6 +157,7 @@ OPERATORS = (
     ConvTranspose,
     Erf,
     Gelu,
+    LayerNormalization,
     Loop,
     MaxPool,
     MeanVarianceNormalization,
