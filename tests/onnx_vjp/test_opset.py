@@ -37,6 +37,16 @@ FORMS: list[tuple[int, str, np.ndarray, dict[str, object], dict[str, np.ndarray]
     (9, "Upsample", IMAGE, {"mode": "linear"}, {"s": np.array([1, 1, 2, 2], np.float32)}),
     (10, "Resize", IMAGE, {"mode": "nearest"}, {"s": np.array([1, 1, 2, 2], np.float32)}),
     (
+        10,
+        "RoiAlign",
+        IMAGE,
+        {"output_height": 2, "output_width": 2, "sampling_ratio": 2},
+        {"r": np.array([[0, 0, 3, 2]], np.float32), "i": np.array([0])},
+    ),
+    (7, "MaxPool", IMAGE, {"kernel_shape": [2, 2]}, {}),
+    (7, "LpPool", IMAGE, {"kernel_shape": [2, 2], "strides": [2, 2]}, {}),
+    (10, "AveragePool", IMAGE, {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "ceil_mode": 1, "strides": [2, 2]}, {}),
+    (
         7,
         "BatchNormalization",
         X,
