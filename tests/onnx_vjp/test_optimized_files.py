@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from pathlib import Path
 
@@ -104,6 +105,19 @@ def test_convolutions_in_blocks_are_laid_out_plainly_again(tmp_path: Path, level
     model = image_model()
     file = optimized(model, level, tmp_path)
     feeds = {"x": np.random.default_rng(3).standard_normal((2, 3, 16, 16)).astype(np.float32)}
+    assert_same(model, file, feeds)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("network", ["Transformer", "SqueezeExcite", "ShiftedWindows"])
+def test_an_optimized_export_of_torch_has_the_gradient_of_the_export(tmp_path: Path, network: str) -> None:
+    torch = pytest.importorskip("torch")
+    networks = importlib.import_module("onnx_vjp.test_torch_networks")
+    torch.manual_seed(1)
+    model = networks.exported(getattr(networks, network)().eval(), "legacy14")
+    feeds = {"x": np.random.default_rng(3).standard_normal((2, 3, 32, 32)).astype(np.float32)}
+    file = optimized(model, "all", tmp_path)
+    assert any(node.domain or node.op_type == "SimplifiedLayerNormalization" for node in file.graph.node)
     assert_same(model, file, feeds)
 
 
