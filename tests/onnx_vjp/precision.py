@@ -58,7 +58,7 @@ def _retype_node(node: NodeProto, target: int) -> None:
             _convert(attribute.t, target)
         elif attribute.type == AttributeProto.TYPE_PROTO:
             _retype(attribute.tp, target)
-        for graph in _subgraphs(attribute):
+        for graph in subgraphs(attribute):
             _retype_graph(graph, target)
 
 
@@ -67,7 +67,8 @@ def _as_tensor(attribute: AttributeProto) -> AttributeProto:
     return helper.make_attribute("value", numpy_helper.from_array(value))
 
 
-def _subgraphs(attribute: AttributeProto) -> Iterator[GraphProto]:
+def subgraphs(attribute: AttributeProto) -> Iterator[GraphProto]:
+    """The graphs that an attribute holds."""
     if attribute.type == AttributeProto.GRAPH:
         yield attribute.g
     yield from attribute.graphs
