@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from functools import cache
-from pathlib import Path
 
 import pytest
 from onnx import defs
@@ -22,9 +21,6 @@ OPERATORS = sorted(
     {(schema.domain, schema.name) for schema in defs.get_all_schemas_with_history()}
     | {(domain, name) for domain, name, _ in standard()}
 )
-
-# Cases that do not pass yet.
-OPEN = frozenset((Path(__file__).parent / "open_cases.txt").read_text(encoding="utf-8").split())
 
 
 @cache
@@ -51,8 +47,7 @@ def _label(operator: Operator) -> str:
 def test_cases_agree_with_central_differences(operator: Operator) -> None:
     failures = []
     for name in suite_names()[operator]:
-        if name not in OPEN:
-            failures += _failure(case(name), may_be_refused=True)
+        failures += _failure(case(name), may_be_refused=True)
     for entry in own()[operator]:
         failures += _failure(entry, may_be_refused=False)
     assert not failures, "\n".join(failures)
