@@ -36,5 +36,32 @@ def endless() -> onnx.ModelProto:
     return model([loop], [("x", [1, 3])], [("y", [1, 3])], {"count": np.array(2**62, np.int64)})
 
 
-CRASHERS = {"division": divided, "groups": groupless}
+def doubled(depth: int) -> onnx.ModelProto:
+    """One call of a function that calls another one twice, and so on: 2^depth nodes in all."""
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+    functions = [helper.make_function("own", "F0", ["a"], ["b"], [node("Neg", ["a"], ["b"])], imports)]
+    for level in range(1, depth + 1):
+        names = [("a", "h"), ("h", "b")]
+        calls = [node(f"F{level - 1}", [source], [target], domain="own") for source, target in names]
+        functions.append(helper.make_function("own", f"F{level}", ["a"], ["b"], calls, imports))
+    proto = model([node(f"F{depth}", ["x"], ["y"], domain="own")], [("x", [1, 3])], [("y", [1, 3])], domains=["own"])
+    proto.functions.extend(functions)
+    return proto
+
+
+def circular() -> onnx.ModelProto:
+    """A function that calls itself by way of another."""
+    proto = doubled(2)
+    proto.functions[1].node[0].op_type = "F2"
+    return proto
+
+
+def split() -> onnx.ModelProto:
+    """Four parts of one."""
+    parts = [f"y{index}" for index in range(4)]
+    nodes = [node("Split", ["x"], parts, num_outputs=1)]
+    return model(nodes, [("x", [49])], [(name, [13]) for name in parts])
+
+
+CRASHERS = {"division": divided, "groups": groupless, "split": split}
 """Files that kill the process by a signal, with the versions of libraries that this was written for."""

@@ -24,6 +24,7 @@ _MAX_LINE = 500
 """Characters that are quoted of an exception which a library raised."""
 
 _OUT_OF_MEMORY = (
+    "array is too big",
     "bad_alloc",
     "bad allocation",
     "failed to allocate memory",

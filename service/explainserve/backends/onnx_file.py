@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 
+from explainserve.backends.onnx_size import MAX_NODES, node_count
 from explainserve.containment import inside
 from explainserve.errors import ModelRefused
 from explainserve.onnx_vjp.opset import import_domains, sort_nodes
@@ -29,9 +30,10 @@ def read(path: Path) -> onnx.ModelProto:
     Raises:
         ModelRefused: the file is truncated or no ONNX model (MODEL_FILE_CORRUPT), violates the specification
             (MODEL_INVALID), refers to data outside its folder (EXTERNAL_DATA_ESCAPES), to data that is not there or too
-            short (EXTERNAL_DATA_MISSING), or exceeds 2 GiB (MODEL_TOO_LARGE).
+            short (EXTERNAL_DATA_MISSING), exceeds 2 GiB (MODEL_TOO_LARGE), or has too many nodes (MODEL_TOO_COMPLEX).
     """
     model = _parsed(path)
+    _check_size(model, path)
     external = [tensor for tensor in _tensors(model) if _is_external(tensor)]
     located = [_located(tensor, path.parent) for tensor in external]
     for tensor, (file, start, size) in zip(external, located, strict=True):
@@ -67,6 +69,21 @@ def _corrupt(path: Path, why: str) -> ModelRefused:
     return ModelRefused("MODEL_FILE_CORRUPT", f"{path.name} is truncated or not an ONNX model: {why}", file=path.name)
 
 
+def _check_size(model: onnx.ModelProto, path: Path) -> None:
+    try:
+        count = node_count(model)
+    except ValueError as error:
+        raise ModelRefused("MODEL_INVALID", f"{path.name} violates the ONNX specification: {error}") from error
+    if count > MAX_NODES:
+        raise ModelRefused(
+            "MODEL_TOO_COMPLEX",
+            f"{path.name} has {count} nodes with its functions written out; {MAX_NODES} are the most",
+            file=path.name,
+            node_count=count,
+            limit=MAX_NODES,
+        )
+
+
 def _check(model: onnx.ModelProto, path: Path) -> None:
     adopted = _adopted(model)
     for node in adopted:
@@ -78,6 +95,8 @@ def _check(model: onnx.ModelProto, path: Path) -> None:
     except onnx.checker.ValidationError as error:
         first = str(error).strip().splitlines()[0]
         raise ModelRefused("MODEL_INVALID", f"{path.name} violates the ONNX specification: {first}") from error
+    except UnicodeDecodeError as error:  # where the checker quotes damaged bytes in its message
+        raise ModelRefused("MODEL_INVALID", f"{path.name} holds names that are no text") from error
     finally:
         for node in adopted:
             node.domain = ""

@@ -106,7 +106,9 @@ def _dtype(what: str, value: onnx.ValueInfoProto) -> np.dtype[np.generic]:
     elif value.type.tensor_type.elem_type in _DTYPES:
         return np.dtype(_DTYPES[value.type.tensor_type.elem_type])
     else:
-        found = TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
+        number = value.type.tensor_type.elem_type
+        known = number in TensorProto.DataType.values()
+        found = TensorProto.DataType.Name(number).lower() if known else f"of type {number}"
     raise ModelRefused(
         "UNSUPPORTED_TYPE",
         f"{what} {value.name!r} is {found}; supported are {', '.join(_DTYPES.values())}",

@@ -307,7 +307,10 @@ def _pieces(rows: Rows) -> Iterator[tuple[Segment, slice]]:
 def _evaluation(segment: Segment, scores: Array, gradients: Mapping[str, Array]) -> SegmentEvaluation:
     if segment.selector is None:
         return SegmentEvaluation(np.empty(0, np.float64), {}, scores)
-    picked = scores.reshape(len(scores), -1)[:, segment.selector.indices].astype(np.float64)
+    flat = scores.reshape(len(scores), element_count(scores.shape[1:]))
+    if segment.selector.indices.max(initial=-1) >= flat.shape[1]:
+        raise EvaluationFailed("MODEL_RAISED", f"the model returned {flat.shape[1]} scores, fewer than it declares")
+    picked = flat[:, segment.selector.indices].astype(np.float64)
     values = picked @ segment.selector.weights.astype(np.float64)
     return SegmentEvaluation(values, {name: _weighted_sum(segment.weights, array) for name, array in gradients.items()})
 
@@ -342,7 +345,10 @@ def _gaps(graph: onnx.ModelProto, signature: Signature, weights: Weights) -> tup
     if not wrt:
         return ()
     arrays = weights.of(graph)
-    found = (gap for output in outputs for gap in find_gaps(graph, wrt, output, weights=arrays))
+    try:
+        found = [gap for output in outputs for gap in find_gaps(graph, wrt, output, weights=arrays)]
+    except ValueError as error:  # what onnxruntime evaluates need not be a graph by the rules
+        return (OperatorGap("the graph", "", str(error), "check the file with onnx.checker.check_model"),)
     return tuple(dict.fromkeys(_operator_gaps(found)))
 
 

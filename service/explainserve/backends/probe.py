@@ -8,6 +8,7 @@ rounding alone moves a gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -117,7 +118,7 @@ def gradient_rows(signature: Signature, instances: Sequence[Tensors]) -> Iterato
         if np.issubdtype(spec.dtype, np.floating):
             function = Differentiation(spec.name, ScoreHead.IDENTITY, signature.differentiable_inputs)
             extents = [axis.size for axis in spec.axes[1:]]
-            selector = _selector(int(np.prod([1 if size is None else size for size in extents])))
+            selector = _selector(math.prod(1 if size is None else size for size in extents))
             yield Rows(function, tuple(_one_row(signature, i, function, selector) for i in instances))
 
 

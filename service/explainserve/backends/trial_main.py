@@ -101,6 +101,8 @@ def _outcome(task: Task) -> Answer:
             return {"exhausted": error.message}
         return _refused(error.reason, error.message, error.metadata)
     except Exception as error:  # whatever a library raises on a bad file
+        if is_out_of_memory(error):
+            return {"exhausted": first_line(error)}
         return _refused("LOAD_FAILED", f"{type(error).__name__}: {first_line(error)}", {})
 
 

@@ -12,6 +12,7 @@ from onnx import NodeProto, helper
 from explainserve.onnx_vjp.emitter import Emitter
 from explainserve.onnx_vjp.gaps import Gap, UnsupportedOperators
 from explainserve.onnx_vjp.graph import Graph, consumed
+from explainserve.onnx_vjp.malformed import malformed_as_value_error
 from explainserve.onnx_vjp.opset import prepared
 from explainserve.onnx_vjp.registry import Rule, Table, standard
 from explainserve.onnx_vjp.twin import add_twin
@@ -47,6 +48,7 @@ class GradientGraph:
         return name
 
 
+@malformed_as_value_error()
 def input_gradient(
     model: onnx.ModelProto,
     wrt: Sequence[str],
@@ -63,8 +65,9 @@ def input_gradient(
     `weights` holds the values of initializers that the model only refers to as external data; the result refers to
     them too.
 
-    Raises ValueError for a malformed graph and for a tensor that does not exist or is not float, and
-    UnsupportedOperators with every gap of the path.
+    Raises ValueError for a malformed graph and for a tensor that does not exist or is not float, UnsupportedOperators
+    with every gap of the path, MemoryError, and nothing else. ONNX's own shape inference, which is native code, can
+    crash on a malformed graph: give files of strangers to a process that may.
     """
     differentiation = _Differentiation(model, wrt, of, standard() if rules is None else rules, weights)
     if differentiation.gaps:
@@ -72,6 +75,7 @@ def input_gradient(
     return differentiation.result()
 
 
+@malformed_as_value_error()
 def find_gaps(
     model: onnx.ModelProto,
     wrt: Sequence[str],
@@ -80,7 +84,10 @@ def find_gaps(
     rules: Table | None = None,
     weights: Weights | None = None,
 ) -> list[Gap]:
-    """Everything that `input_gradient` would refuse, without raising. An empty list means that the gradient exists."""
+    """Everything that `input_gradient` would refuse. An empty list means that the gradient exists.
+
+    Raises ValueError and MemoryError as `input_gradient` does.
+    """
     return _Differentiation(model, wrt, of, standard() if rules is None else rules, weights).gaps
 
 

@@ -20,6 +20,7 @@ from onnx import NodeProto, OperatorSetIdProto, TensorProto, TypeProto, ValueInf
 
 from explainserve.onnx_vjp.evaluation import evaluate
 from explainserve.onnx_vjp.lost_shapes import complete
+from explainserve.onnx_vjp.malformed import MALFORMED
 
 Dimension = int | str | None
 Shape = tuple[Dimension, ...]
@@ -212,7 +213,7 @@ class Shapes:
                 list(self._imports),
                 self._ir_version,
             )
-        except (onnx.shape_inference.InferenceError, defs.SchemaError, KeyError):
+        except MALFORMED:
             return {}
         return found
 
@@ -301,7 +302,10 @@ def _inferred(model: onnx.ModelProto, numbers: Mapping[str, int] | None) -> dict
 
 
 def _has_schema(node: NodeProto, model: onnx.ModelProto) -> bool:
-    return bool(defs.has(node.op_type, _version(node, model.opset_import), node.domain))
+    try:
+        return bool(defs.has(node.op_type, _version(node, model.opset_import), node.domain))
+    except TypeError:  # a name that is no text
+        return False
 
 
 def _version(node: NodeProto, imports: Iterable[OperatorSetIdProto]) -> int:

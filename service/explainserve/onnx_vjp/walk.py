@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from onnx import NodeProto
+from onnx import NodeProto, defs
 
 from explainserve.onnx_vjp import rules as _rules  # noqa: F401  (fills the registry)
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.functions import expand
 from explainserve.onnx_vjp.gaps import Gap
 from explainserve.onnx_vjp.graph import Graph
+from explainserve.onnx_vjp.malformed import MALFORMED
 from explainserve.onnx_vjp.path import live_path, version_of
 from explainserve.onnx_vjp.placement import summed
 from explainserve.onnx_vjp.registry import Refusal, Refused, Rule, State, Table, lookup
@@ -87,12 +89,12 @@ class Walk:
         if not any(outputs):
             return [None] * len(node.inputs)
         if rule.every_output:
-            gradients = rule.formula(op, node, outputs)
+            gradients = _applied(rule, op, node, outputs)
         elif any(outputs[1:]):
             raise Refusal("only the first output has a gradient rule", "remove the use of the other outputs")
         else:
-            gradients = rule.formula(op, node, outputs[0])
-        _check_arity(node, gradients)
+            gradients = _applied(rule, op, node, outputs[0])
+        _check_arity(node, gradients, version_of(self.graph, node.proto))
         return gradients
 
     def _rule(self, state: State | None, node: Node) -> Rule:
@@ -107,13 +109,33 @@ class Walk:
         return state
 
 
+def _applied(rule: Rule, op: Emitter, node: Node, cotangent: Any) -> Sequence[str | None]:
+    """What the formula gives. Formulas take it for granted that a node is what its operator allows."""
+    try:
+        return rule.formula(op, node, cotangent)
+    except MALFORMED as error:
+        raise Refusal(
+            f"its attributes or inputs do not fit its operator ({type(error).__name__}: {error})",
+            "check the file with onnx.checker.check_model(model, full_check=True)",
+        ) from error
+
+
 def _gap(node: NodeProto, refusal: Refusal) -> Gap:
     return Gap(node.op_type, node.domain, node.name or node.output[0], refusal.reason, refusal.remedy)
 
 
-def _check_arity(node: Node, gradients: Sequence[str | None]) -> None:
+def _check_arity(node: Node, gradients: Sequence[str | None], version: int) -> None:
+    if len(gradients) < len(node.inputs) and len(node.inputs) > _most_inputs(node.proto, version):
+        raise Refusal("it has more inputs than its operator", "check the file with onnx.checker.check_model")
     if len(gradients) < len(node.inputs) or any(isinstance(gradient, tuple) for gradient in gradients):
         raise AssertionError(
             f"the rule of {node.proto.op_type} returned {len(gradients)} gradients for {len(node.inputs)} inputs. "
             "This is a bug."
         )
+
+
+def _most_inputs(node: NodeProto, version: int) -> int:
+    try:
+        return defs.get_schema(node.op_type, version, node.domain).max_input
+    except defs.SchemaError:
+        return len(node.input)
