@@ -218,6 +218,8 @@ def _indexing() -> Iterator[Case]:
             "Slice", {"x": x, "s": _i(-1, 1), "e": _i(-100, 6), "a": _i(0, 1), "t": _i(-1, 2)}, dynamic=dynamic
         )
         yield single("Slice", {"x": x, "s": _i(0), "e": _i(3)}, dynamic=dynamic, name="no axes")
+        feeds = {"x": x, "s": _i(-1, 1), "e": _i(-100, 6), "a": _i(0, 1), "t": _i(-1, 2)}
+        yield single("Slice", feeds, dynamic=dynamic and (*dynamic, "a", "t"), name="computed axes")
         yield single("Gather", {"x": x, "i": np.array([[0, -1], [2, 2]])}, axis=1, dynamic=dynamic)
         yield single("Gather", {"x": x, "i": _i(3, 0, 0)}, axis=0, dynamic=dynamic)
         yield single("Gather", {"x": x, "i": np.array(-2)}, axis=2, dynamic=dynamic)

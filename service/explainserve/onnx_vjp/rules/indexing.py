@@ -15,33 +15,39 @@ from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
 @rule("Slice")
 def slice_(op: Emitter, node: Node, g: str) -> Gradients:
     """Steps of 1 at known places are a padding with zeros; anything else is a write by position, one axis after the
-    other.
+    other, or element by element where only the run tells the axes.
     """
-    x = node.inputs[0]
-    absent = [None] * (len(node.inputs) - 1)
-    pads = _static_pads(op, node)
+    x, *absent = node.inputs[0], *[None] * (len(node.inputs) - 1)
+    axes = _slice_axes(op, node)
+    if axes is None:
+        return _placed_by_element(op, node, g), *absent
+    pads = _static_pads(op, node, axes)
     if pads is not None:
         return op.Pad(g, pads), *absent
-    axes = _slice_axes(op, node)
     for order, axis in reversed(list(enumerate(axes))):
         g = place(op, g, x, axis, _slice_positions(op, node, order, axis), distinct=True)
     return g, *absent
 
 
-def _slice_axes(op: Emitter, node: Node) -> list[int]:
-    rank, axes = op.rank(node.inputs[0]), node.input(3)
+def _slice_axes(op: Emitter, node: Node) -> list[int] | None:
+    """The axes of a slice, or None where they are not known beforehand."""
+    axes = node.input(3)
     if not axes:
         starts = op.shape(node.inputs[1])
-        if starts is None or not isinstance(starts[0], int):
-            raise Refusal("Slice over an unknown number of axes", "store the axes in the file")
-        return list(range(starts[0]))
+        return list(range(starts[0])) if starts is not None and isinstance(starts[0], int) else None
     constant = op.constant(axes)
-    if constant is None:
-        raise Refusal("Slice over axes that are computed from the input", "store the axes in the file")
-    return [int(axis) % rank for axis in constant]
+    return None if constant is None else [int(axis) % op.rank(node.inputs[0]) for axis in constant]
 
 
-def _static_pads(op: Emitter, node: Node) -> np.ndarray | None:
+def _placed_by_element(op: Emitter, node: Node, g: str) -> str:
+    """The same slice of the elements' numbers tells where each one came from."""
+    x = node.inputs[0]
+    numbers = op.reshape_like(counted(op, op.ReduceProd(op.dims(x), keepdims=1)), x)
+    places = op.Reshape(op.Slice(numbers, *node.inputs[1:]), [-1])
+    return op.reshape_like(place(op, op.Reshape(g, [-1]), op.Reshape(x, [-1]), 0, places, distinct=True), x)
+
+
+def _static_pads(op: Emitter, node: Node, axes: Sequence[int]) -> np.ndarray | None:
     """The padding that undoes a slice of step 1 with constant bounds over axes of known size, else None."""
     x, shape = node.inputs[0], op.shape(node.inputs[0])
     starts, ends, steps = op.constant(node.inputs[1]), op.constant(node.inputs[2]), op.constant(node.input(4))
@@ -49,7 +55,7 @@ def _static_pads(op: Emitter, node: Node) -> np.ndarray | None:
         return None
     rank = op.rank(x)
     pads = np.zeros(2 * rank, np.int64)
-    for axis, start, end in zip(_slice_axes(op, node), starts, ends, strict=True):
+    for axis, start, end in zip(axes, starts, ends, strict=True):
         size = shape[axis]
         if not isinstance(size, int):
             return None

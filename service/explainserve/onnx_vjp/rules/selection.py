@@ -27,8 +27,8 @@ def unique(op: Emitter, node: Node, cotangents: list[str | None]) -> Gradients:
 def _placed_back(op: Emitter, g: str, x: str, axis: int | None, positions: str) -> str:
     """The cotangent at `positions` of one axis of x, or of all its elements in a row, and zero elsewhere."""
     if axis is not None:
-        return place(op, g, x, axis % op.rank(x), positions)
-    return op.reshape_like(place(op, g, op.Reshape(x, [-1]), 0, positions), x)
+        return place(op, g, x, axis % op.rank(x), positions, distinct=True)
+    return op.reshape_like(place(op, g, op.Reshape(x, [-1]), 0, positions, distinct=True), x)
 
 
 @rule("OneHot", since=9)
