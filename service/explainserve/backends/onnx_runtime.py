@@ -28,6 +28,7 @@ from explainserve.backends.probe import FreeExtents, free_extents, gradient_rows
 from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported, first_line, is_out_of_memory
 from explainserve.model_config import ModelConfig
 from explainserve.onnx_vjp import Gap, GradientGraph, UnsupportedOperators, append_score_head, find_gaps, input_gradient
+from explainserve.onnx_vjp.blocked import keep_in_blocks
 from explainserve.onnx_vjp.opset import OLDEST as OLDEST_OPSET
 from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector
 from explainserve.signature import Axis, InputSpec, ScoreHead, Signature, element_count
@@ -173,6 +174,8 @@ class OnnxModel:
             raise _not_differentiable(self.gaps)
         graph, score = self._with_head(function)
         result = self._cache.get(cache_key(graph, function.wrt, score), lambda: self._built(graph, function.wrt, score))
+        if self.device == "cpu" and not self._options.share_weights:
+            keep_in_blocks(result.model)
         self._weights.take(result.model)
         outputs = [score, *(result.gradients[name] for name in function.wrt)]
         try:
