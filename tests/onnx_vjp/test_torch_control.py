@@ -46,6 +46,19 @@ class Growth(torch.nn.Module):  # type: ignore[misc, unused-ignore]
         return x * count
 
 
+class Lists(torch.nn.Module):  # type: ignore[misc, unused-ignore]
+    """Every step appends to one list that is stacked and one that is concatenated."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states, rows = [], []
+        h = x[0]
+        for step in range(x.shape[0]):
+            h = torch.tanh(x[step] + h * 0.5)
+            states.append(h)
+            rows.append(h * x[step])
+        return torch.stack(states).sum(0) * torch.cat(rows).exp().sum()
+
+
 class Choice(torch.nn.Module):  # type: ignore[misc, unused-ignore]
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +91,7 @@ def check(network: torch.nn.Module, model: onnx.ModelProto, x: torch.Tensor) -> 
     np.testing.assert_allclose(dx, expected.numpy(), 1e-4, 1e-5)
 
 
-@pytest.mark.parametrize("kind", [Recurrence, Growth], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [Recurrence, Growth, Lists], ids=lambda kind: kind.__name__)
 def test_a_scripted_network_has_the_gradient_of_autograd(kind: type[torch.nn.Module]) -> None:
     torch.manual_seed(4)
     network = kind().eval()

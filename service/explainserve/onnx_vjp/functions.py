@@ -16,7 +16,7 @@ from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.graph import Graph, consumed
 from explainserve.onnx_vjp.path import live_path, version_of
 from explainserve.onnx_vjp.registry import Composition, Refusal, State, Table, canonical_domain, lookup, standard
-from explainserve.onnx_vjp.subgraphs import rename, subgraphs
+from explainserve.onnx_vjp.subgraphs import is_standard, rename, subgraphs
 
 
 def expand(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) -> Mapping[str, Refusal]:
@@ -49,7 +49,7 @@ def expand(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) ->
 
 def _chosen(graph: Graph, node: NodeProto) -> list[NodeProto] | None:
     """The branch that a constant condition takes, in place of its If node."""
-    condition = graph.constant(node.input[0]) if node.op_type == "If" else None
+    condition = graph.constant(node.input[0]) if is_standard(node, "If") else None
     if condition is None:
         return None
     branch = next(a.g for a in node.attribute if a.name == ("then_branch" if condition.any() else "else_branch"))

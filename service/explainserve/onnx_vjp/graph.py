@@ -11,7 +11,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from explainserve.onnx_vjp.evaluation import evaluate
 from explainserve.onnx_vjp.registry import canonical_domain
 from explainserve.onnx_vjp.shapes import SHAPE_ELEMENTS, Shape, Shapes, TensorType
-from explainserve.onnx_vjp.subgraphs import captured, names_within, read_from_outside, subgraphs
+from explainserve.onnx_vjp.subgraphs import captured, is_standard, names_within, read_from_outside, subgraphs
 
 _NARROW = ("FLOAT8", "FLOAT6", "FLOAT4")
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16})
@@ -185,7 +185,7 @@ class Graph:
         """
         found: set[str] = set()
         for node in self.nodes:
-            if node.op_type == "Loop":
+            if is_standard(node, "Loop"):
                 body = self.loop_body(node)
                 states = len(node.input) - 2
                 for index, (name, result) in enumerate(zip(node.output, body.proto.graph.output[1:], strict=False)):

@@ -17,6 +17,7 @@ import onnx.inliner
 from onnx import NodeProto, helper, numpy_helper
 
 from explainserve.onnx_vjp.graph import consumed
+from explainserve.onnx_vjp.lists import unroll_lists
 from explainserve.onnx_vjp.registry import canonical_domain
 from explainserve.onnx_vjp.subgraphs import make_names_unique, subgraphs
 
@@ -36,6 +37,7 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     _lift_constants(copy.graph)
     raise_opset(copy)
     make_names_unique(copy.graph)
+    unroll_lists(copy.graph)
     import_domains(copy)
     sort_nodes(copy.graph)
     return copy

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from onnx import GraphProto, NodeProto, ValueInfoProto
 
+from explainserve.onnx_vjp.registry import canonical_domain
+
 MAX_DEPTH = 8
 """Each level of loops is inferred several times, so that the work doubles with every level."""
 
@@ -16,6 +18,11 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
         if attribute.HasField("g"):
             yield attribute.g
         yield from attribute.graphs
+
+
+def is_standard(node: NodeProto, operator: str) -> bool:
+    """Whether a node is this operator of ONNX's own domain, not of the same name elsewhere."""
+    return node.op_type == operator and canonical_domain(node.domain) == ""
 
 
 def captured(node: NodeProto) -> list[str]:
