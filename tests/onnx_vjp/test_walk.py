@@ -194,6 +194,16 @@ def test_weights_may_stay_outside_of_the_model() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+def test_the_weight_of_a_matrix_product_is_not_copied() -> None:
+    weight = np.random.default_rng(3).standard_normal((40, 50)).astype(np.float32)
+    graph = model([node("MatMul", "x w", "y")], {"x": ["n", 7, 40]}, ["y"], {"w": weight})
+    result = input_gradient(graph, ["x"], "y")
+    assert [entry.name for entry in result.model.graph.initializer if len(entry.dims) == 2] == ["w"]
+    x, g = np.ones((2, 7, 40), np.float32), np.ones((2, 7, 50), np.float32)
+    (dx,) = run(result.model, {"x": x, result.cotangent: g}, [result.gradients["x"]])
+    np.testing.assert_allclose(dx, g @ weight.T, rtol=1e-4, atol=1e-5)
+
+
 def test_several_tensors_are_differentiated_at_once() -> None:
     nodes = [node("Exp", "x", "h"), node("Neg", "h", "a"), node("Mul", "h h", "b")]
     graph = model(nodes, {"x": [2]}, ["a", "b"])

@@ -17,7 +17,10 @@ def matmul(op: Emitter, node: Node, g: str) -> Gradients:
         return op.Mul(g, b), op.Mul(g, a)
     g = op.Unsqueeze(g, [-2]) if rank_a == 1 else op.Unsqueeze(g, [-1]) if rank_b == 1 else g
     da = db = None
-    if node.differentiates(0):
+    if node.differentiates(0) and rank_b == 2 and (weight := op.constant(b)) is not None:
+        # Gemm reads the weight as it is, where MatMul would need a transposed copy of it.
+        da = op.reshape_like(op.Gemm(op.Reshape(g, [-1, weight.shape[1]]), b, transB=1), a)
+    elif node.differentiates(0):
         row = op.MatMul(g, op.Unsqueeze(b, [0]) if rank_b == 1 else op.transposed(b))
         da = op.Squeeze(row, [-2]) if rank_a == 1 else row
     if node.differentiates(1):
