@@ -13,9 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from explainserve.backends.onnx_blocks import state_block_size
-from explainserve.onnx_vjp import GRADIENT_RULES, cut, input_gradient
+from explainserve.onnx_vjp import GRADIENT_RULES, cut, find_gaps, input_gradient
 from onnx_vjp.microsoft_oracle import evaluate
-from onnx_vjp.vjp_oracle import run
 
 LEVELS = {
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -37,9 +36,9 @@ def optimized(model: onnx.ModelProto, level: str, folder: Path) -> onnx.ModelPro
 def gradient(model: onnx.ModelProto, feeds: dict[str, np.ndarray], wrt: str = "x") -> tuple[np.ndarray, np.ndarray]:
     """Output and gradient, for a cotangent that depends on the output's shape only."""
     result = input_gradient(model, [wrt], "y")
-    shape = run(model, feeds, ["y"])[0].shape
+    shape = evaluate(model, feeds, ["y"])[0].shape
     cotangent = np.random.default_rng(4).standard_normal(shape).astype(np.float32)
-    y, dx = run(result.model, {**feeds, result.cotangent: cotangent}, ["y", result.gradients[wrt]])
+    y, dx = evaluate(result.model, {**feeds, result.cotangent: cotangent}, ["y", result.gradients[wrt]])
     return y, dx
 
 
@@ -138,10 +137,10 @@ def test_blocked_branches_beside_the_path_fit_to_it(tmp_path: Path) -> None:
     result = input_gradient(file, [depthwise.output[0]], "y")
     cotangent = np.random.default_rng(4).standard_normal((2, 32)).astype(np.float32)
     outputs = ["y", result.gradients[depthwise.output[0]]]
-    y, found = run(result.model, {**feeds, result.cotangent: cotangent}, outputs)
+    y, found = evaluate(result.model, {**feeds, result.cotangent: cotangent}, outputs)
     plain = input_gradient(model, ["depth"], "y")
     outputs = ["y", plain.gradients["depth"]]
-    expected_y, expected = run(plain.model, {**feeds, plain.cotangent: cotangent}, outputs)
+    expected_y, expected = evaluate(plain.model, {**feeds, plain.cotangent: cotangent}, outputs)
     np.testing.assert_allclose(y, expected_y, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found[:, : expected.shape[1]], expected, rtol=1e-3, atol=1e-5)
 
@@ -165,10 +164,12 @@ def test_a_cut_layer_of_a_blocked_file_is_laid_out_plainly(tmp_path: Path) -> No
     first = next(node.output[0] for node in file.graph.node if node.op_type == "Conv")
     parts = cut(file, [first])
     x = np.random.default_rng(3).standard_normal((2, 3, 16, 16)).astype(np.float32)
-    (found,) = run(parts.before, {"x": x}, [first])
-    (expected,) = run(cut(model, ["relu"]).before, {"x": x}, ["relu"])
+    (found,) = evaluate(parts.before, {"x": x}, [first])
+    (expected,) = evaluate(cut(model, ["relu"]).before, {"x": x}, ["relu"])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(run(parts.after, {first: found}, ["y"])[0], run(model, {"x": x}, ["y"])[0], rtol=1e-4)
+    np.testing.assert_allclose(
+        evaluate(parts.after, {first: found}, ["y"])[0], evaluate(model, {"x": x}, ["y"])[0], rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("table", ["guided_backpropagation", "deconvnet"])
@@ -182,7 +183,7 @@ def test_gradient_rules_reach_fused_rectifiers(tmp_path: Path, table: str) -> No
     found = []
     for proto in (model, file):
         result = input_gradient(proto, ["x"], "y", rules=GRADIENT_RULES[table])
-        found += run(result.model, {"x": x, result.cotangent: cotangent}, [result.gradients["x"]])
+        found += evaluate(result.model, {"x": x, result.cotangent: cotangent}, [result.gradients["x"]])
     np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-5)
 
 
@@ -230,6 +231,25 @@ def test_weights_in_few_bits_let_the_gradient_through(
     np.testing.assert_allclose(dx, cotangent @ weights.T, rtol=1e-4, atol=1e-5)
 
 
+def test_every_step_of_dynamic_quantization_is_a_gap() -> None:
+    """Bytes lie between the steps: they neither end the path silently nor break the walk."""
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["bytes", "scale", "zero"]),
+        helper.make_node("MatMulInteger", ["bytes", "w", "zero"], ["whole"]),
+        helper.make_node("Cast", ["whole"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["float", "scale"], ["scaled"]),
+        helper.make_node("DynamicQuantizeMatMul", ["scaled", "v", "step"], ["y"], domain="com.microsoft"),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in "xy")
+    stored = {"w": np.ones((4, 4), np.uint8), "v": np.ones((4, 4), np.uint8), "step": np.array(0.1, np.float32)}
+    tensors = [numpy_helper.from_array(value, name) for name, value in stored.items()]
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph(nodes, "dynamic", [x], [y], tensors), opset_imports=imports)
+    gaps = find_gaps(model, ["x"], "y")
+    assert {gap.operator for gap in gaps} == {"DynamicQuantizeLinear", "MatMulInteger", "DynamicQuantizeMatMul"}
+    assert all("float model" in gap.remedy for gap in gaps)
+
+
 def blocked_model(operator: str, channels: int, **attributes: object) -> onnx.ModelProto:
     """One operator between reordering of images with channels last."""
     blocked = "com.microsoft.nchwc"
@@ -263,7 +283,7 @@ def test_a_blocked_operator_is_its_kernel(operator: str, attributes: dict[str, o
     model = blocked_model(operator, channels, **attributes)
     x = np.random.default_rng(3).standard_normal((2, 6, 4, channels)).astype(np.float32)
     try:
-        (expected,) = run(model, {"x": x}, ["y"])
+        (expected,) = evaluate(model, {"x": x}, ["y"])
     except Exception as error:
         pytest.skip(f"onnxruntime lays out nothing in blocks on this processor: {error}")
     y, dx = gradient(model, {"x": x})
