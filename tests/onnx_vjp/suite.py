@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, TypeProto, helper
+from onnx import TensorProto, TypeProto, helper, numpy_helper
 from onnx.backend.test.case.test_case import TestCase
 
 from onnx_vjp.precision import in_type
@@ -100,7 +100,7 @@ def _parts(
 ) -> Iterator[tuple[onnx.ValueInfoProto, np.ndarray]]:
     """The tensors that `name` is built from, by nodes that are added."""
     if kind.HasField("tensor_type"):
-        value = np.asarray(value)
+        value = numpy_helper.to_array(value) if isinstance(value, TensorProto) else np.asarray(value)
         info = onnx.ValueInfoProto(name=name)
         info.type.CopyFrom(kind)
         yield info, value

@@ -59,7 +59,7 @@ class Case:
 
 
 def _is_float(value: np.ndarray) -> bool:
-    return value.dtype.kind == "f" or value.dtype.name == "bfloat16"
+    return value.dtype.name in ("float16", "float32", "float64", "bfloat16")
 
 
 # -- running
