@@ -61,3 +61,33 @@ def test_every_file_that_the_readme_names_is_there() -> None:
 
     assert len(named) > 8
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_python_of_the_page_on_gradients_runs_and_adds_up() -> None:
+    import numpy as np
+    import onnx.parser
+
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        network (float[n, 3, 8, 8] image) => (float[n, 5] logits)
+        <float[4, 3, 3, 3] kernel, float[4, 5] head> {
+            features = Conv <kernel_shape = [3, 3]> (image, kernel)
+            active = Relu (features)
+            pooled = GlobalAveragePool (active)
+            flat = Flatten (pooled)
+            logits = MatMul (flat, head)
+        }"""
+    )
+    random = np.random.default_rng(1)
+    for name, shape in {"kernel": (4, 3, 3, 3), "head": (4, 5)}.items():
+        value = random.standard_normal(shape, dtype=np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    names: dict[str, object] = {"model": model}
+
+    for code in blocks(ROOT / "docs" / "onnx-gradients.md", "python"):
+        exec(code, names)
+
+    by_image, rows, parts = names["by_image"], names["rows"], names["contributions"]
+    difference = (names["logits"] - names["at_baseline"])[:, 3]  # type: ignore[operator]
+    np.testing.assert_allclose(rows[3], by_image, rtol=1e-5, atol=1e-7)  # type: ignore[index, arg-type]
+    np.testing.assert_allclose(parts.sum(axis=(1, 2, 3)), difference, rtol=1e-3)  # type: ignore[attr-defined]

@@ -100,6 +100,29 @@ def test_three_ties_share_alike() -> None:
     compare(found, [np.array([[2 * each], [2 * alone]]), np.array([each, each]), np.array(2 * each)])
 
 
+def test_a_tied_window_gives_all_to_its_first_maximum() -> None:
+    x = np.array([1, 1, 0, 2, 2, 2, 0, 0, 0, 3, 3, 1], np.float32).reshape(1, 1, 2, 6)
+    wanted = expected(lambda x: torch.nn.functional.max_pool2d(x, 2), x)
+    compare(gradients("MaxPool", {"x": x}, kernel_shape=[2, 2], strides=[2, 2]), wanted)
+    wanted = expected(lambda x: torch.nn.functional.adaptive_max_pool2d(x, 1), x)
+    compare(gradients("GlobalMaxPool", {"x": x}), wanted)
+
+
+def test_a_tie_in_top_k_goes_to_what_was_returned() -> None:
+    x = np.array([[3, 1, 3, 3, 2]], np.float32)
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 18]> g (float[1, 5] x) => (float[1, 2] y, int64[1, 2] i) {
+            k = Constant <value_ints = [2]> ()
+            y, i = TopK (x, k)
+        }"""
+    )
+    gradient = input_gradient(model, ["x"], "y")
+    g = np.array([[1, 10]], np.float32)
+    dx, indices = run(gradient.model, {"x": x, gradient.cotangent: g}, [gradient.gradients["x"], "i"])
+    np.testing.assert_array_equal(indices, [[0, 2]])
+    np.testing.assert_array_equal(dx, [[1, 0, 10, 0, 0]])
+
+
 def test_rows_masked_as_a_whole() -> None:
     """As exporters write attention: what is NaN behind the softmax is replaced by zero."""
     text = """<ir_version: 8, opset_import: ["" : 18]> g (float[2, 3] x, float[2, 3] bias) => (float[2, 3] y) {
