@@ -121,7 +121,7 @@ def test_a_dead_end_cannot_be_cut() -> None:
 def test_layers_tell_which_of_them_are_bypassed() -> None:
     found = {layer.name: layer for layer in layers(residual())}
     assert {name: layer.bypassed for name, layer in found.items()} == {
-        "stem": (), "branch": ("x",), "sum": (), "y": (),
+        "stem": (), "branch": ("x",), "sum": (),
     }  # fmt: skip
     assert (found["stem"].operator, found["stem"].shape) == ("MatMul", ("n", 3))
 
