@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import onnx
 import pytest
@@ -9,8 +12,8 @@ from onnx import helper
 
 from explainserve.onnx_vjp import GRADIENT_RULES, find_gaps, input_gradient
 from explainserve.onnx_vjp.opset import prepared
-from explainserve.onnx_vjp.subgraphs import MAX_DEPTH
-from onnx_vjp.control_cases import H, S, X, body, model, node
+from explainserve.onnx_vjp.subgraphs import MAX_DEPTH, subgraphs
+from onnx_vjp.control_cases import H, S, X, body, control_cases, model, node
 from onnx_vjp.vjp_oracle import run
 
 LOOP = ("i_step b_on before", "b_off after")
@@ -104,3 +107,32 @@ def test_a_function_with_a_loop_keeps_what_it_captures() -> None:
     feeds = {"start": np.array(1, np.float32), "delta": np.array(2, np.float32), gradient.cotangent: np.ones(4, "f")}
     values = run(gradient.model, feeds, list(gradient.gradients.values()))
     assert [value.item() for value in values] == [4, 0 + 1 + 2 + 3]
+
+
+def _damaged(whole: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
+    """The model with one thing missing from, or added to, a node that has subgraphs."""
+    (position,) = [index for index, part in enumerate(whole.graph.node) if any(subgraphs(part))]
+    for damage in ("attributes", "inputs", "outputs", "body inputs", "body outputs", "body nodes", "more"):
+        copy = onnx.ModelProto()
+        copy.CopyFrom(whole)
+        part = copy.graph.node[position]
+        inner = next(subgraphs(part))
+        fields = {"attributes": part.attribute, "inputs": part.input, "outputs": part.output}
+        fields |= {"body inputs": inner.input, "body outputs": inner.output, "body nodes": inner.node}
+        if damage == "more":
+            inner.input.add(name="extra")
+        elif fields[damage]:
+            del fields[damage][-1]
+        yield copy
+
+
+@pytest.mark.parametrize("name", ["If:True", "If:constant", "Loop:4 yes", "Scan:00True"])
+def test_a_damaged_graph_is_an_error_or_has_gaps(name: str) -> None:
+    models = {case.name: case.model for case in control_cases()}
+    branch = body([node("Neg", "h", "o")], outputs="o")
+    choice = node("If", "c", "y", then_branch=branch, else_branch=branch)
+    models["If:constant"] = model([choice], {"h": H}, "y", {"c": np.array(True)})
+    for damaged in _damaged(models[name]):
+        floats = [value.name for value in damaged.graph.input if value.type.tensor_type.elem_type == 1]
+        with contextlib.suppress(ValueError):
+            assert isinstance(find_gaps(damaged, floats, [value.name for value in damaged.graph.output]), list)

@@ -52,7 +52,10 @@ def _chosen(graph: Graph, node: NodeProto) -> list[NodeProto] | None:
     condition = graph.constant(node.input[0]) if is_standard(node, "If") else None
     if condition is None:
         return None
-    branch = next(a.g for a in node.attribute if a.name == ("then_branch" if condition.any() else "else_branch"))
+    taken = "then_branch" if condition.any() else "else_branch"
+    branch = next((attribute.g for attribute in node.attribute if attribute.name == taken), None)
+    if branch is None:
+        raise ValueError(f"If '{node.name or next(iter(node.output), '')}' has no {taken}")
     for tensor in branch.initializer:
         graph.adopt(tensor)
     results = zip(branch.output, node.output, strict=False)
