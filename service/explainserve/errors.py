@@ -25,6 +25,7 @@ _MAX_LINE = 500
 
 _OUT_OF_MEMORY = (
     "array is too big",
+    "maximum allowed dimension exceeded",
     "bad_alloc",
     "bad allocation",
     "failed to allocate memory",

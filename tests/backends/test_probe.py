@@ -12,6 +12,7 @@ from onnx import TensorProto
 from explainserve.backends import LoadOptions, onnx_runtime, probe
 from explainserve.backends.onnx_runtime import OnnxModel
 from explainserve.backends.probe import LIKELIEST, free_extents, sample_instances
+from explainserve.errors import ModelRefused
 from explainserve.model_config import InputConfig, ModelConfig
 from explainserve.signature import Axis, InputSpec, Signature
 from onnx_graphs import linear, model, node, quantized_twice, save
@@ -145,6 +146,16 @@ def test_nothing_is_guessed_where_no_axis_is_free_and_nothing_huge_where_many_ar
         guesses = free_extents(own)
         assert guesses[0] == LIKELIEST
         assert all(sample_instances(own, 1, guess)[0]["x"].size <= 1 << 22 for guess in guesses[1:])
+
+
+@pytest.mark.parametrize("extent", [5, 2**36, 2**62])
+def test_outputs_that_are_not_what_the_file_declares_are_refused(tmp_path: Path, extent: int) -> None:
+    """onnxruntime only warns."""
+    nodes = [node("Shape", ["x"], ["s"]), node("ConstantOfShape", ["s"], ["z"]), node("Add", ["x", "z"], ["h"])]
+    lying = model([*nodes, node("Reshape", ["h", "s"], ["y"])], [("x", ["batch", 2, 2])], [("y", ["batch", extent])])
+
+    with pytest.raises((ModelRefused, MemoryError)):
+        probe.check(load(tmp_path, lying))
 
 
 def test_noise_is_absent_where_it_was_not_measured(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainserve.backends.contract import LoadedModel
-from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported
+from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported, first_line, is_out_of_memory
 from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector, Tensors
 from explainserve.signature import InputSpec, ScoreHead, Signature, element_count
 
@@ -73,6 +73,11 @@ def check(model: LoadedModel) -> ProbeResult:
             if error.reason == "OUT_OF_MEMORY":
                 raise MemoryError(error.message) from error
             failures.append(error)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise MemoryError(first_line(error)) from error
+            told = f"its outputs are not what the file declares ({type(error).__name__}: {first_line(error)})"
+            failures.append(EvaluationFailed("MODEL_RAISED", told))
     return _not_compared(model.signature, failures[0])
 
 
