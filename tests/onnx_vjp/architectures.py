@@ -96,6 +96,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "maxvit": Architecture(attention.MaxViT, _image, _FREE, _PLACES),
     "mixer": Architecture(attention.Mixer, _image, _SQUARE, _ROWS),
     "decoder": Architecture(attention.Decoder, _sequence(16), _SHORT, _STEPS, (14, 17)),
+    "lstm": Architecture(sequences.Recurrent, _sequence(3), _SHORT, _STEPS),
+    "gru": Architecture(lambda: sequences.Recurrent(nn.GRU), _sequence(3), _SHORT, _STEPS),
     "unrolled_lstm": Architecture(sequences.UnrolledLSTM, _sequence(3), ((2, 6), (3, 6)), _ROWS),
     "signal_convolution": Architecture(sequences.SignalConvolution, _signal(2), _SHORT, _LENGTH, rounded=True),
     "temporal_convolution": Architecture(sequences.TemporalConvolution, _signal(2), _SHORT, _LENGTH),
