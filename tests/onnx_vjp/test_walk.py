@@ -382,3 +382,25 @@ def test_a_cast_to_few_bits_is_a_gap_and_not_zero(narrow: int) -> None:
     reasons = {gap.node: gap.reason for gap in find_gaps(graph, ["x"], "y")}
     assert set(reasons) == {"Cast_q", "Cast_y"}
     assert all("8 bits or less" in reason for reason in reasons.values())
+
+
+@pytest.mark.parametrize("operands", ["zero x", "x zero", "x one"])
+@pytest.mark.parametrize(("table", "values"), [("guided_backpropagation", (1, 0, 0, 0)), ("deconvnet", (1, 0, 1, 0))])
+def test_the_maximum_with_zero_is_a_rectifier(operands: str, table: str, values: tuple[int, ...]) -> None:
+    constants = {"w": f32(1, -1, 1, -1), "zero": np.array(0, np.float32), "one": np.array(1, np.float32)}
+    graph = model([node("Max", operands, "r"), node("Mul", "r w", "y")], {"x": [4]}, ["y"], constants)
+    (dx,) = gradients(graph, ["x"], "y", f32(1, 1, 1, 1), {"x": f32(2, 2, -2, -2)}, table)
+    np.testing.assert_array_equal(dx, f32(1, -1, 0, 0) if "one" in operands else f32(*values))
+
+
+@pytest.mark.parametrize("operator", ["LeakyRelu", "Elu", "Selu", "Celu", "ThresholdedRelu", "PRelu"])
+def test_every_rectifier_follows_the_rules(operator: str) -> None:
+    inputs = "x slope" if operator == "PRelu" else "x"
+    constants = {"w": f32(1, -1, 1, -1), "slope": f32(0.5)}
+    graph = model([node(operator, inputs, "r"), node("Mul", "r w", "y")], {"x": [4]}, ["y"], constants)
+    feeds, ones = {"x": f32(2, 2, -2, -2)}, f32(1, 1, 1, 1)
+    (true,) = gradients(graph, ["x"], "y", ones, feeds)
+    (guided,) = gradients(graph, ["x"], "y", ones, feeds, "guided_backpropagation")
+    (deconvolved,) = gradients(graph, ["x"], "y", ones, feeds, "deconvnet")
+    np.testing.assert_allclose(guided, np.where(f32(1, -1, 1, -1) > 0, true, 0), rtol=1e-6)
+    np.testing.assert_array_equal(deconvolved, f32(1, 0, 1, 0))

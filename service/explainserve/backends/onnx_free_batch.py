@@ -14,9 +14,9 @@ from math import prod
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, TypeProto, defs, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from explainserve.backends.onnx_graph import BATCH
+from explainserve.onnx_vjp.evaluation import evaluate
 
 SMALL = 16
 """Elements of tensors that may hold shapes."""
@@ -323,19 +323,12 @@ def _with_rows(kind: TypeProto, axis: int = 0) -> TypeProto:
 
 
 def _evaluated(node: NodeProto, values: Mapping[str, np.ndarray], model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """A node on small values, by the reference evaluator; nothing where it refuses, or the result is large."""
-    inputs = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
-        for name, value in values.items()
-    ]
-    outputs = [onnx.ValueInfoProto(name=name) for name in node.output]
-    graph = helper.make_graph([node], "value", inputs, outputs)
+    """A node on small values; nothing where the evaluator refuses, or the result is large."""
     try:
-        found = ReferenceEvaluator(helper.make_model(graph, opset_imports=model.opset_import)).run(None, dict(values))
+        found = evaluate(node, [values.get(name) for name in node.input], model.opset_import)
     except Exception:  # the evaluator lets through whatever numpy raises
         return {}
-    pairs = zip(node.output, (np.asarray(value) for value in found), strict=True)
-    return {name: value for name, value in pairs if value.size <= SMALL}
+    return {name: value for name, value in zip(node.output, found, strict=True) if name and value.size <= SMALL}
 
 
 def _output_types(

@@ -8,6 +8,7 @@ instead. DeepLIFT's rescale rule has contracts of its own: see deeplift.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from explainserve.onnx_vjp import rules as _rules  # noqa: F401  (fills the registry)
 from explainserve.onnx_vjp.deeplift import rescale_rule
@@ -27,17 +28,34 @@ def _guided(derivative: Formula) -> Formula:
 def _deconvnet(derivative: Formula) -> Formula:
     def formula(op: Emitter, node: Node, g: str) -> Gradients:
         """Only the rectified input is replaced: a learned slope keeps its derivative."""
-        return op.Relu(g), *(derivative(op, node, g)[1:] if len(node.inputs) > 1 else ())
+        gradients = list(derivative(op, node, g))
+        gradients[_rectified(op, node)] = op.Relu(g)
+        return gradients
 
     return formula
 
 
-def _clip_where_rectifier(changed: Formula, derivative: Formula) -> Formula:
-    """Clip rectifies when its lower bound is zero (ReLU6); any other Clip keeps its derivative."""
+def _rectified(op: Emitter, node: Node) -> int:
+    """The position of the input that is rectified: the first, but for Max with zero in front."""
+    return int(node.proto.op_type == "Max" and _is_zero(op, node.input(0)))
 
+
+def _is_zero(op: Emitter, value: str) -> bool:
+    constant = op.constant(value)
+    return constant is not None and not constant.any()
+
+
+# Clip rectifies when its lower bound is zero (ReLU6), Max when one of two operands is; otherwise they keep their
+# derivative.
+_RECTIFYING: Mapping[str, Callable[[Emitter, Node], bool]] = {
+    "Clip": lambda op, node: _is_zero(op, node.input(1)),
+    "Max": lambda op, node: len(node.inputs) == 2 and any(_is_zero(op, value) for value in node.inputs),
+}
+
+
+def _where_rectifying(operator: str, changed: Formula, derivative: Formula) -> Formula:
     def formula(op: Emitter, node: Node, g: str) -> Gradients:
-        low = op.constant(node.input(1))
-        return (changed if low is not None and not low.any() else derivative)(op, node, g)
+        return (changed if _RECTIFYING[operator](op, node) else derivative)(op, node, g)
 
     return formula
 
@@ -45,15 +63,13 @@ def _clip_where_rectifier(changed: Formula, derivative: Formula) -> Formula:
 def _for_rectifiers(table: Table, change: Callable[[Formula], Formula]) -> Table:
     changed: dict[Key, State] = {}
     for key, state in table.items():
-        _, operator, _ = key
-        if not isinstance(state, Rule):
+        domain, operator, _ = key
+        if domain or not isinstance(state, Rule):
             continue
         if operator in _RECTIFIERS:
-            changed[key] = Rule(change(state.formula), state.broadcasts, state.every_output)
-        elif operator == "Clip":
-            changed[key] = Rule(
-                _clip_where_rectifier(change(state.formula), state.formula), state.broadcasts, state.every_output
-            )
+            changed[key] = replace(state, formula=change(state.formula))
+        elif operator in _RECTIFYING:
+            changed[key] = replace(state, formula=_where_rectifying(operator, change(state.formula), state.formula))
     return overridden(table, changed)
 
 
