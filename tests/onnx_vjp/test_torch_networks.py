@@ -132,8 +132,15 @@ def exported(network: nn.Module, exporter: str) -> onnx.ModelProto:
         return onnx.load_from_string(buffer.getvalue())
 
 
-@pytest.mark.parametrize("exporter", ["dynamo", "legacy14", "legacy17"])
-@pytest.mark.parametrize("kind", NETWORKS, ids=lambda kind: kind.__name__)
+# The newer exporter takes seconds per network.
+EXPORTS = [
+    pytest.param(kind, exporter, marks=pytest.mark.slow if exporter == "dynamo" and kind not in NETWORKS[:3] else ())
+    for kind in NETWORKS
+    for exporter in ("dynamo", "legacy14", "legacy17")
+]
+
+
+@pytest.mark.parametrize(("kind", "exporter"), EXPORTS, ids=lambda value: getattr(value, "__name__", value))
 def test_a_torch_network_has_the_gradient_of_autograd(kind: type[nn.Module], exporter: str) -> None:
     torch.manual_seed(1)
     network = kind().eval()
