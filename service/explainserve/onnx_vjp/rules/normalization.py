@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 
@@ -87,19 +88,37 @@ def _statistics(op: Emitter, x: str, axes: list[int], epsilon: float) -> tuple[s
     return op.Mul(centered, inverse), inverse
 
 
-@rule("LayerNormalization", since=17)
-def layer_normalization(op: Emitter, node: Node, g: str) -> Gradients:
+@rule("LayerNormalization", every_output=True, since=17)
+def layer_normalization(op: Emitter, node: Node, cotangents: list[str | None]) -> Gradients:
     """The operator's own mean and inverse deviation are switched on as outputs and used again."""
-    x, scale = node.inputs[:2]
+    (x, scale), g = node.inputs[:2], cotangents[0]
     rank = op.rank(x)
-    axis = node.attribute("axis", -1) % rank
-    axes = list(range(axis, rank))
+    axes = list(range(node.attribute("axis", -1) % rank, rank))
     mean, inverse = (op.cast_like(op.output(node, index), x) for index in (1, 2))
     normal = op.Mul(op.Sub(x, mean), inverse)
-    dx = _standardized(op, op.Mul(g, scale), normal, inverse, axes)
+    parts = [_statistics_gradient(op, x, normal, inverse, axes, cotangents)]
+    if g is None:
+        return parts[0], None, None
+    parts.append(_standardized(op, op.Mul(g, scale), normal, inverse, axes))
     dscale = op.sum_to(op.Mul(g, normal), scale) if node.differentiates(1) else None
     dbias = op.sum_to(g, node.inputs[2]) if node.differentiates(2) else None
-    return dx, dscale, dbias
+    return reduce(op.Add, filter(None, parts)), dscale, dbias
+
+
+def _statistics_gradient(
+    op: Emitter, x: str, normal: str, inverse: str, axes: list[int], cotangents: list[str | None]
+) -> str | None:
+    """Over the n elements of a row, d mean / dx = 1 / n and d inverse / dx = -inverse^2 normal / n."""
+    _, dmean, dinverse = (*cotangents, None, None)[:3]
+    parts = []
+    if dmean is not None:
+        parts.append(op.expand_like(op.cast_like(dmean, x), x))
+    if dinverse is not None:
+        parts.append(op.Neg(op.Mul(op.Mul(op.cast_like(dinverse, x), op.Mul(inverse, inverse)), normal)))
+    if not parts:
+        return None
+    count = op.cast_like(op.ReduceProd(op.Gather(op.dims(x), axes), keepdims=0), x)
+    return op.Div(reduce(op.Add, parts), count)
 
 
 @rule("InstanceNormalization")
