@@ -43,7 +43,7 @@ class Erf(OpRun):
 
 
 class Gelu(OpRun):
-    """Its function body does not see the Erf above."""
+    """Its function body has an Erf in float32."""
 
     def _run(self, x: np.ndarray, approximate: Any = None) -> tuple[np.ndarray]:
         if approximate == "tanh":
@@ -134,7 +134,7 @@ class ConvTranspose(OpRun):
 
 
 class MaxPool(op_pool_common.CommonPool):
-    """Wrong positions at stride 1; its values are those of the loop that is spared below."""
+    """Wrong positions at stride 1, and slow."""
 
     def _run(self, x: np.ndarray, storage_order: int = 0, **attributes: Any) -> tuple[np.ndarray, ...]:
         values = tuple(op_pool_common.CommonPool._run(self, "MAX", 0, x, **attributes))
@@ -151,6 +151,11 @@ class Scatter(OpRun):
         result = x.copy()
         np.put_along_axis(result, indices, updates, axis)
         return (result,)
+
+
+def why(stand_in: object) -> str:
+    """What a class says of the evaluator's own, on one line."""
+    return " ".join((stand_in.__doc__ or "Computes in float32").split()).rstrip(".")
 
 
 OPERATORS = (

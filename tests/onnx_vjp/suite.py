@@ -14,6 +14,7 @@ from onnx import TensorProto, TypeProto, helper, numpy_helper
 from onnx.backend.test.case.test_case import TestCase
 
 from onnx_vjp.precision import in_type
+from onnx_vjp.reference import OPERATORS, why
 from onnx_vjp.sampling_oracles import ORACLES
 from onnx_vjp.vjp_oracle import CONTROLS, POSITIVE, Case, Feeds, named
 
@@ -39,28 +40,46 @@ def operator(name: str) -> tuple[str, str]:
     return node.domain, node.op_type
 
 
-def case(name: str) -> Case:
-    """A case of the suite in float32, its sequences and optional values taken apart."""
+def case(name: str, *, in_float32: bool = True) -> Case:
+    """A case of the suite in float32, or in the types that it has; its sequences and optional values taken apart."""
     entry = suite()[name]
     model = onnx.ModelProto()
     model.CopyFrom(entry.model)
     given, results = entry.data_sets[0]
     feeds = _with_plain_inputs(model, given)
     _with_plain_outputs(model, results)
-    feeds = {key: _narrow(value) for key, value in feeds.items()}
+    if in_float32:
+        model = in_type(model, TensorProto.FLOAT)
+        feeds = {key: as_float32(value) for key, value in feeds.items()}
     if name in MADE_FINITE:
         feeds = {key: _made_finite(value) for key, value in feeds.items()}
     node = original(name).model.graph.node[-1]
     oracle = ORACLES.get(name, ORACLES.get(node.op_type))
     return Case(
         name,
-        in_type(model, TensorProto.FLOAT),
+        model,
         feeds,
         oracle(node, feeds) if oracle else None,
         random=node.op_type in RANDOM,
         controls=named(node, CONTROLS),
         positive=named(node, POSITIVE),
     )
+
+
+def judged_by(name: str) -> str:
+    """What stands in for onnx's reference evaluator in a case, and why; empty where nothing does."""
+    node = original(name).model.graph.node[-1]
+    oracle = ORACLES.get(name, ORACLES.get(node.op_type))
+    inner = {child.op_type for child in suite()[name].model.graph.node}
+    classes = [replaced for replaced in OPERATORS if replaced.__name__ in inner] if oracle is None else []
+    notes = [f"{replaced.__name__} of tests/onnx_vjp/reference.py: {why(replaced)}" for replaced in classes]
+    if oracle is not None:
+        notes.append(f"{oracle.__name__} of tests/onnx_vjp/sampling_oracles.py, which says why")
+    if name in MADE_FINITE:
+        notes.append(f"inputs made finite: {MADE_FINITE[name]}")
+    if node.op_type in RANDOM:
+        notes.append("random: the gradient is zero, and no difference can be taken")
+    return "; ".join(notes)
 
 
 RANDOM = ("Bernoulli", "Multinomial", "RandomNormalLike", "RandomUniformLike")
@@ -74,7 +93,8 @@ def _made_finite(value: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(value) & (value != 0), value, np.float32(2.5))
 
 
-def _narrow(value: np.ndarray) -> np.ndarray:
+def as_float32(value: np.ndarray) -> np.ndarray:
+    """A floating-point array in float32, any other as it is."""
     return value.astype(np.float32) if value.dtype.name in ("float16", "bfloat16", "float64") else value
 
 

@@ -67,7 +67,9 @@ def _is_float(value: np.ndarray) -> bool:
 
 
 def run(model: onnx.ModelProto, feeds: Feeds, outputs: list[str]) -> list[np.ndarray]:
-    """onnxruntime, or the reference evaluator where it has no kernel."""
+    """onnxruntime, or the reference evaluator where it has no kernel or takes no such arrays from numpy."""
+    if any(value.dtype.name == "bfloat16" for value in feeds.values()):
+        return run_reference(model, feeds, outputs)
     try:
         return _by_onnxruntime(model, feeds, outputs)
     except _NoKernel:
@@ -198,6 +200,35 @@ def check(case: Case, tolerance: float = 1e-3, *, rules: Table | None = None) ->
             ahead, behind = (forward({name: _wide(feeds[name]) + sign * STEP * direction}) for sign in (1, -1))
             _compare(name, value, direction, (ahead - behind) / (2 * STEP), tolerance)
     return any(np.any(value) for value in values)
+
+
+def check_types(own: Case, wide: Case) -> None:
+    """Assert that the gradient in the types that a case has agrees with the one in float32, as far as they tell."""
+    gradients = [input_gradient(entry.model, entry.wrt, entry.outputs) for entry in (own, wide)]
+    feeds, generator = moved_off_kinks(own), np.random.default_rng(1)
+    outputs = run(own.model, feeds, own.outputs)
+    cotangents = [generator.standard_normal(np.shape(value)).astype(value.dtype) for value in outputs]
+    results = [
+        _results(entry, gradient, feeds, cotangents) for entry, gradient in zip((own, wide), gradients, strict=True)
+    ]
+    coarsest = max(EPSILON[value.dtype.name] for value in feeds.values() if _is_float(value))
+    for name, value, expected in zip(own.wrt, *results, strict=True):
+        assert value.dtype == feeds[name].dtype, f"gradient of {name} is {value.dtype}"
+        error = np.linalg.norm(value.astype(np.float64) - expected)
+        allowed = 20 * coarsest * max(float(np.linalg.norm(expected)), 1e-3 * expected.size**0.5)
+        assert error <= allowed, f"gradient of {name} is off by {error}, not by {allowed} at most"
+
+
+EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-18, "float64": 2.0**-18}
+
+
+def _results(case: Case, gradient: GradientGraph, feeds: Feeds, cotangents: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The gradients at inputs and cotangents that are brought to the types of the model."""
+    given = {**feeds, **{gradient.cotangents[name]: g for name, g in zip(case.outputs, cotangents, strict=True)}}
+    for value in gradient.model.graph.input:
+        kind = value.type.tensor_type.elem_type
+        given[value.name] = given[value.name].astype(helper.tensor_dtype_to_np_dtype(kind))
+    return run(gradient.model, given, list(gradient.gradients.values()))
 
 
 def _check_form(name: str, gradient: np.ndarray, value: np.ndarray) -> None:

@@ -317,6 +317,9 @@ def _scatter(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
     return [node]
 
 
+# Operators that operator set 18 no longer has, and what takes their place here.
+REPLACED = {"Scatter": "ScatterElements", "Upsample": "Resize"}
+
 # Per operator: (first operator set in which this rewriting is not needed, the rewriting), oldest form first.
 _REWRITES: dict[str, tuple[tuple[int, Rewrite], ...]] = {
     "BatchNormalization": ((9, _batch_normalization_7),),
