@@ -6,9 +6,10 @@ from itertools import product
 
 import numpy as np
 import pytest
-from onnx import numpy_helper
+from onnx import numpy_helper, parser
 
 from explainserve.onnx_vjp import input_gradient
+from explainserve.onnx_vjp.graph import Graph
 from onnx_vjp.vjp_oracle import Case, run, single
 
 MODES: tuple[dict[str, object], ...] = (
@@ -78,3 +79,35 @@ def test_the_aspect_ratio_is_kept(mode: str, policy: str, coordinates: str) -> N
     feeds = {"x": IMAGE, "_r": REGION, "_s": REGION, "z": np.array([8, 8])}
     for dynamic in (None, ("z",)):
         _assert_transposed(single("Resize", feeds, axes=[2, 3], version=19, dynamic=dynamic, **shape))
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_sizes_are_rounded_as_the_runtime_does(stored: bool) -> None:
+    """float32 makes 7 of 10 * 0.7, which is below 7 in exact arithmetic."""
+    image = _rng.standard_normal((1, 2, 10, 5)).astype(np.float32)
+    scales = np.array([1, 1, 0.7, 1], np.float32)
+    case = single("Resize", {"x": image, "_r": image[:0], "scales": scales}, version=18, mode="linear")
+    if stored:
+        case = _constant(case, "scales")
+    (value,) = run(case.model, case.feeds, ["y0"])
+    assert value.shape == (1, 2, 7, 5)
+    gradient = input_gradient(case.model, ["x"], "y0")
+    feeds = {**case.feeds, gradient.cotangent: np.ones_like(value)}
+    (dx,) = run(gradient.model, feeds, [gradient.gradients["x"]])
+    assert float((dx * image).sum()) == pytest.approx(float(value.sum()), rel=1e-4)
+
+
+def test_a_size_is_that_of_the_runtime_where_scales_are_computed() -> None:
+    model = parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 18]> 
+        g (float[b, 2, 3, 3] x, float[b, 2, 5, 5] z) => (float[b, 2, 5, 5] y) {
+        large = Shape <start: int = 2> (z)
+        small = Shape <start: int = 2> (x)
+        numerator = Cast <to: int = 1> (large)
+        denominator = Cast <to: int = 1> (small)
+        scales = Div (numerator, denominator)
+        resized = Resize <mode: string = "nearest", axes: ints = [2, 3]> (x, , scales)
+        y = Add (resized, z)
+        }"""
+    )
+    assert Graph(model).shape("resized") == ("b", 2, 5, 5)

@@ -197,12 +197,14 @@ class Shapes:
         """Types of the outputs, as far as those of the inputs and the constants among them tell."""
         node = _stand_in(node)
         version = version if node.domain else self._version
-        data = {
-            name: numpy_helper.from_array(value, name)
-            for name, value in constants.items()
-            if value.size <= SHAPE_ELEMENTS
-        }
         try:
+            if _is_scaled(node) and (sizes := _multiplied(node, types, constants)).size:
+                node, types, constants = _by_sizes(node, sizes, types)
+            data = {
+                name: numpy_helper.from_array(value, name)
+                for name, value in constants.items()
+                if value.size <= SHAPE_ELEMENTS
+            }
             schema = defs.get_schema(node.op_type, version, node.domain)
             found: Mapping[str, TypeProto] = onnx.shape_inference.infer_node_outputs(
                 schema,
@@ -232,6 +234,43 @@ def _stand_in(node: NodeProto) -> NodeProto:
     operator, positions, attributes = stand_in
     inputs = [node.input[position] for position in positions if position < len(node.input)]
     return helper.make_node(operator, inputs, node.output[:1], **attributes)
+
+
+def _is_scaled(node: NodeProto) -> bool:
+    return node.op_type == "Resize" and not node.domain and len(node.input) == 3 and not node.input[1]
+
+
+def _multiplied(node: NodeProto, types: Mapping[str, TypeProto], constants: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The sizes that a Resize by scales gives, none where they are not known.
+
+    Inference takes the product of size and scale exactly, the runtime in float32: 10 times 0.7 is 7.
+    """
+    dims, scales = _dims(types.get(node.input[0])), constants.get(node.input[2])
+    if dims is None or scales is None or not all(dim.HasField("dim_value") for dim in dims):
+        return np.zeros(0, np.int64)
+    axes = next((attribute.ints for attribute in node.attribute if attribute.name == "axes"), range(len(dims)))
+    sizes = np.array([dims[axis].dim_value for axis in axes], np.float32)
+    with np.errstate(all="ignore"):
+        return np.floor(sizes * scales.astype(np.float32)).astype(np.int64)
+
+
+def _by_sizes(
+    node: NodeProto, sizes: np.ndarray, types: Mapping[str, TypeProto]
+) -> tuple[NodeProto, dict[str, TypeProto], dict[str, np.ndarray]]:
+    """A Resize to stated sizes, with the types and the constant that it reads."""
+    x = node.input[0]
+    name = f"{x}/sizes"
+    stated = helper.make_node("Resize", [x, "", "", name], node.output)
+    stated.attribute.extend(attribute for attribute in node.attribute if attribute.name == "axes")
+    kinds = {x: types[x], name: helper.make_tensor_type_proto(TensorProto.INT64, sizes.shape)}
+    return stated, kinds, {name: sizes}
+
+
+def _multiplies_exactly(scales: TensorProto) -> bool:
+    """Whether no product with a size is rounded: 11 bits of a scale times 13 of a size are exact in float32."""
+    values = numpy_helper.to_array(scales)
+    with np.errstate(over="ignore"):
+        return bool(np.all(values.astype(np.float16) == values))
 
 
 def _symbols(model: onnx.ModelProto) -> list[str]:
@@ -282,8 +321,10 @@ def _inferred(model: onnx.ModelProto, numbers: Mapping[str, int] | None) -> dict
     graph.value_info.extend(_numeric(value, numbers) for value in model.graph.value_info if value.name in foreign)
     graph.output.extend(ValueInfoProto(name=value.name) for value in model.graph.output)
     graph.input.extend(_numeric(value, numbers) for value in model.graph.input)
+    scales = {node.input[2] for node in model.graph.node if _is_scaled(node)}
     for tensor in model.graph.initializer:
-        if int(np.prod(tensor.dims, dtype=np.int64)) <= SHAPE_ELEMENTS and not tensor.external_data:
+        small = int(np.prod(tensor.dims, dtype=np.int64)) <= SHAPE_ELEMENTS and not tensor.external_data
+        if small and (tensor.name not in scales or _multiplies_exactly(tensor)):
             graph.initializer.append(tensor)
         else:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
