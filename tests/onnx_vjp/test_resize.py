@@ -99,7 +99,7 @@ def test_sizes_are_rounded_as_the_runtime_does(stored: bool) -> None:
 
 def test_a_size_is_that_of_the_runtime_where_scales_are_computed() -> None:
     model = parser.parse_model(
-        """<ir_version: 8, opset_import: ["": 18]> 
+        """<ir_version: 8, opset_import: ["": 18]>
         g (float[b, 2, 3, 3] x, float[b, 2, 5, 5] z) => (float[b, 2, 5, 5] y) {
         large = Shape <start: int = 2> (z)
         small = Shape <start: int = 2> (x)
