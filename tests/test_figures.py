@@ -139,7 +139,9 @@ def test_mean_of_zero_has_no_relative_error() -> None:
     assert entries(answer(*parts), True)[0].map_error is None
 
 
-@pytest.mark.parametrize("worst", set(StopReason) - {StopReason.CONVERGED, StopReason.FIXED_STEPS})
+@pytest.mark.parametrize(
+    "worst", [reason for reason in StopReason if reason not in (StopReason.CONVERGED, StopReason.FIXED_STEPS)]
+)
 def test_mean_stops_for_its_worst_reason(worst: StopReason) -> None:
     parts = [
         explanation((0, 0, b), random(b), stop_reason=reason)
