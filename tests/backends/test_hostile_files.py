@@ -58,6 +58,11 @@ def test_a_graph_that_breaks_a_rule_is_refused(name: str, tmp_path: Path) -> Non
     assert caught.value.reason in ("MODEL_INVALID", "MODEL_NOT_RUNNABLE")
 
 
+def test_a_refusal_says_what_is_wrong_with_which_node(tmp_path: Path) -> None:
+    with pytest.raises(ModelRefused, match=r"input .nothing. of node: .*Add.* is not output"):
+        onnx_runtime.load(save(BROKEN["an input from nowhere"], tmp_path), ModelConfig(), LoadOptions(thread_count=1))
+
+
 def test_functions_that_multiply_are_counted_and_not_written_out(tmp_path: Path) -> None:
     with pytest.raises(ModelRefused) as caught:
         onnx_file.read(save(doubled(60), tmp_path))

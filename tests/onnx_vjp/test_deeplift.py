@@ -46,6 +46,12 @@ def test_functions_of_one_tensor_are_complete(operator: str) -> None:
     check_sum(graph, {"x": (4, 3)}, (4, 3))
 
 
+def test_a_type_that_is_read_from_the_input_differs_from_nothing() -> None:
+    """Bounds of Clip that were attributes once are constants of the input's type."""
+    nodes = [node("CastLike", "low x", "bound"), node("Clip", "x bound", "y")]
+    check_sum(model(nodes, {"x": ["n", 3]}, ["y"], {"low": np.array(-0.2, np.float16)}), {"x": (4, 3)}, (4, 3))
+
+
 @pytest.mark.parametrize("operator", ["Softmax", "LogSoftmax"])
 def test_softmax_is_complete(operator: str) -> None:
     graph = model([node(operator, "x", "y", axis=1)], {"x": ["n", 5]}, ["y"])

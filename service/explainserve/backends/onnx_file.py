@@ -93,8 +93,8 @@ def _check(model: onnx.ModelProto, path: Path) -> None:
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelRefused("MODEL_INVALID", f"{path.name} violates the ONNX specification: {first}") from error
+        what = " ".join(str(error).partition("==> Context")[0].split())
+        raise ModelRefused("MODEL_INVALID", f"{path.name} violates the ONNX specification: {what}") from error
     except UnicodeDecodeError as error:  # where the checker quotes damaged bytes in its message
         raise ModelRefused("MODEL_INVALID", f"{path.name} holds names that are no text") from error
     finally:

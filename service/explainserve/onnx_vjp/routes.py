@@ -1,8 +1,8 @@
 """By which routes the values of an input reach the outputs, and which tensors all of them pass through.
 
-A route follows every operator but those that read sizes alone. A tensor t is on every route from an input exactly when,
-in topological order, no other tensor that depends on the input is still to be read once t is there: an ancestor that
-is read later would lead around t.
+A route follows every operator but those that read sizes or types alone. A tensor t is on every route from an input
+exactly when, in topological order, no other tensor that depends on the input is still to be read once t is there: an
+ancestor that is read later would lead around t.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from onnx import NodeProto
 from explainserve.onnx_vjp.graph import consumed
 from explainserve.onnx_vjp.registry import canonical_domain
 
-_READS_SIZES = frozenset({"Shape", "Size", "EyeLike", "RandomNormalLike", "RandomUniformLike"})
+# How many inputs have their values read, of operators that read the sizes or types of the others alone.
+_VALUES = {"Shape": 0, "Size": 0, "EyeLike": 0, "RandomNormalLike": 0, "RandomUniformLike": 0, "CastLike": 1}
 
 
 def dependents(nodes: Sequence[NodeProto], source: str) -> set[str]:
@@ -60,9 +61,9 @@ def around(nodes: Sequence[NodeProto], source: str, outputs: Collection[str], cu
 
 
 def values_read(node: NodeProto) -> list[str]:
-    """The tensors whose values, not only sizes, a node reads."""
-    plain = canonical_domain(node.domain) == "" and node.op_type in _READS_SIZES
-    return [] if plain else consumed(node)
+    """The tensors whose values, not only sizes or types, a node reads."""
+    count = _VALUES.get(node.op_type) if canonical_domain(node.domain) == "" else None
+    return consumed(node)[:count]
 
 
 def _back(parents: dict[str, str], name: str, source: str) -> Iterator[str]:
