@@ -126,6 +126,15 @@ def test_layers_tell_which_of_them_are_bypassed() -> None:
     assert (found["stem"].operator, found["stem"].shape) == ("MatMul", ("n", 3))
 
 
+def test_layers_that_a_runtime_has_fused_are_offered() -> None:
+    weights = {"w": np.eye(3, dtype=np.float32)}
+    nodes = [node("MatMul", "x w", "h"), node("Relu", "h", "r"), node("Neg", "r", "y")]
+    graph = model(nodes, {"x": ["n", 3]}, ["y"], weights)
+    graph.graph.node[0].op_type, graph.graph.node[0].domain = "FusedMatMul", "com.microsoft"
+    graph.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    assert [layer.name for layer in layers(graph)] == ["h", "r"]
+
+
 def test_bypassed_layers_are_those_whose_cut_has_a_bypass() -> None:
     """Two ways to the same answer: a sweep over all tensors at once, and a search per tensor."""
     generator = np.random.default_rng(11)

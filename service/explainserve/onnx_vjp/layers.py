@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -15,15 +15,26 @@ from explainserve.onnx_vjp.registry import canonical_domain
 from explainserve.onnx_vjp.routes import bottlenecks, dependents
 from explainserve.onnx_vjp.shapes import Shape
 
-OPERATORS = frozenset(
-    {
-        *("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "Add", "Concat", "Mul"),
-        *("Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Clip", "Gelu", "Swish", "HardSwish", "Mish", "Sigmoid", "Tanh"),
-        *("BatchNormalization", "LayerNormalization", "GroupNormalization", "InstanceNormalization"),
-        *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LSTM", "GRU", "RNN", "Attention"),
-    }
-)
-"""Operators whose outputs are offered."""
+OPERATORS: Mapping[str, frozenset[str]] = {
+    "": frozenset(
+        {
+            *("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "Add", "Concat", "Mul"),
+            *("Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Clip", "Sigmoid", "Tanh"),
+            *("Gelu", "Swish", "HardSwish", "Mish"),
+            *("BatchNormalization", "LayerNormalization", "GroupNormalization", "InstanceNormalization"),
+            *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LSTM", "GRU", "RNN", "Attention"),
+        }
+    ),
+    "com.microsoft": frozenset(
+        {
+            *("FusedConv", "FusedGemm", "FusedMatMul", "MatMulNBits", "GroupNorm"),
+            *("BiasGelu", "FastGelu", "Gelu", "QuickGelu"),
+            *("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "EmbedLayerNormalization"),
+            *("Attention", "GroupQueryAttention", "MultiHeadAttention"),
+        }
+    ),
+}
+"""Operators whose outputs are offered, by domain."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
 def _offered(graph: Graph) -> Iterator[tuple[NodeProto, str]]:
     for node in graph.nodes:
         name = node.output[0]
-        if node.op_type in OPERATORS and not canonical_domain(node.domain) and graph.is_float(name):
+        if node.op_type in OPERATORS.get(canonical_domain(node.domain), ()) and graph.is_float(name):
             yield node, name
 
 
