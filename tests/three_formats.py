@@ -66,7 +66,7 @@ def serving(folder: Path, writers: dict[str, Writer], formats: Iterable[str] = F
         for name, write in writers.items():
             for file_format in formats:
                 _place(name, write, file_format, folder)
-    server = Loopback(Settings(models=folder, port=0, http_port=0, thread_count=2))
+    server = Loopback(Settings(models=folder, port=0, http_port=0, thread_count=2, trial_seconds=0))
     try:
         with Client(server.address, timeout=240) as client:
             yield client
