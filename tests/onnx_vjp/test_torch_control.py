@@ -15,6 +15,8 @@ from onnx_vjp.vjp_oracle import run
 
 torch = pytest.importorskip("torch")
 
+from onnx_vjp.exports import exported  # noqa: E402  (it needs torch)
+
 pytestmark = pytest.mark.torch
 
 
@@ -114,3 +116,24 @@ def test_a_condition_on_values_has_the_gradient_of_autograd() -> None:
     assert "If" in {node.op_type for node in program.model_proto.graph.node}
     for sign in (1, -1):
         check(network, program.model_proto, sign * torch.rand(4, 3))
+
+
+class Bags(torch.nn.Module):  # type: ignore[misc, unused-ignore]
+    """Weighted sums of embeddings. The newer exporter joins them in a Loop behind which no rank is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags = torch.nn.EmbeddingBag(10, 4, mode="sum")
+        self.head = torch.nn.Linear(4, 3, bias=False)
+        self.ids, self.offsets = torch.tensor([1, 7, 7, 2, 9, 0, 4]), torch.tensor([0, 2, 5])
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return torch.tanh(self.head(self.bags(self.ids, self.offsets, per_sample_weights=x).unsqueeze(1)))
+
+
+def test_a_product_of_an_unknown_rank_has_the_gradient_of_autograd() -> None:
+    torch.manual_seed(6)
+    network, x = Bags().eval(), torch.randn(7)
+    model = exported(network, {"x": x}, "dynamo18", {})
+    assert "Loop" in {node.op_type for node in model.graph.node}
+    check(network, model, x)

@@ -36,7 +36,8 @@ def expand(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) ->
                 graph.register(node)
             blocks = _is_opaque(graph, node)
             wanted = id(node) in on_path or _concerns_all(graph, node, table, blocks)
-            parts = _chosen(graph, node) or (_replacement(graph, node, table, refusals) if wanted else None)
+            parts = _chosen(graph, node) or _counted_by_scalars(graph, node)
+            parts = parts or (_replacement(graph, node, table, refusals) if wanted else None)
             replaced |= parts is not None
             opaque |= parts is not None and blocks
             nodes += [node] if parts is None else parts
@@ -60,6 +61,22 @@ def _chosen(graph: Graph, node: NodeProto) -> list[NodeProto] | None:
         graph.adopt(tensor)
     results = zip(branch.output, node.output, strict=False)
     parts = [*branch.node, *(helper.make_node("Identity", [inner.name], [name]) for inner, name in results if name)]
+    for part in parts:
+        graph.register(part)
+    return parts
+
+
+def _counted_by_scalars(graph: Graph, node: NodeProto) -> list[NodeProto] | None:
+    """A Range of scalars in place of one of vectors that hold one number each.
+
+    onnx's function body of AffineGrid has them. onnxruntime takes them as long as it does not know their shape, as
+    behind an If that is replaced here by its branch.
+    """
+    if not is_standard(node, "Range") or not any(graph.shape(name) == (1,) for name in node.input):
+        return None
+    numbers = [graph.fresh(f"{name}/number") for name in node.input]
+    parts = [helper.make_node("Squeeze", [name], [number]) for name, number in zip(node.input, numbers, strict=True)]
+    parts.append(helper.make_node("Range", numbers, node.output, node.name))
     for part in parts:
         graph.register(part)
     return parts

@@ -4,7 +4,7 @@ round.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def slice_(op: Emitter, node: Node, g: str) -> Gradients:
     x, *absent = node.inputs[0], *[None] * (len(node.inputs) - 1)
     axes = _slice_axes(op, node)
     if axes is None:
-        return _placed_by_element(op, node, g), *absent
+        return placed_by_element(op, g, x, lambda numbers: op.Slice(numbers, *node.inputs[1:]), distinct=True), *absent
     pads = _static_pads(op, node, axes)
     if pads is not None:
         return op.Pad(g, pads), *absent
@@ -35,16 +35,17 @@ def _slice_axes(op: Emitter, node: Node) -> list[int] | None:
     if not axes:
         starts = op.shape(node.inputs[1])
         return list(range(starts[0])) if starts is not None and isinstance(starts[0], int) else None
-    constant = op.constant(axes)
-    return None if constant is None else [int(axis) % op.rank(node.inputs[0]) for axis in constant]
+    constant, shape = op.constant(axes), op.shape(node.inputs[0])
+    return None if constant is None or shape is None else [int(axis) % len(shape) for axis in constant]
 
 
-def _placed_by_element(op: Emitter, node: Node, g: str) -> str:
-    """The same slice of the elements' numbers tells where each one came from."""
-    x = node.inputs[0]
+def placed_by_element(op: Emitter, g: str, x: str, read: Callable[[str], str], *, distinct: bool = False) -> str:
+    """Add `g` into zeros where `read` took its elements from in x, of whatever rank: the same read of the elements'
+    numbers tells. `distinct`: it takes none twice.
+    """
     numbers = op.reshape_like(counted(op, op.ReduceProd(op.dims(x), keepdims=1)), x)
-    places = op.Reshape(op.Slice(numbers, *node.inputs[1:]), [-1])
-    return op.reshape_like(place(op, op.Reshape(g, [-1]), op.Reshape(x, [-1]), 0, places, distinct=True), x)
+    places = op.Reshape(read(numbers), [-1])
+    return op.reshape_like(place(op, op.Reshape(g, [-1]), op.Reshape(x, [-1]), 0, places, distinct=distinct), x)
 
 
 def _static_pads(op: Emitter, node: Node, axes: Sequence[int]) -> np.ndarray | None:
@@ -120,8 +121,10 @@ _ONE = np.ones(1, np.int64)
 @rule("Gather")
 def gather(op: Emitter, node: Node, g: str) -> Gradients:
     x, indices = node.inputs
-    axis = node.attribute("axis", 0) % op.rank(x)
-    rank = op.rank(indices)
+    axis = node.attribute("axis", 0)
+    if op.shape(x) is None or op.shape(indices) is None:
+        return placed_by_element(op, g, x, lambda numbers: op.Gather(numbers, indices, axis=axis)), None
+    axis, rank = axis % op.rank(x), op.rank(indices)
     run = _consecutive(op, indices, x, axis)
     if run is not None:
         lined = g if rank == 1 else op.Unsqueeze(g, [axis])
@@ -173,7 +176,10 @@ def gather_elements(op: Emitter, node: Node, g: str) -> Gradients:
 @rule("GatherND")
 def gather_nd(op: Emitter, node: Node, g: str) -> Gradients:
     x, indices = node.inputs
-    if batch := node.attribute("batch_dims", 0):
+    batch = node.attribute("batch_dims", 0)
+    if op.shape(x) is None or op.shape(indices) is None:
+        return placed_by_element(op, g, x, lambda numbers: op.GatherND(numbers, indices, batch_dims=batch)), None
+    if batch:
         indices = _with_batch_indices(op, indices, batch)
     return reduced_scatter(op, op.zeros_like(x), indices, g, "add"), None
 

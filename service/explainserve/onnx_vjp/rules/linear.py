@@ -12,21 +12,34 @@ from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
 def matmul(op: Emitter, node: Node, g: str) -> Gradients:
     """dA = g B^T, dB = A^T g. A vector is a row on the left and a column on the right, as MatMul itself reads it."""
     a, b = node.inputs
+    if _is_matrix(op, b):
+        return _rows_times_matrix(op, a, b, g)
+    if op.shape(b) is None and (stored := op.constant(a)) is not None and stored.ndim == 2:
+        # Only of a stored A: onnxruntime fuses a Transpose into a product with a vector, and gets it wrong.
+        return None, op.MatMul(stored.T, g)
     rank_a, rank_b = op.rank(a), op.rank(b)
     if rank_a == 1 and rank_b == 1:
         return op.Mul(g, b), op.Mul(g, a)
     g = op.Unsqueeze(g, [-2]) if rank_a == 1 else op.Unsqueeze(g, [-1]) if rank_b == 1 else g
     da = db = None
-    if node.differentiates(0) and rank_b == 2 and (weight := op.constant(b)) is not None:
-        # Gemm reads the weight as it is, where MatMul would need a transposed copy of it.
-        da = op.reshape_like(op.Gemm(op.Reshape(g, [-1, weight.shape[1]]), b, transB=1), a)
-    elif node.differentiates(0):
+    if node.differentiates(0):
         row = op.MatMul(g, op.Unsqueeze(b, [0]) if rank_b == 1 else op.transposed(b))
         da = op.Squeeze(row, [-2]) if rank_a == 1 else row
     if node.differentiates(1):
         column = op.MatMul(op.Unsqueeze(a, [1]) if rank_a == 1 else op.transposed(a), g)
         db = op.Squeeze(column, [-1]) if rank_b == 1 else column
     return da, db
+
+
+def _is_matrix(op: Emitter, value: str) -> bool:
+    shape = op.shape(value)
+    return shape is not None and len(shape) == 2
+
+
+def _rows_times_matrix(op: Emitter, a: str, b: str, g: str) -> Gradients:
+    """A is rows, whatever its rank. Gemm reads a stored B as it is, where MatMul would need a transposed copy of it."""
+    a_rows, g_rows = (op.Reshape(value, op.Concat([-1], op.dim(b, axis), axis=0)) for value, axis in ((a, 0), (g, 1)))
+    return op.reshape_like(op.Gemm(g_rows, b, transB=1), a), op.Gemm(a_rows, g_rows, transA=1)
 
 
 @rule("Gemm", broadcasts=True)

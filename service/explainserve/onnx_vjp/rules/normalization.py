@@ -92,8 +92,8 @@ def _statistics(op: Emitter, x: str, axes: list[int], epsilon: float) -> tuple[s
 def layer_normalization(op: Emitter, node: Node, cotangents: list[str | None]) -> Gradients:
     """The operator's own mean and inverse deviation are switched on as outputs and used again."""
     (x, scale), g = node.inputs[:2], cotangents[0]
-    rank = op.rank(x)
-    axes = list(range(node.attribute("axis", -1) % rank, rank))
+    axis = node.attribute("axis", -1)
+    axes = list(range(axis, 0 if axis < 0 else op.rank(x)))
     mean, inverse = (op.cast_like(op.output(node, index), x) for index in (1, 2))
     normal = op.Mul(op.Sub(x, mean), inverse)
     parts = [_statistics_gradient(op, x, normal, inverse, axes, cotangents)]

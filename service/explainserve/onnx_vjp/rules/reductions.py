@@ -7,20 +7,11 @@ from explainserve.onnx_vjp.registry import Gradients, rule
 
 
 def _kept(op: Emitter, node: Node, value: str) -> str:
-    """A tensor of the output's shape with the reduced axes as dimensions of size 1."""
-    if node.attribute("keepdims", 1):
-        return value
+    """A tensor of the output's shape so that it broadcasts to the input's, as what is reduced over no axes or over all
+    does by itself.
+    """
     axes = node.input(1)
-    if not axes or ((constant := op.constant(axes)) is not None and constant.size == 0):
-        rank = op.rank(node.inputs[0])
-        return value if _is_noop(op, node) else op.Reshape(value, [1] * rank)
-    return op.Unsqueeze(value, axes)
-
-
-def _is_noop(op: Emitter, node: Node) -> bool:
-    axes = node.input(1)
-    empty = not axes or ((constant := op.constant(axes)) is not None and constant.size == 0)
-    return bool(empty and node.attribute("noop_with_empty_axes", 0))
+    return value if node.attribute("keepdims", 1) or not axes else op.Unsqueeze(value, axes)
 
 
 def _again(op: Emitter, node: Node, operator: str, value: str) -> str:

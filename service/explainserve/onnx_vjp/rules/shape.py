@@ -16,8 +16,9 @@ def reshape(op: Emitter, node: Node, g: str) -> Gradients:
 
 @rule("Transpose")
 def transpose(op: Emitter, node: Node, g: str) -> Gradients:
-    perm = node.attribute("perm") or list(range(op.rank(g)))[::-1]
-    return (op.Transpose(g, perm=[int(axis) for axis in np.argsort(perm)]),)
+    """The inverse permutation; all axes reversed are their own."""
+    perm = node.attribute("perm")
+    return (op.Transpose(g, perm=perm and [int(axis) for axis in np.argsort(perm)]),)
 
 
 @rule("Concat")
