@@ -36,6 +36,7 @@ import networks
 from explainserve.backends import onnx_graph
 from explainserve.backends.contract import LoadOptions
 from explainserve.backends.onnx_session import open_session, resident_bytes
+from explainserve.backends.onnx_subnormal import flush_subnormals
 from explainserve.backends.onnx_weights import Weights
 from explainserve.onnx_vjp import GradientGraph, input_gradient
 from explainserve.onnx_vjp.blocked import keep_in_blocks
@@ -114,6 +115,7 @@ class Network:
         """A session of the forward or the gradient graph, as the service opens it."""
         model = self.forward if kind == "forward" else self.gradient.model
         options = LoadOptions(thread_count=self.options.thread_count, share_weights=not pack)
+        flush_subnormals(model, self.weights.of(model))
         return open_session(model, options, self.weights)
 
     def batch(self, rows: int) -> dict[str, Array]:

@@ -22,6 +22,7 @@ from explainserve.backends.gradient_cache import GradientCache, cache_key
 from explainserve.backends.onnx_batch import with_rows
 from explainserve.backends.onnx_blocks import state_block_size
 from explainserve.backends.onnx_session import available_device, open_session, resident_bytes
+from explainserve.backends.onnx_subnormal import flush_subnormals
 from explainserve.backends.onnx_verification import LARGEST_DIFFERENCE, largest_difference
 from explainserve.backends.onnx_weights import Weights
 from explainserve.backends.probe import FreeExtents, free_extents, gradient_rows, sample_instances
@@ -157,6 +158,8 @@ class OnnxModel:
                 self.gaps, self.gradient_mode = (*self.gaps, gap), "black_box"
 
     def _open(self, graph: onnx.ModelProto, outputs: Sequence[str]) -> onnxruntime.InferenceSession:
+        if self.device == "cpu":
+            flush_subnormals(graph, self._weights.of(graph))
         before = resident_bytes()
         session = open_session(onnx_graph.with_outputs(graph, outputs), self._options, self._weights)
         if before is None or self._session_bytes is None:
