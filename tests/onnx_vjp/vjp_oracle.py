@@ -29,7 +29,8 @@ class Case:
     """A model with tensors in and out, and its input values.
 
     `function` is a float64 oracle for what the reference evaluator lacks or gets wrong; it takes the inputs in order
-    and returns the float outputs. `random`: no output can be evaluated twice, and the gradient is zero. `controls` are
+    and returns the float outputs. `random`: no output can be evaluated twice, and the gradient is zero. `seeded`: the
+    reference evaluator can, and runs the gradient too, since others draw other numbers of its seed. `controls` are
     float inputs that steer the operator and are no operand of a function that one differentiates; `positive` are those
     that must stay above zero.
     """
@@ -39,6 +40,7 @@ class Case:
     feeds: Feeds
     function: Function | None = None
     random: bool = False
+    seeded: bool = False
     controls: Collection[str] = field(default=())
     positive: Collection[str] = field(default=())
 
@@ -136,7 +138,7 @@ def gradients(
     names = [*case.outputs, *gradient.gradients.values()]
     feeds = {**feeds, **{gradient.cotangents[name]: value for name, value in cotangents.items()}}
     accepted = _accepted(gradient.model)
-    if _runs(_at(case.model, min(_version(case.model), _version(accepted)))):
+    if not case.seeded and _runs(_at(case.model, min(_version(case.model), _version(accepted)))):
         values = list(_session(accepted).run(names, feeds))
     else:
         values = run_reference(gradient.model, feeds, names)

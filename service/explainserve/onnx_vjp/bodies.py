@@ -15,7 +15,7 @@ import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
-from explainserve.onnx_vjp.graph import CONDITION, COUNTER, RANDOM, Graph, consumed
+from explainserve.onnx_vjp.graph import CONDITION, COUNTER, Graph, consumed
 from explainserve.onnx_vjp.registry import Refusal
 from explainserve.onnx_vjp.shapes import Dimension, TensorType
 
@@ -58,7 +58,7 @@ class Differentiated:
             node = self.graph.nodes[position]
             wanted = reads.intersection(node.output)
             if wanted and not (position < self.forward_count and wanted.issubset(stored)):
-                if node.op_type in RANDOM:
+                if self.graph.is_random(node):
                     raise Refusal(
                         f"{node.op_type} in a body would be drawn twice", "export the model in evaluation mode"
                     )

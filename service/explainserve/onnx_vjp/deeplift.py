@@ -29,13 +29,13 @@ SMALLEST_DIFFERENCE = 1e-7
 
 _LINEAR = frozenset(
     {
-        *("Add", "Cast", "CastLike", "Concat", "CumSum", "DepthToSpace", "Dropout", "Expand", "Flatten", "Identity"),
+        *("Add", "Cast", "CastLike", "Concat", "CumSum", "DepthToSpace", "Expand", "Flatten", "Identity"),
         *("Mean", "Neg", "Pad", "ReduceMean", "ReduceSum", "Reshape", "Resize", "Slice", "SpaceToDepth", "Split"),
         *("AveragePool", "GlobalAveragePool", "Squeeze", "Sub", "Sum", "Tile", "Transpose", "Trilu", "Unsqueeze"),
         *("Gather", "GatherElements", "GatherND"),
     }
 )
-_BILINEAR = frozenset({"BatchNormalization", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Mul"})
+_BILINEAR = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Mul"})
 _OF_ONE_TENSOR = frozenset(
     {
         *("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Celu", "Clip", "Cos", "Cosh", "Elu", "Erf", "Exp"),
@@ -95,6 +95,21 @@ def _at_midpoint(derivative: Formula) -> Formula:
         return derivative(op, Node(halfway, frozenset(wanted)), g)
 
     return formula
+
+
+def _in_evaluation(formula: Formula) -> Formula:
+    """In training another mask is drawn for the baseline, and statistics differ there."""
+
+    def checked(op: Emitter, node: Node, g: str) -> Gradients:
+        if node.attribute("training_mode", 0) or op.graph.is_random(node.proto):
+            raise Refusal("DeepLIFT has no rule for training mode", "export the model in evaluation mode")
+        return formula(op, node, g)
+
+    return checked
+
+
+def _batch_normalization(derivative: Formula) -> Formula:
+    return _in_evaluation(_at_midpoint(derivative))
 
 
 def _div(op: Emitter, node: Node, g: str) -> Gradients:
@@ -165,7 +180,13 @@ def _changed(operator: str, state: Rule) -> State:
     return Refused("DeepLIFT has no rule for it", "use a method of true gradients")
 
 
-_WRAPPED = ((_at_midpoint, _BILINEAR), (_rescaled, _OF_ONE_TENSOR), (_where, frozenset({"Where"})))
+_WRAPPED = (
+    (_at_midpoint, _BILINEAR),
+    (_rescaled, _OF_ONE_TENSOR),
+    (_batch_normalization, frozenset({"BatchNormalization"})),
+    (_in_evaluation, frozenset({"Dropout"})),
+    (_where, frozenset({"Where"})),
+)
 
 
 def rescale_rule(table: Table | None = None) -> Table:

@@ -22,7 +22,7 @@ NARROW_FLOATS = frozenset(value for name, value in TensorProto.DataType.items() 
 # Larger constants are left to the runtime to compute.
 FOLDED_ELEMENTS = 1 << 26
 
-RANDOM = frozenset(
+_RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
 
@@ -88,6 +88,13 @@ class Graph:
     def is_narrow_float(self, name: str) -> bool:
         """Whether the tensor holds quantized numbers in a floating-point format."""
         return self.dtype(name) in NARROW_FLOATS
+
+    def is_random(self, node: NodeProto) -> bool:
+        """Whether a node may draw numbers, other ones whenever it is computed."""
+        if not is_standard(node, "Dropout"):
+            return node.op_type in _RANDOM
+        training = self.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else np.array(False)
+        return training is None or bool(training.any())
 
     def shape(self, name: str) -> Shape | None:
         """Dimensions as int, symbol or None (unknown), or None where even the rank is unknown."""
@@ -331,7 +338,7 @@ class Graph:
 
 
 def _is_folded(node: NodeProto) -> bool:
-    return node.op_type not in RANDOM and not any(subgraphs(node))
+    return node.op_type not in (*_RANDOM, "Dropout") and not any(subgraphs(node))
 
 
 COUNTER, CONDITION = TensorType(TensorProto.INT64, ()), TensorType(TensorProto.BOOL, ())

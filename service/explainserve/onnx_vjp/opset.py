@@ -265,6 +265,15 @@ def _batch_normalization_7(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
         raise ValueError(
             f"BatchNormalization '{node.name or node.output[0]}' normalizes each pixel by itself (spatial=0)"
         )
+    return _batch_normalization_13(_, node)
+
+
+def _batch_normalization_13(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    if any(node.output[1:]):
+        raise ValueError(
+            f"BatchNormalization '{node.name or node.output[0]}' is in training mode, which runtimes read in several "
+            "ways before operator set 14: export it in evaluation mode, or for a newer operator set"
+        )
     return [node]
 
 
@@ -322,7 +331,7 @@ REPLACED = {"Scatter": "ScatterElements", "Upsample": "Resize"}
 
 # Per operator: (first operator set in which this rewriting is not needed, the rewriting), oldest form first.
 _REWRITES: dict[str, tuple[tuple[int, Rewrite], ...]] = {
-    "BatchNormalization": ((9, _batch_normalization_7),),
+    "BatchNormalization": ((9, _batch_normalization_7), (14, _batch_normalization_13)),
     "Clip": ((11, _clip_6),),
     "Dropout": ((12, _dropout_7),),
     "Hardmax": ((13, _flattened),),

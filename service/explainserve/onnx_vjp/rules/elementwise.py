@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import reduce
 from math import pi, sqrt
 
+import numpy as np
+
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
 
@@ -16,11 +18,12 @@ def identity(op: Emitter, node: Node, g: str) -> Gradients:
 
 @rule("Dropout")
 def dropout(op: Emitter, node: Node, g: str) -> Gradients:
-    """The identity, except in training."""
-    training = node.input(2)
-    if training and ((constant := op.constant(training)) is None or constant.any()):
-        raise Refusal("Dropout is in training mode", "export the model in evaluation mode")
-    return g, None, None
+    """The identity; in training y = x mask / (1 - ratio), with the mask that this very pass has drawn."""
+    if not op.graph.is_random(node.proto):
+        return g, None, None
+    training, ratio = node.inputs[2], op.cast_like(node.input(1) or op.array(np.array(0.5, np.float32)), g)
+    scaled = op.Where(training, op.Div(g, op.Sub(1, ratio)), g)
+    return op.Mul(scaled, op.mask(op.output(node, 1), g)), None, None
 
 
 @rule("Neg")

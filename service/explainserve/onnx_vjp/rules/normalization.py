@@ -8,7 +8,7 @@ from functools import reduce
 import numpy as np
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
-from explainserve.onnx_vjp.registry import Gradients, Refusal, composition, rule
+from explainserve.onnx_vjp.registry import Gradients, composition, rule
 
 
 @rule("Softmax", since=13)
@@ -42,27 +42,60 @@ def log_softmax(op: Emitter, node: Node, g: str) -> Gradients:
 
 
 @rule("BatchNormalization", every_output=True)
-def batch_normalization(op: Emitter, node: Node, cotangents: list[str]) -> Gradients:
-    """Inference: an affine map per channel, y = scale (x - mean) / sqrt(var + epsilon) + bias."""
+def batch_normalization(op: Emitter, node: Node, cotangents: list[str | None]) -> Gradients:
+    """y = scale (x - mean) / sqrt(var + epsilon) + bias per channel: by stored statistics or, in training, by those of
+    the batch.
+    """
     if node.attribute("training_mode", 0):
-        raise Refusal(
-            "BatchNormalization is in training mode, which mixes the rows of a batch",
-            "export the model in evaluation mode",
-        )
-    g = cotangents[0]
+        return _normalized_by_batch(op, node, cotangents)
+    return _normalized_as_stored(op, node, str(cotangents[0]))
+
+
+def _normalized_as_stored(op: Emitter, node: Node, g: str) -> Gradients:
+    """An affine map per channel."""
     x, scale, bias, mean, variance = node.inputs
     inverse = op.Reciprocal(op.Sqrt(op.Add(variance, node.attribute("epsilon", 1e-5))))
     slope = op.Mul(op.cast_like(scale, inverse), inverse)
     dx = op.Mul(g, _per_channel(op, op.cast_like(slope, g), x))
     if not any(node.differentiates(index) for index in range(1, 5)):
         return dx, None, None, None, None
-    others = [axis for axis in range(op.rank(x)) if axis != 1]
+    others = _all_but_channels(op, x)
     g, x = op.cast_like(g, inverse), op.cast_like(x, inverse)
     total = op.ReduceSum(g, others, keepdims=0)
     moment = op.ReduceSum(op.Mul(g, op.Sub(x, _per_channel(op, mean, x))), others, keepdims=0)
     dscale, dmean = op.Mul(moment, inverse), op.Neg(op.Mul(total, slope))
     dvariance = op.Mul(op.Mul(op.Mul(moment, slope), op.Mul(inverse, inverse)), -0.5)
     return dx, op.cast_like(dscale, scale), op.cast_like(total, bias), dmean, dvariance
+
+
+def _normalized_by_batch(op: Emitter, node: Node, cotangents: list[str | None]) -> Gradients:
+    """The statistics that are returned besides are momentum times the stored ones plus 1 - momentum times the batch's
+    mean and variance, whose slopes over the n elements of a channel are 1 / n and 2 (x - mean) / n.
+    """
+    (g, dmean, dvariance), (x, scale, bias, mean, _) = (*cotangents, None, None)[:3], node.inputs
+    momentum, wide, others = node.attribute("momentum", 0.9), op.cast_like(x, mean), _all_but_channels(op, x)
+    normal, inverse = _statistics(op, wide, others, node.attribute("epsilon", 1e-5))
+    count = op.cast_like(op.ReduceProd(op.Gather(op.dims(x), others), keepdims=0), mean)
+    parts, dscale, dbias = [], None, None
+    if g is not None:
+        g = op.cast_like(g, mean)
+        weighted = op.Mul(g, _per_channel(op, op.cast_like(scale, mean), x))
+        parts.append(_standardized(op, weighted, normal, inverse, others))
+        dscale = op.cast_like(op.ReduceSum(op.Mul(g, normal), others, keepdims=0), scale)
+        dbias = op.cast_like(op.ReduceSum(g, others, keepdims=0), bias)
+    if dmean is not None:
+        share = op.Mul(op.Div(dmean, count), 1 - momentum)
+        parts.append(op.expand_like(_per_channel(op, share, x), wide))
+        dmean = op.Mul(dmean, momentum)
+    if dvariance is not None:
+        share = op.Mul(op.Div(dvariance, count), 2 * (1 - momentum))
+        parts.append(op.Mul(_per_channel(op, share, x), op.Div(normal, inverse)))
+        dvariance = op.Mul(dvariance, momentum)
+    return op.cast_like(reduce(op.Add, parts), x), dscale, dbias, dmean, dvariance
+
+
+def _all_but_channels(op: Emitter, x: str) -> list[int]:
+    return [axis for axis in range(op.rank(x)) if axis != 1]
 
 
 def _per_channel(op: Emitter, vector: str, x: str) -> str:
@@ -153,7 +186,7 @@ def _group_normalization(op: Emitter, node: Node, g: str, per_group: bool) -> Gr
         dscale, dbias = (op.ReduceSum(value, [0, 2], keepdims=0) for value in (op.Mul(cotangent, normal), cotangent))
     else:
         weighted = op.Reshape(op.Mul(g, _per_channel(op, scale, x)), grouped)
-        others = [axis for axis in range(op.rank(x)) if axis != 1]
+        others = _all_but_channels(op, x)
         dscale = op.ReduceSum(op.Mul(g, op.reshape_like(normal, x)), others, keepdims=0)
         dbias = op.ReduceSum(g, others, keepdims=0)
     return op.reshape_like(_standardized(op, weighted, normal, inverse, [2]), x), dscale, dbias
