@@ -75,3 +75,42 @@ def make_external(tensor: TensorProto, **entries: object) -> None:
 def _info(value: Value) -> onnx.ValueInfoProto:
     name, shape, *kind = value
     return helper.make_tensor_value_info(name, kind[0] if kind else TensorProto.FLOAT, shape)
+
+
+def _rounded(name: str, source: str, result: str) -> list[onnx.NodeProto]:
+    """Two nodes of which no gradient is taken, `name` and `name`_back."""
+    return [
+        node("QuantizeLinear", [source, "scale", "zero"], [f"{name}_q"], name=name),
+        node("DequantizeLinear", [f"{name}_q", "scale", "zero"], [result], name=f"{name}_back"),
+    ]
+
+
+def quantized_within() -> onnx.ModelProto:
+    """y of shape (1, 3), quantized in the branch of an If, in the bodies of a Loop and a Scan, and in a function of the
+    file: nodes `in_branch`, `in_loop`, `in_scan` and `in_function`, each with a `_back`.
+    """
+    t, e, v, w = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3]) for name in "tevw")
+    r, s = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [3]) for name in "rs")
+    step = helper.make_tensor_value_info("step", TensorProto.INT64, [])
+    on, still = (helper.make_tensor_value_info(name, TensorProto.BOOL, []) for name in ("on", "still"))
+    branches = {
+        "then_branch": helper.make_graph(_rounded("in_branch", "x", "t"), "then", [], [t]),
+        "else_branch": helper.make_graph([node("Neg", ["x"], ["e"])], "else", [], [e]),
+    }
+    counted = [node("Identity", ["on"], ["still"]), *_rounded("in_loop", "v", "w")]
+    loop = helper.make_graph(counted, "loop", [step, on, v], [still, w])
+    scan = helper.make_graph(_rounded("in_scan", "r", "s"), "scan", [r], [s])
+    nodes = [
+        node("ReduceMax", ["x"], ["most"], keepdims=0),
+        node("Greater", ["most", "scale"], ["c"]),
+        node("If", ["c"], ["a"], name="if", **branches),
+        node("Loop", ["twice", "", "a"], ["b"], name="loop", body=loop),
+        node("Scan", ["b"], ["d"], name="scan", body=scan, num_scan_inputs=1),
+        node("Round", ["d", "scale", "zero"], ["y"], name="call", domain="own"),
+    ]
+    weights = {"scale": np.array(0.5, np.float32), "zero": np.array(0, np.int8), "twice": np.array(2, np.int64)}
+    proto = model(nodes, [("x", [1, 3])], [("y", [1, 3])], weights, domains=["own"])
+    imports = [helper.make_opsetid("", 18)]
+    body = _rounded("in_function", "a", "b")
+    proto.functions.append(helper.make_function("own", "Round", ["a", "scale", "zero"], ["b"], body, imports))
+    return proto

@@ -23,6 +23,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import onnx
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -37,7 +38,7 @@ from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
 from explainserve_client import Box, Label, Margin, TopK
 from hostile_graphs import CRASHERS, endless
 from models import MODELS, write_model
-from onnx_graphs import quantized_twice, save
+from onnx_graphs import quantized_twice, quantized_within, save
 
 pytest.importorskip("onnxruntime")
 
@@ -685,6 +686,7 @@ def test_models_describes_one(server: Running) -> None:
     assert info["inputs"]["image"]["layout"] == "NCHW"
     assert info["sha256"] in text
     assert "integrated_gradients: supported" in text
+    assert " on cpu, rows together in batches\n" in text
 
 
 def test_health_is_0_where_it_serves_and_1_elsewhere(server: Running) -> None:
@@ -744,12 +746,22 @@ def test_inspect_limits_the_time_that_a_file_gets(tmp_path: Path) -> None:
     assert json.loads(answer.out)["sha256"], "what is known without reading the file is told"
 
 
-def test_inspect_names_every_gap_and_what_to_do(tmp_path: Path) -> None:
-    answer = call("inspect", save(quantized_twice(), tmp_path))
+@pytest.mark.parametrize(
+    ("proto", "names"),
+    [
+        (quantized_twice(), ["first_gap", "second_gap"]),
+        (quantized_within(), ["in_branch", "in_loop", "in_scan", "in_function__1"]),
+    ],
+    ids=["in the graph", "in bodies and functions"],
+)
+def test_inspect_names_every_gap_and_what_to_do(tmp_path: Path, proto: onnx.ModelProto, names: list[str]) -> None:
+    answer = call("inspect", save(proto, tmp_path))
 
     assert answer.exit_code == 0, answer.err
-    for name in ("first_gap", "second_gap"):
-        (line,) = [line for line in answer.out.splitlines() if line.startswith("# no gradient: ") and name in line]
+    for name in names:
+        (line,) = [
+            line for line in answer.out.splitlines() if line.startswith(f"# no gradient: QuantizeLinear in {name}:")
+        ]
         assert re.match(r"# no gradient: \w+ in \w+: .+; .+", line)
     assert tomllib.loads(answer.out)["outputs"], "it serves predictions"
 

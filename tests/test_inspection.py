@@ -13,8 +13,8 @@ from onnx import TensorProto
 from explainserve import backends
 from explainserve.backends import LoadOptions
 from explainserve.inspection import inspect_file
-from explainserve.model_config import ModelConfig, read_model_config
-from explainserve.signature import OutputKind
+from explainserve.model_config import ModelConfig, OutputConfig, read_model_config
+from explainserve.signature import Activation, OutputKind
 from onnx_graphs import linear, model, node, save
 
 WEIGHTS = np.ones((3, 2), np.float32)
@@ -72,16 +72,43 @@ def test_the_starter_describes_the_same_model(tmp_path: Path, channels_last: boo
     assert [axis.size for axis in loaded.signature.inputs[0].axes] == [
         axis.size for axis in found.signature.inputs[0].axes
     ]
-    assert loaded.signature.outputs[0].kind is OutputKind.LOGITS
+    assert loaded.signature.outputs[0].kind is OutputKind.VALUES
 
 
-@pytest.mark.parametrize("last", ["Softmax", "Sigmoid"])
-def test_outputs_that_end_in_an_activation_are_probabilities(tmp_path: Path, last: str) -> None:
-    config = starter_config(inspect_file(save(picture_classifier(last=last), tmp_path)).starter, tmp_path)
+@pytest.mark.parametrize(
+    ("last", "kind", "activation"),
+    [
+        ("Softmax", OutputKind.PROBABILITIES, Activation.SOFTMAX),
+        ("Sigmoid", OutputKind.PROBABILITIES, Activation.SIGMOID),
+        ("", OutputKind.VALUES, Activation.NONE),
+    ],
+)
+def test_the_starter_says_of_outputs_what_the_server_says_without_it(
+    tmp_path: Path, last: str, kind: OutputKind, activation: Activation
+) -> None:
+    path = save(picture_classifier(last=last), tmp_path)
+    starter = starter_config(inspect_file(path).starter, tmp_path)
 
-    assert config.outputs[0].kind is OutputKind.PROBABILITIES
-    assert config.outputs[0].activation is not None
-    assert config.outputs[0].activation.value == last.lower()
+    for config in (ModelConfig(), starter):
+        (output,) = backends.load(path, config, LoadOptions()).signature.outputs
+        assert (output.kind, output.activation) == (kind, activation)
+
+
+def test_a_softmax_over_another_axis_than_that_of_classes_makes_no_probabilities(tmp_path: Path) -> None:
+    proto = model([node("Softmax", ["x"], ["y"], axis=2)], [("x", ["n", 3, 4])], [("y", ["n", 3, 4])])
+
+    (output,) = backends.load(save(proto, tmp_path), ModelConfig(), LoadOptions()).signature.outputs
+
+    assert output.kind is OutputKind.VALUES
+
+
+def test_a_kind_that_is_stated_is_believed(tmp_path: Path) -> None:
+    config = ModelConfig(outputs=(OutputConfig(name="y", kind=OutputKind.VALUES),))
+    path = save(picture_classifier(last="Softmax"), tmp_path)
+
+    (output,) = backends.load(path, config, LoadOptions()).signature.outputs
+
+    assert (output.kind, output.activation) == (OutputKind.VALUES, Activation.NONE)
 
 
 def test_what_is_commented_out_is_valid_too(tmp_path: Path) -> None:

@@ -18,10 +18,17 @@ to gRPC status codes, in one table; anything else that is raised is a bug and be
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 _MAX_LINE = 500
 """Characters that are quoted of an exception which a library raised."""
+
+_SOURCE_PLACE = re.compile(  # a path, and the signature that onnxruntime writes behind it; or the name of a file
+    r"/\S+\.(?:cc|cpp|cu|h):\d+ (?:[^()]*\((?:[^()]|\([^()]*\))*\)(?: const)?(?: \[with [^\]]*\])? )?"
+    r"|\b\w+\.(?:cc|cpp|cu|h):\d+ "
+)
+"""Where in its own sources a library raised, which says nothing about a file."""
 
 _OUT_OF_MEMORY = (
     "array is too big",
@@ -105,7 +112,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, short enough for a status: its first line, or the one below a trace of torch's."""
+    """What an exception says, short enough for a status: its first line, or the one below a trace of torch's, without
+    places in the sources of a library.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if line.startswith(("RuntimeError:", "torch.jit.Error:"))]
-    return (told or lines or [type(error).__name__])[0][:_MAX_LINE]
+    return _SOURCE_PLACE.sub("", (told or lines or [type(error).__name__])[0])[:_MAX_LINE]

@@ -15,7 +15,7 @@ from explainserve.backends.trial import FATAL, Trials
 from explainserve.errors import ModelRefused
 from explainserve.model_config import ModelConfig
 from explainserve.repository import FORMATS, digest, model_files
-from explainserve.signature import Axis, InputSpec, OutputSpec, Signature
+from explainserve.signature import Axis, InputSpec, OutputKind, OutputSpec, Signature
 
 _CHANNEL_COUNTS = (1, 3, 4)
 _FLOAT = np.dtype(np.float32)
@@ -63,25 +63,24 @@ def inspect_file(path: Path, trials: Trials | None = None) -> Inspection:
         trials: try the file in another process before it is read in this one; None trusts it.
     """
     found = Inspection(path, FORMATS.get(path.suffix, ""))
-    activations: dict[str, str] = {}
     try:
         _check_file(path)
         files = model_files(path, trials)
         found = replace(found, sha256=digest(files))
         _try(files, found.sha256, trials)
         if found.format == "onnx":
-            found, activations = _with_graph(found)
+            found = _with_graph(found)
         loaded = backends.load(path, ModelConfig(), LoadOptions())
     except ModelRefused as refusal:
         helps = refusal.reason == "SIGNATURE_INCOMPLETE"
-        return replace(found, refusal=refusal, starter=_starter(_UNKNOWN, {}, found.sha256) if helps else "")
+        return replace(found, refusal=refusal, starter=_starter(_UNKNOWN, found.sha256) if helps else "")
     return replace(
         found,
         signature=loaded.signature,
         fixed_batch=loaded.fixed_batch,
         gradient_mode=loaded.gradient_mode,
         gaps=loaded.gaps,
-        starter=_starter(loaded.signature, activations, found.sha256),
+        starter=_starter(loaded.signature, found.sha256),
     )
 
 
@@ -100,16 +99,15 @@ def _try(files: Sequence[Path], sha256: str, trials: Trials | None) -> None:
             raise
 
 
-def _with_graph(found: Inspection) -> tuple[Inspection, dict[str, str]]:
-    """Adds what only a readable graph tells, and returns the activations that end it, by output."""
+def _with_graph(found: Inspection) -> Inspection:
+    """Adds what only a readable graph tells."""
     from explainserve.backends import onnx_file, onnx_graph  # servers of torch models have no onnx
 
     model = onnx_file.read(found.path)
-    graph = replace(found, operators=onnx_graph.operators(model), layers=onnx_graph.layers(model))
-    return graph, onnx_graph.last_activations(model)
+    return replace(found, operators=onnx_graph.operators(model), layers=onnx_graph.layers(model))
 
 
-def _starter(signature: Signature, activations: Mapping[str, str], sha256: str) -> str:
+def _starter(signature: Signature, sha256: str) -> str:
     """A model.toml that states what is known, guesses what is likely and says so, and leaves the rest to fill in."""
     head = ["# What the model file cannot say of itself. Correct the guesses; lines that begin with # are optional."]
     if signature is _UNKNOWN:
@@ -117,7 +115,7 @@ def _starter(signature: Signature, activations: Mapping[str, str], sha256: str) 
     if sha256:
         head.append(f"# sha256 = {_quoted(sha256)}")
     inputs = [_input_table(spec) for spec in signature.inputs]
-    outputs = [_output_table(spec, activations.get(spec.name)) for spec in signature.outputs]
+    outputs = [_output_table(spec) for spec in signature.outputs]
     return "\n\n".join("\n".join(lines) for lines in [head, *inputs, *outputs]) + "\n"
 
 
@@ -140,23 +138,21 @@ def _input_table(spec: InputSpec) -> list[str]:
     return table
 
 
-def _output_table(spec: OutputSpec, activation: str | None) -> list[str]:
+def _output_table(spec: OutputSpec) -> list[str]:
     table = [
         "[[outputs]]",
         f"name = {_quoted(spec.name)}",
         f'dtype = "{spec.dtype}"',
         f"shape = {_extents(spec.axes)}",
+        f'kind = "{spec.kind.value}"',
     ]
-    if activation:
-        return [*table, 'kind = "probabilities"', f'activation = "{activation}"', '# labels = "labels.txt"']
+    labels = '# labels = "labels.txt"  # one a line'
+    if spec.kind is OutputKind.PROBABILITIES:
+        return [*table, f'activation = "{spec.activation.value}"', labels]
     if np.issubdtype(spec.dtype, np.floating) and len(spec.axes) > 1 and spec.axes[1].size != 1:
-        return [
-            *table,
-            'kind = "logits"  # a guess; or "probabilities", or "values"',
-            '# activation = "softmax"  # or "sigmoid"',
-            '# labels = "labels.txt"  # one a line',
-        ]
-    return [*table, 'kind = "values"']
+        table[-1] += '  # or "logits", where softmax or sigmoid gives probabilities; or "probabilities"'
+        return [*table, '# activation = "softmax"  # or "sigmoid"', labels]
+    return table
 
 
 def _likely_layout(spec: InputSpec) -> str:

@@ -75,7 +75,7 @@ class OutputConfig(_Table):
     name: str
     dtype: Literal[DTYPES] | None = None  # type: ignore[valid-type]
     shape: tuple[Extent | str, ...] | None = None
-    kind: OutputKind = OutputKind.VALUES
+    kind: OutputKind | None = None
     activation: Activation | None = None
     class_axis: Position | None = None
     labels: tuple[str, ...] | str = ()
@@ -222,9 +222,9 @@ def _input(config: InputConfig, found: InputSpec | None) -> InputSpec:
 
 def _output(config: OutputConfig, found: OutputSpec | None) -> OutputSpec:
     axes = _axes("output", config.name, config.shape, found)
-    default = Activation.SOFTMAX if config.kind is OutputKind.LOGITS and len(axes) > 1 else Activation.NONE
     class_axis = config.class_axis if config.class_axis is not None else (1 if len(axes) > 1 else None)
     labels = tuple(config.labels)
+    kind, activation = _kind(config, found, len(axes))
     if class_axis is not None and not 0 < class_axis < len(axes):
         raise ModelRefused("CONFIG_MISMATCH", f"output {config.name!r}: class_axis {class_axis} of {len(axes)} axes")
     size = axes[class_axis].size if class_axis is not None else None
@@ -234,11 +234,19 @@ def _output(config: OutputConfig, found: OutputSpec | None) -> OutputSpec:
         name=config.name,
         dtype=_dtype("output", config.name, config.dtype, found),
         axes=axes,
-        kind=config.kind,
-        activation=config.activation or default,
+        kind=kind,
+        activation=config.activation or activation,
         class_axis=class_axis,
         labels=labels,
     )
+
+
+def _kind(config: OutputConfig, found: OutputSpec | None, rank: int) -> tuple[OutputKind, Activation]:
+    """What the numbers of an output are, and their activation where none is stated."""
+    if config.kind is None and found is not None:
+        return found.kind, found.activation
+    kind = config.kind or OutputKind.VALUES
+    return kind, Activation.SOFTMAX if kind is OutputKind.LOGITS and rank > 1 else Activation.NONE
 
 
 def _dtype(what: str, name: str, stated: str | None, found: InputSpec | OutputSpec | None) -> np.dtype[np.generic]:

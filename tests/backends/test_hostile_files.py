@@ -63,6 +63,17 @@ def test_a_refusal_says_what_is_wrong_with_which_node(tmp_path: Path) -> None:
         onnx_runtime.load(save(BROKEN["an input from nowhere"], tmp_path), ModelConfig(), LoadOptions(thread_count=1))
 
 
+def test_a_refusal_quotes_no_place_in_the_sources_of_the_runtime(tmp_path: Path) -> None:
+    grid = [node("GridSample", ["x", "grid"], ["y"], mode="cu")]
+    proto = model(grid, [("x", [1, 1, 2, 2])], [("y", [1, 1, 1, 1])], {"grid": np.zeros((1, 1, 1, 2), np.float32)})
+
+    with pytest.raises(ModelRefused, match=r"mode .cu. not supported") as caught:
+        onnx_runtime.load(save(proto, tmp_path), ModelConfig(), LoadOptions(thread_count=1))
+
+    assert "grid_sample" not in caught.value.message
+    assert "onnxruntime::" not in caught.value.message
+
+
 def test_functions_that_multiply_are_counted_and_not_written_out(tmp_path: Path) -> None:
     with pytest.raises(ModelRefused) as caught:
         onnx_file.read(save(doubled(60), tmp_path))

@@ -126,6 +126,12 @@ def test_a_baked_batch_becomes_free_and_rows_stay_what_they_are(name: str, tmp_p
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
 
 
+def test_what_is_tried_and_does_not_run_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    onnx_runtime.load(save(windows(), tmp_path), ModelConfig(), LoadOptions())
+
+    assert capfd.readouterr().err == ""
+
+
 def test_initial_states_of_one_row_are_repeated(tmp_path: Path) -> None:
     assert not onnx_runtime.load(save(recurrent(), tmp_path), ModelConfig(), LoadOptions()).fixed_batch
 

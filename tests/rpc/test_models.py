@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 import numpy as np
+import onnx
 import pytest
 
+import onnx_graphs
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1 import model_pb2, tensor_pb2
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
 from hostile_graphs import CRASHERS
-from onnx_graphs import linear, quantized_twice, save
+from onnx_graphs import linear, node, quantized_twice, quantized_within, save
 from rpc.folder import LABELS, MEAN, STD
 from rpc.loopback import Loopback, array, named, refusal, request
 
@@ -137,10 +140,18 @@ def test_model_with_a_gap_names_it_and_its_remedy(stub: ExplainerServiceStub) ->
     assert not own.HasField("noise_floor")
 
 
+@pytest.mark.parametrize(
+    ("proto", "nodes"),
+    [
+        (quantized_twice(), {"first_gap", "second_gap"}),
+        (quantized_within(), {"in_branch", "in_loop", "in_scan", "in_function__1"}),
+    ],
+    ids=["in the graph", "in bodies and functions"],
+)
 def test_a_model_with_gaps_is_refused_for_gradients_with_all_of_them_and_predicts(
-    serve: Callable[..., Loopback], tmp_path: Path
+    serve: Callable[..., Loopback], tmp_path: Path, proto: onnx.ModelProto, nodes: set[str]
 ) -> None:
-    save(quantized_twice(), tmp_path / "quantized" / "1")
+    save(proto, tmp_path / "quantized" / "1")
     stub = serve(models=tmp_path).stub
     x = {"x": np.array([[0.6, -0.2, 1.1]], np.float32)}
 
@@ -149,12 +160,35 @@ def test_a_model_with_gaps_is_refused_for_gradients_with_all_of_them_and_predict
     asked = pb.PredictRequest(model=named("quantized"), inputs=request("", x).inputs, include_tensors=True)
     (predicted,) = stub.Predict(asked, timeout=60).predictions
 
-    assert {"first_gap", "second_gap"} <= {gap.node for gap in own.gaps}
+    assert nodes <= {gap.node for gap in own.gaps if gap.operator == "QuantizeLinear"}
     assert all(gap.operator and gap.reason and gap.remedy for gap in own.gaps)
     assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NOT_DIFFERENTIABLE")
     assert refused.metadata["gap_count"] == str(len(own.gaps))
     assert all(gap.node in refused.metadata["gaps"] for gap in own.gaps)
     np.testing.assert_array_equal(array(predicted.tensor), [0.5, 0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (node("Softmax", ["x"], ["y"], axis=9), r"\(y\) Op \(Softmax\).*axis"),
+        (node("Softmax", ["x"], ["y"], axis=9, name="wrong"), r"\(wrong\) Op \(Softmax\).*axis"),
+        (node("Transpose", ["x"], ["y"], perm=[0, 1, 2]), r"\(y\) Op \(Transpose\).*perm"),
+    ],
+    ids=["axis", "axis of a named node", "order"],
+)
+def test_a_misshapen_file_is_listed_with_its_node_and_the_others_are_served(
+    serve: Callable[..., Loopback], tmp_path: Path, wrong: onnx.NodeProto, reason: str
+) -> None:
+    save(onnx_graphs.model([wrong], [("x", ["batch", 3])], [("y", ["batch", 3])]), tmp_path / "misshapen" / "1")
+    save(linear(np.ones((3, 2), np.float32)), tmp_path / "sound" / "1")
+    running = serve(models=tmp_path)
+
+    models = {own.name: own for own in running.stub.ListModels(pb.ListModelsRequest(), timeout=60).models}
+
+    assert models["sound"].state == READY
+    assert models["misshapen"].state == FAILED
+    assert re.search(reason, models["misshapen"].reason)
 
 
 def test_a_file_that_crashes_the_libraries_is_listed_and_the_others_are_served(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from explainserve.backends import onnx_free_batch
 from explainserve.backends.contract import LoadOptions
-from explainserve.backends.onnx_session import open_session
+from explainserve.backends.onnx_session import QUIET, open_session
 from explainserve.backends.onnx_weights import Weights
 from explainserve.backends.probe import FreeExtents, free_extents, sample_instances
 from explainserve.errors import ModelRefused, first_line, is_out_of_memory
@@ -88,7 +88,7 @@ class _Trial:
 
 def _tried(session: onnxruntime.InferenceSession, feeds: Mapping[str, Array]) -> list[Array] | None:
     try:
-        return [np.asarray(array) for array in session.run(None, feeds)]
+        return [np.asarray(array) for array in session.run(None, feeds, QUIET)]
     except Exception as error:  # that it raises, whatever it raises, is the answer
         if is_out_of_memory(error):
             raise MemoryError(first_line(error)) from error

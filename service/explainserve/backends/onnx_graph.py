@@ -15,7 +15,9 @@ from explainserve.backends.contract import Layer
 from explainserve.errors import ModelRefused
 from explainserve.model_config import ModelConfig
 from explainserve.onnx_vjp import Shape
-from explainserve.signature import Axis, InputSpec, OutputSpec, Signature
+from explainserve.onnx_vjp.registry import canonical_domain
+from explainserve.onnx_vjp.subgraphs import is_standard, subgraphs
+from explainserve.signature import Activation, Axis, InputSpec, OutputKind, OutputSpec, Signature
 
 BATCH = "batch"
 
@@ -42,7 +44,8 @@ def inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 
 
 def signature(model: onnx.ModelProto, config: ModelConfig) -> tuple[Signature, frozenset[str]]:
-    """What the graph says of its inputs and outputs, with the value ranges that `config` states.
+    """What the graph says of its inputs and outputs, with the value ranges that `config` states. Outputs that end in a
+    Softmax over classes or in a Sigmoid are probabilities, and no other is taken for more than values.
 
     Returns:
         The signature, and the names of the outputs to which a leading batch axis of extent one has to be added.
@@ -62,8 +65,23 @@ def signature(model: onnx.ModelProto, config: ModelConfig) -> tuple[Signature, f
         if not _has_batch(axes):
             bare.add(value.name)
             axes = (Axis(BATCH, 1), *axes)
-        output_specs.append(OutputSpec(value.name, dtype, _named(axes)))
+        kind, activation = _kind(model, value, class_axis=0 if value.name in bare else 1)
+        output_specs.append(OutputSpec(value.name, dtype, _named(axes), kind, activation))
     return Signature(tuple(input_specs), tuple(output_specs)), frozenset(bare)
+
+
+def name_nodes(graph: onnx.GraphProto) -> None:
+    """Gives the nodes of a graph and of its subgraphs that have no name that of their first output, in place, so that
+    whoever complains of one names it.
+    """
+    taken = {node.name for node in graph.node}
+    for node in graph.node:
+        name = next(iter(node.output), "")
+        if not node.name and name not in taken:
+            node.name = name
+            taken.add(name)
+        for subgraph in subgraphs(node):
+            name_nodes(subgraph)
 
 
 def operators(model: onnx.ModelProto) -> dict[str, int]:
@@ -83,13 +101,6 @@ def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
     )
 
 
-def last_activations(model: onnx.ModelProto) -> dict[str, str]:
-    """Outputs that are computed by a Softmax or Sigmoid, with its name in lower case."""
-    last = {name: node.op_type.lower() for node in model.graph.node for name in node.output}
-    names = [value.name for value in model.graph.output]
-    return {name: last[name] for name in names if last.get(name) in ("softmax", "sigmoid")}
-
-
 def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     """`model`, changed in place, with only these tensors as outputs; onnxruntime then drops what they do not need."""
     known = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
@@ -97,6 +108,20 @@ def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
     del model.graph.output[:]
     model.graph.output.extend(outputs)
     return model
+
+
+def _kind(model: onnx.ModelProto, value: onnx.ValueInfoProto, class_axis: int) -> tuple[OutputKind, Activation]:
+    """What the numbers of an output are, by the operator that computes it."""
+    node = next((node for node in model.graph.node if value.name in node.output), None)
+    if node is not None and is_standard(node, "Sigmoid"):
+        return OutputKind.PROBABILITIES, Activation.SIGMOID
+    if node is not None and is_standard(node, "Softmax"):
+        version = next((entry.version for entry in model.opset_import if not canonical_domain(entry.domain)), 1)
+        default = -1 if version >= 13 else 1
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), default)
+        if class_axis in (axis, axis + len(value.type.tensor_type.shape.dim)):
+            return OutputKind.PROBABILITIES, Activation.SOFTMAX
+    return OutputKind.VALUES, Activation.NONE
 
 
 def _dtype(what: str, value: onnx.ValueInfoProto) -> np.dtype[np.generic]:

@@ -21,7 +21,7 @@ from explainserve.backends.contract import LoadOptions, Memory, OperatorGap
 from explainserve.backends.gradient_cache import GradientCache, cache_key
 from explainserve.backends.onnx_batch import with_rows
 from explainserve.backends.onnx_blocks import state_block_size
-from explainserve.backends.onnx_session import available_device, open_session, resident_bytes
+from explainserve.backends.onnx_session import QUIET, available_device, open_session, resident_bytes
 from explainserve.backends.onnx_subnormal import flush_subnormals
 from explainserve.backends.onnx_verification import LARGEST_DIFFERENCE, largest_difference
 from explainserve.backends.onnx_weights import Weights
@@ -54,6 +54,7 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> OnnxModel:
     options = replace(options, device=device)
     model = onnx_file.read(path)
     _check_opset(model)
+    onnx_graph.name_nodes(model.graph)
     state_block_size(model)
     declared, bare_outputs = onnx_graph.signature(model, config)
     weights = Weights()
@@ -75,7 +76,7 @@ class _Function:
 
     def __call__(self, feeds: Blocks) -> list[Array]:
         try:
-            outputs: list[Array] = self.session.run(None, feeds)
+            outputs: list[Array] = self.session.run(None, feeds, QUIET)
         except Exception as error:  # onnxruntime's own exceptions derive from Exception directly
             if is_out_of_memory(error):
                 raise EvaluationFailed("OUT_OF_MEMORY", f"no memory is left: {first_line(error)}") from error

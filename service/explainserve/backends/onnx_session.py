@@ -35,6 +35,10 @@ small operator; but on a busy machine long spinning takes the processor from who
 _OWN_COMPILERS = frozenset({"openvino", "tensorrt"})
 """They are handed the serialized graph and cannot follow its references."""
 
+QUIET = onnxruntime.RunOptions()
+"""For runs whose failure is caught and told: onnxruntime would print it on standard error besides."""
+QUIET.log_severity_level = 4
+
 
 def open_session(
     model: onnx.ModelProto, options: LoadOptions, weights: Weights | None = None

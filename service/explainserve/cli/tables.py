@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 Row = Sequence[str]
 
+_BATCHING = {"ROWS": "rows together in batches", "ROW_BY_ROW": "every row alone"}
+
 
 def columns(heading: Row, rows: Sequence[Row]) -> str:
     """Rows under a heading, columns padded and two spaces apart; numbers are on the right."""
@@ -66,7 +68,7 @@ def model(info: ModelInfo) -> str:
     rows = [
         ("model", f"{info.name} version {info.version}, {info.summary.state}"),
         ("file", f"{info.summary.format}, sha256 {info.sha256}"),
-        ("backend", f"{info.backend} on {info.device}, {info.batching}"),
+        ("backend", f"{info.backend} on {info.device}, {_BATCHING[info.batching]}"),
         *(("input", f"{spec.name} {spec.dtype} {_axes(spec.shape)} {spec.layout}") for spec in info.inputs.values()),
         *(
             (

@@ -12,6 +12,7 @@ from explainserve.onnx_vjp.functions import lay_out_plainly
 from explainserve.onnx_vjp.graph import Graph, consumed
 from explainserve.onnx_vjp.opset import prepared
 from explainserve.onnx_vjp.routes import around, dependents
+from explainserve.onnx_vjp.well_formed import check_well_formed
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ def cut(model: onnx.ModelProto, tensors: Sequence[str]) -> Cut:
     Raises ValueError for a malformed graph, for a tensor that does not exist or is an input, for one that no output
     depends on, and for one that depends on another of `tensors`.
     """
-    graph = Graph(prepared(model))
+    plain = prepared(model)
+    check_well_formed(plain)
+    graph = Graph(plain)
     lay_out_plainly(graph)
     wanted = tuple(dict.fromkeys(tensors))
     outputs = [value.name for value in graph.proto.graph.output]

@@ -17,6 +17,7 @@ from explainserve.onnx_vjp.opset import prepared
 from explainserve.onnx_vjp.registry import Rule, Table, standard
 from explainserve.onnx_vjp.twin import add_twin
 from explainserve.onnx_vjp.walk import Walk
+from explainserve.onnx_vjp.well_formed import check_well_formed
 
 Weights = Mapping[str, np.ndarray]
 
@@ -100,7 +101,9 @@ class _Differentiation:
         table: Table,
         weights: Weights | None,
     ) -> None:
-        self.graph = graph = Graph(prepared(model), weights)
+        plain = prepared(model)
+        check_well_formed(plain)
+        self.graph = graph = Graph(plain, weights)
         self.wrt = tuple(dict.fromkeys(wrt))
         self.of = (of,) if isinstance(of, str) else tuple(dict.fromkeys(of))
         _check_tensors(graph, (*self.wrt, *self.of))

@@ -34,6 +34,7 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(onnx.inliner.inline_local_functions(model) if model.functions else model)
     _drop_overridable_inputs(copy)
+    _open_negative_extents(copy.graph)
     _lift_constants(copy.graph)
     raise_opset(copy)
     make_names_unique(copy.graph)
@@ -103,6 +104,14 @@ def _drop_overridable_inputs(model: onnx.ModelProto) -> None:
     kept = [value for value in model.graph.input if value.name not in initializers]
     del model.graph.input[:]
     model.graph.input.extend(kept)
+
+
+def _open_negative_extents(graph: onnx.GraphProto) -> None:
+    """Some exporters write -1 for an extent that is open, and runtimes read it so; inference would compute with it."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value < 0:
+                dim.Clear()
 
 
 def _lift_constants(graph: onnx.GraphProto) -> None:

@@ -195,7 +195,7 @@ class Shapes:
         self, node: NodeProto, version: int, types: Mapping[str, TypeProto], constants: Mapping[str, np.ndarray]
     ) -> Mapping[str, TypeProto]:
         """Types of the outputs, as far as those of the inputs and the constants among them tell."""
-        node = _stand_in(node)
+        node = stand_in(node)
         version = version if node.domain else self._version
         try:
             if _is_scaled(node) and (sizes := _multiplied(node, types, constants)).size:
@@ -227,13 +227,14 @@ def _element_count(kind: TypeProto) -> int | None:
     return math.prod(dims) if static else None
 
 
-def _stand_in(node: NodeProto) -> NodeProto:
-    stand_in = _STAND_INS.get((node.domain, node.op_type))
-    if stand_in is None:
+def stand_in(node: NodeProto) -> NodeProto:
+    """A node that inference sees through and that has the same answer, or the node itself."""
+    found = _STAND_INS.get((node.domain, node.op_type))
+    if found is None:
         return node
-    operator, positions, attributes = stand_in
+    operator, positions, attributes = found
     inputs = [node.input[position] for position in positions if position < len(node.input)]
-    return helper.make_node(operator, inputs, node.output[:1], **attributes)
+    return helper.make_node(operator, inputs, node.output[:1], node.name, **attributes)
 
 
 def _is_scaled(node: NodeProto) -> bool:
@@ -309,14 +310,34 @@ def _number(index: int, probe: int, count: int) -> int:
 
 
 def _inferred(model: onnx.ModelProto, numbers: Mapping[str, int] | None) -> dict[str, TypeProto]:
-    """Types with symbols replaced by numbers, or left as they are.
+    """Types with symbols replaced by numbers, or left as they are."""
+    reduced = skeleton(model, (stand_in(node) for node in model.graph.node), numbers)
+    try:
+        result = onnx.shape_inference.infer_shapes(reduced, strict_mode=False, data_prop=True).graph
+    except onnx.shape_inference.InferenceError as error:
+        if numbers is None:
+            raise ValueError(f"the graph is malformed: {error}") from error
+        return {}
+    # What inference does not find is as the file declares it.
+    types = {value.name: _numeric(value, numbers).type for value in (*model.graph.value_info, *model.graph.output)}
+    found = (*result.value_info, *result.output, *result.input)
+    types.update((value.name, value.type) for value in found if value.type.tensor_type.elem_type)
+    types.update((t.name, helper.make_tensor_type_proto(t.data_type, list(t.dims))) for t in model.graph.initializer)
+    return {name: kind for name, kind in types.items() if kind.tensor_type.elem_type}
 
-    Weights enter as types only, so that models above protobuf's 2 GB pass too.
+
+def skeleton(
+    model: onnx.ModelProto, nodes: Iterable[NodeProto], numbers: Mapping[str, int] | None = None
+) -> onnx.ModelProto:
+    """What inference needs of a model, with `nodes` for its own and symbols replaced by numbers, or left as they are.
+
+    Weights enter as types only, so that models above protobuf's 2 GB pass too. Declared shapes are left out: inference
+    does not correct them.
     """
-    skeleton = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
-    graph = skeleton.graph
+    reduced = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    graph = reduced.graph
     graph.name = model.graph.name
-    graph.node.extend(_stand_in(node) for node in model.graph.node)
+    graph.node.extend(nodes)
     foreign = {name for node in model.graph.node if not _has_schema(node, model) for name in node.output}
     graph.value_info.extend(_numeric(value, numbers) for value in model.graph.value_info if value.name in foreign)
     graph.output.extend(ValueInfoProto(name=value.name) for value in model.graph.output)
@@ -328,18 +349,7 @@ def _inferred(model: onnx.ModelProto, numbers: Mapping[str, int] | None) -> dict
             graph.initializer.append(tensor)
         else:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    try:
-        result = onnx.shape_inference.infer_shapes(skeleton, strict_mode=False, data_prop=True).graph
-    except onnx.shape_inference.InferenceError as error:
-        if numbers is None:
-            raise ValueError(f"the graph is malformed: {error}") from error
-        return {}
-    # What inference does not find is as the file declares it.
-    types = {value.name: _numeric(value, numbers).type for value in (*model.graph.value_info, *model.graph.output)}
-    found = (*result.value_info, *result.output, *result.input)
-    types.update((value.name, value.type) for value in found if value.type.tensor_type.elem_type)
-    types.update((t.name, helper.make_tensor_type_proto(t.data_type, list(t.dims))) for t in model.graph.initializer)
-    return {name: kind for name, kind in types.items() if kind.tensor_type.elem_type}
+    return reduced
 
 
 def _has_schema(node: NodeProto, model: onnx.ModelProto) -> bool:
