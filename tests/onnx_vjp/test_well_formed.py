@@ -123,6 +123,10 @@ def test_declared_shapes_that_are_wrong_are_passed_over_as_by_runtimes() -> None
     assert find_gaps(proto, ["x"], "y") == []
 
 
+def test_ellipses_that_broadcast_are_let_through_as_by_runtimes() -> None:
+    assert find_gaps(single("Einsum", ones(4, 2), equation="...ij,...jk"), ["x"], "y") == []
+
+
 def test_nothing_is_held_against_what_reads_from_an_unknown_operator() -> None:
     nodes = [node("Frob", ["x"], ["h"], domain="own"), node("Softmax", ["h"], ["y"], axis=9)]
 
