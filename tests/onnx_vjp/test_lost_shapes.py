@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from explainserve.onnx_vjp import input_gradient
@@ -51,6 +52,46 @@ def test_a_gradient_passes_a_lost_shape() -> None:
     heads = x.reshape(3, 4, 2, 3)
     expected = np.where(heads == heads.max(-1, keepdims=True), cotangent[..., None], 0).reshape(x.shape)
     np.testing.assert_array_equal(dx, expected)
+
+
+def relative_scores() -> onnx.ModelProto:
+    """Scores of every row of x against every other, with a bias that is cut from a wide table: y (rows, rows)."""
+    stored = {"table": np.random.default_rng(2).standard_normal((5, 19)).astype(np.float32)}
+    stored |= {name: np.array([value], np.int64) for name, value in (("zero", 0), ("axis", 1))}
+    nodes = [
+        helper.make_node("Shape", ["x"], ["rows"], start=0, end=1),
+        helper.make_node("MatMul", ["x", "table"], ["wide"]),
+        helper.make_node("Slice", ["wide", "zero", "rows", "axis"], ["bias"]),
+        helper.make_node("Transpose", ["x"], ["transposed"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "transposed"], ["scores"]),
+        helper.make_node("Add", ["scores", "bias"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "relative_scores",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 5])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in stored.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+def test_a_slice_up_to_a_dynamic_size_is_not_as_long_as_its_axis() -> None:
+    shapes = Graph(relative_scores()).shapes
+    assert shapes.shape("wide") == ("rows", 19)
+    assert shapes.shape("bias") == ("rows", None)
+    assert shapes.shape("y") == ("rows", "rows")
+
+
+@pytest.mark.parametrize("rows", [3, 19])
+def test_a_gradient_passes_a_slice_up_to_a_dynamic_size(rows: int) -> None:
+    model = relative_scores()
+    gradient = input_gradient(model, ["x"], "y")
+    generator = np.random.default_rng(0)
+    x, g = (generator.standard_normal((rows, width)).astype(np.float32) for width in (5, rows))
+    (dx,) = run(gradient.model, {"x": x, gradient.cotangent: g}, [gradient.gradients["x"]])
+    (table,) = (numpy_helper.to_array(t) for t in model.graph.initializer if t.name == "table")
+    np.testing.assert_allclose(dx, (g + g.T) @ x + g @ table[:, :rows].T, rtol=1e-4, atol=1e-4)
 
 
 def test_any_number_of_symbols_stay_symbols() -> None:

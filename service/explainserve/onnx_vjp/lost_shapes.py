@@ -6,7 +6,7 @@ numbers, those integers can simply be computed, and the lost shapes inferred fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 
 import numpy as np
 from onnx import GraphProto, NodeProto, TypeProto, numpy_helper
@@ -22,17 +22,33 @@ Evaluate = Callable[[NodeProto, Sequence[np.ndarray | None]], list[np.ndarray]]
 _LONGEST = 64
 
 
-def complete(graph: GraphProto, types: Types, infer: Infer, evaluate: Evaluate) -> None:
-    """Add to `types` what `infer` finds of each node whose outputs are not known, given the values of its inputs."""
-    lost = [node for node in graph.node if not _is_known(node, types)]
-    needed = _sources(graph.node, lost)
-    values = {t.name: numpy_helper.to_array(t) for t in graph.initializer if t.name in needed and _is_small(t.dims)}
+def complete(graph: GraphProto, types: Types, infer: Infer, evaluate: Evaluate, unknown: Set[str]) -> None:
+    """Add to `types` what `infer` finds of each node whose outputs are not known, given the values of its inputs, less
+    the outputs of `unknown`.
+    """
+    lost = [node for node in graph.node if not _is_known(node, types) and unknown.isdisjoint(node.output)]
+    needed = _sources(graph.node, {name for node in lost for name in node.input if name})
+    values = _stored(graph, needed)
     for node in graph.node if lost else ():
-        if not _is_known(node, types):
+        if not _is_known(node, types) and unknown.isdisjoint(node.output):
             found = infer(node, {name: values[name] for name in node.input if name in values})
             types.update((name, kind) for name, kind in found.items() if name and kind.tensor_type.elem_type)
         if needed.intersection(node.output):
             values.update(_computed(node, types, values, evaluate))
+
+
+def values_of(graph: GraphProto, names: Collection[str], types: Types, evaluate: Evaluate) -> Values:
+    """The values of the tensors `names` and of those that they are computed from, as far as types tell."""
+    needed = _sources(graph.node, names)
+    values = _stored(graph, needed)
+    for node in graph.node:
+        if needed.intersection(node.output):
+            values.update(_computed(node, types, values, evaluate))
+    return values
+
+
+def _stored(graph: GraphProto, needed: Collection[str]) -> Values:
+    return {t.name: numpy_helper.to_array(t) for t in graph.initializer if t.name in needed and _is_small(t.dims)}
 
 
 def _is_known(node: NodeProto, types: Types) -> bool:
@@ -51,9 +67,9 @@ def _is_small(sizes: Sequence[int]) -> bool:
     return int(np.prod(sizes, dtype=np.int64)) <= _LONGEST
 
 
-def _sources(nodes: Sequence[NodeProto], lost: Sequence[NodeProto]) -> set[str]:
-    """Every tensor that the outputs of lost nodes are computed from, back to the shapes of others."""
-    needed = {name for node in lost for name in node.input if name}
+def _sources(nodes: Sequence[NodeProto], names: Collection[str]) -> set[str]:
+    """These tensors and every one that they are computed from, back to the shapes of others."""
+    needed = set(names)
     for node in reversed(nodes):
         if needed.intersection(node.output) and not _measures(node):
             needed.update(name for name in node.input if name)

@@ -5,6 +5,7 @@ Reshape), but it computes with numbers well. So it runs twice, with two differen
 that comes out equal is static, one that differs is dynamic, and two dynamic dimensions are the same when both pairs
 of numbers agree. Where the numbers contradict the model (two symbols that broadcast against each other must be
 equal), the symbolic inference of ONNX answers instead. A dynamic dimension is taken not to be broadcast itself.
+Where a number cuts a Slice short, the dimension is unknown.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import onnx
 from onnx import NodeProto, OperatorSetIdProto, TensorProto, TypeProto, ValueInfoProto, defs, helper, numpy_helper
 
+from explainserve.onnx_vjp.clamped_slices import clamped_axes, with_unknown
 from explainserve.onnx_vjp.evaluation import evaluate
 from explainserve.onnx_vjp.lost_shapes import complete
 from explainserve.onnx_vjp.malformed import MALFORMED
@@ -87,10 +90,25 @@ class Shapes:
             {symbol: _number(index, probe, len(symbols)) for index, symbol in enumerate(symbols)} for probe in (0, 1)
         ]
         self._symbols = {pair: symbol for symbol in symbols for pair in [(numbers[0][symbol], numbers[1][symbol])]}
-        self._probes = [_inferred(model, assignment) for assignment in numbers]
+        unknown: list[dict[str, TypeProto]] = [{} for _ in numbers]
+        self._probes = self._probed(model, numbers, unknown)
+        while clamped := clamped_axes(model.graph, self._probes, self._evaluate, unknown[0].keys()):
+            for stated, types in zip(unknown, self._probes, strict=True):
+                stated.update((name, with_unknown(types[name], axes)) for name, axes in clamped.items())
+            self._probes = self._probed(model, numbers, unknown)
         self._symbolic = _inferred(model, None)
-        for types in self._probes:
-            complete(model.graph, types, partial(self._known_of_node, types), self._evaluate)
+
+    def _probed(
+        self,
+        model: onnx.ModelProto,
+        numbers: Sequence[Mapping[str, int]],
+        stated: Sequence[Mapping[str, TypeProto]],
+    ) -> list[dict[str, TypeProto]]:
+        """Types with symbols replaced by numbers, for each probe, where those of `stated` are given."""
+        probes = [_inferred(model, *probe) for probe in zip(numbers, stated, strict=True)]
+        for types in probes:
+            complete(model.graph, types, partial(self._known_of_node, types), self._evaluate, stated[0].keys())
+        return probes
 
     def _known_of_node(
         self, types: Mapping[str, TypeProto], node: NodeProto, values: Mapping[str, np.ndarray]
@@ -309,9 +327,13 @@ def _number(index: int, probe: int, count: int) -> int:
     )
 
 
-def _inferred(model: onnx.ModelProto, numbers: Mapping[str, int] | None) -> dict[str, TypeProto]:
-    """Types with symbols replaced by numbers, or left as they are."""
-    reduced = skeleton(model, (stand_in(node) for node in model.graph.node), numbers)
+def _inferred(
+    model: onnx.ModelProto, numbers: Mapping[str, int] | None, stated: Mapping[str, TypeProto] = MappingProxyType({})
+) -> dict[str, TypeProto]:
+    """Types with symbols replaced by numbers, or left as they are, where those of `stated` are given."""
+    kept = (stand_in(node) for node in model.graph.node if stated.keys().isdisjoint(node.output))
+    reduced = skeleton(model, kept, numbers)
+    reduced.graph.input.extend(ValueInfoProto(name=name, type=kind) for name, kind in stated.items())
     try:
         result = onnx.shape_inference.infer_shapes(reduced, strict_mode=False, data_prop=True).graph
     except onnx.shape_inference.InferenceError as error:
