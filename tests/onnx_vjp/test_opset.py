@@ -94,6 +94,31 @@ def test_an_old_form_computes_what_it_did_and_has_a_gradient(
     np.testing.assert_allclose(np.sum(dx * direction), np.sum(g * (ahead - behind)) / 2e-3, rtol=5e-3, atol=5e-3)
 
 
+@pytest.mark.parametrize("version", [7, 9, 13])
+def test_weights_normalized_in_training_mode_are_what_they_were(version: int) -> None:
+    """Before operator set 14 further outputs meant training; networks standardize weights so."""
+    stored = {name: _rng.uniform(0.5, 1.5, 3).astype(np.float32) for name in "sbmv"}
+    stored["w"] = _rng.standard_normal((1, 3, 4)).astype(np.float32)
+    nodes = [
+        helper.make_node("BatchNormalization", ["w", *"sbmv"], ["normal", "m1", "v1", "saved_m", "saved_v"]),
+        helper.make_node("Mul", ["x", "normal"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 3, 4]) for name in "xy")
+    tensors = [numpy_helper.from_array(value, name) for name, value in stored.items()]
+    imports = [helper.make_opsetid("", version)]
+    old = helper.make_model(helper.make_graph(nodes, "old", [x], [y], tensors), opset_imports=imports, ir_version=7)
+    gradient = input_gradient(old, ["x"], "y")
+    g = np.ones_like(X)
+    (before,) = run(old, {"x": X}, ["y"])
+    y, dx = run(gradient.model, {"x": X, gradient.cotangent: g}, ["y", gradient.gradients["x"]])
+    np.testing.assert_allclose(y, before, rtol=1e-5)
+    w = stored["w"]
+    centered = w - w.mean((0, 2), keepdims=True)
+    normal = centered / np.sqrt(w.var((0, 2), keepdims=True) + 1e-5)
+    normal = normal * stored["s"][:, None] + stored["b"][:, None]
+    np.testing.assert_allclose(dx, np.broadcast_to(normal, X.shape), rtol=1e-4, atol=1e-5)
+
+
 def test_a_model_without_broadcasting_rules_is_refused() -> None:
     with pytest.raises(ValueError, match="operator set 6"):
         prepared(old_model(6, "Neg", X, {}, {}))

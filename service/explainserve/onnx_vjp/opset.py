@@ -269,20 +269,19 @@ def _dropout_7(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
     return [node]
 
 
-def _batch_normalization_7(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
+def _batch_normalization_7(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
     if not _taken_attribute(node, "spatial", 1):
         raise ValueError(
             f"BatchNormalization '{node.name or node.output[0]}' normalizes each pixel by itself (spatial=0)"
         )
-    return _batch_normalization_13(_, node)
+    return _batch_normalization_13(upgrade, node)
 
 
 def _batch_normalization_13(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    """Before 14 it was in training mode where it had more than one output; the last two are no more."""
     if any(node.output[1:]):
-        raise ValueError(
-            f"BatchNormalization '{node.name or node.output[0]}' is in training mode, which runtimes read in several "
-            "ways before operator set 14: export it in evaluation mode, or for a newer operator set"
-        )
+        node.attribute.append(helper.make_attribute("training_mode", 1))
+        del node.output[3:]
     return [node]
 
 
