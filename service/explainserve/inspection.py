@@ -102,8 +102,9 @@ def _try(files: Sequence[Path], sha256: str, trials: Trials | None) -> None:
 def _with_graph(found: Inspection) -> Inspection:
     """Adds what only a readable graph tells."""
     from explainserve.backends import onnx_file, onnx_graph  # servers of torch models have no onnx
+    from explainserve.backends.onnx_weights import Weights
 
-    model = onnx_file.read(found.path)
+    model = onnx_file.read(found.path, Weights())
     return replace(found, operators=onnx_graph.operators(model), layers=onnx_graph.layers(model))
 
 

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 import fuzz
 from explainserve.backends import LoadOptions, onnx_file, onnx_runtime
 from explainserve.backends.onnx_size import node_count
+from explainserve.backends.onnx_weights import Weights
 from explainserve.errors import ModelRefused
 from explainserve.model_config import ModelConfig
 from hostile_graphs import circular, doubled
@@ -76,7 +77,7 @@ def test_a_refusal_quotes_no_place_in_the_sources_of_the_runtime(tmp_path: Path)
 
 def test_functions_that_multiply_are_counted_and_not_written_out(tmp_path: Path) -> None:
     with pytest.raises(ModelRefused) as caught:
-        onnx_file.read(save(doubled(60), tmp_path))
+        onnx_file.read(save(doubled(60), tmp_path), Weights())
 
     assert caught.value.reason == "MODEL_TOO_COMPLEX"
     assert int(caught.value.metadata["node_count"]) > 2**60

@@ -228,8 +228,8 @@ class _Wrong:
     def __init__(self, session: onnxruntime.InferenceSession, factor: float) -> None:
         self._session, self._factor = session, factor
 
-    def run(self, names: None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        *others, last = self._session.run(names, feeds)
+    def run(self, names: None, feeds: dict[str, np.ndarray], options: object) -> list[np.ndarray]:
+        *others, last = self._session.run(names, feeds, options)
         return [*others, last * np.float32(self._factor)]
 
 

@@ -200,6 +200,40 @@ class TestExternalData:
         np.testing.assert_allclose(forward(onnx_runtime.load(path, ModelConfig(), OPTIONS), {"x": x}), x @ WEIGHTS)
         assert onnx_file.files(path) == (path, tmp_path / "data" / "weights.bin")
 
+    @pytest.mark.parametrize("listed", [False, True], ids=["as a weight", "as an input too"])
+    def test_weights_outside_of_the_file_may_be_larger_than_a_message(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: bool
+    ) -> None:
+        """With 2 GiB in place of 2 KiB, docs/models.md has the figures."""
+        monkeypatch.setattr(onnx_file, "PROTOBUF_BYTES", 2 << 10)
+        weights = np.random.default_rng(0).standard_normal((64, 16)).astype(np.float32)
+        proto = linear(weights)
+        if listed:
+            proto.ir_version = 3
+            proto.graph.input.append(helper.make_tensor_value_info("W", TensorProto.FLOAT, weights.shape))
+        make_external(proto.graph.initializer[0], location="weights.bin")
+        (tmp_path / "weights.bin").write_bytes(weights.tobytes())
+        model = onnx_runtime.load(save(proto, tmp_path), ModelConfig(), OPTIONS)
+        x = np.ones(64, np.float32)
+
+        np.testing.assert_allclose(forward(model, {"x": x}), x @ weights, rtol=1e-5, atol=1e-5)
+        assert model.gradient_mode == "gradient_graph"
+        assert model.memory.weight_bytes == weights.nbytes
+
+    def test_what_is_more_than_a_message_within_the_file_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(onnx_file, "PROTOBUF_BYTES", 2 << 10)
+
+        assert refusal(save(linear(np.ones((64, 16), np.float32)), tmp_path)).reason == "MODEL_TOO_LARGE"
+
+    def test_a_shape_that_does_not_fit_the_bytes_is_invalid(self, tmp_path: Path) -> None:
+        proto = linear(np.ones((64, 16), np.float32))
+        make_external(proto.graph.initializer[0], location="weights.bin", length=64 * 16 * 4 - 4)
+        (tmp_path / "weights.bin").write_bytes(bytes(64 * 16 * 4))
+
+        assert refusal(save(proto, tmp_path)).reason == "MODEL_INVALID"
+
     @pytest.mark.parametrize("location", ["{outside}", "../outside.bin", "a/../../outside.bin", "", "..", "/dev/zero"])
     def test_data_outside_the_folder_is_not_touched(self, tmp_path: Path, location: str) -> None:
         outside = tmp_path / "outside.bin"

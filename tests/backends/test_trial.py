@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from explainserve.backends import LoadOptions, trial
+from explainserve.backends import LoadOptions, trial, trial_process
 from explainserve.backends.trial import TrialLimits, Trials
 from explainserve.backends.trial_main import Task
 from explainserve.backends.trial_process import TrialProcess
@@ -190,6 +192,73 @@ class TestTried:
 
         assert "key" in tried
         assert "cannot be written" in caplog.text
+
+
+class TestPatience:
+    """What a process waits for a processor is not held against its file."""
+
+    @pytest.fixture
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+        """Seconds by the clock, and in line by thread."""
+        now: dict[str, Any] = {"clock": 0.0, "in line": {}}
+        monkeypatch.setattr(trial_process.time, "monotonic", lambda: now["clock"])
+        monkeypatch.setattr(trial_process, "_seconds_in_line", lambda pid: dict(now["in line"]))
+        return now
+
+    def test_time_in_line_does_not_count(self, clock: dict[str, Any]) -> None:
+        clock["in line"] = {"old": 100.0}
+        patience = trial_process.Patience(1, 10.0)
+        clock["clock"], clock["in line"] = 12.0, {"old": 105.0, "new": 4.0}
+
+        assert patience.left() == 3.0
+
+    def test_what_a_thread_waited_that_has_ended_does_not_count_either(self, clock: dict[str, Any]) -> None:
+        patience = trial_process.Patience(1, 10.0)
+        clock["clock"], clock["in line"] = 6.0, {"short": 5.0}
+        patience.left()
+        clock["clock"], clock["in line"] = 7.0, {}
+
+        assert patience.left() == 8.0
+
+    def test_it_has_an_end_by_the_clock(self, clock: dict[str, Any]) -> None:
+        patience = trial_process.Patience(1, 10.0)
+        clock["clock"], clock["in line"] = 99.0, {"1": 98.0}
+        assert patience.left() == 1.0
+
+        clock["clock"], clock["in line"] = 101.0, {"1": 100.0}
+        assert patience.left() < 0
+
+    @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not tell")
+    def test_processes_on_one_processor_wait_for_each_other(self) -> None:
+        spin = ["taskset", "-c", "0", sys.executable, "-c", "while True: pass"]
+        spinning = [subprocess.Popen(spin) for _ in range(3)]
+        patience = trial_process.Patience(spinning[0].pid, 60.0)
+        time.sleep(2.0)
+        left = patience.left()
+        for process in spinning:
+            process.kill()
+            process.wait()
+
+        assert left > 58.5
+
+
+def test_a_process_that_the_system_ends_did_not_reach_its_limit(
+    tmp_path: Path,
+) -> None:
+    process = TrialProcess()
+
+    def end_once_it_reads_the_file() -> None:
+        limits = Path(f"/proc/{process.pid}/limits")
+        while re.search("Max cpu time +unlimited", limits.read_text()):
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+
+    threading.Thread(target=end_once_it_reads_the_file).start()
+    with pytest.raises(ModelRefused, match="no memory left; the limit of 1073741824 bytes was not the reason") as found:
+        process.answer(Task("load", save(endless(), tmp_path), ModelConfig(), OPTIONS, 60.0, 1 << 30))
+    process.kill()
+
+    assert found.value.reason == "MODEL_LOAD_MEMORY"
 
 
 class TestProcess:

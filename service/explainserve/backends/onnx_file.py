@@ -10,12 +10,13 @@ from typing import Any
 import onnx
 
 from explainserve.backends.onnx_size import MAX_NODES, node_count
+from explainserve.backends.onnx_weights import Weights, byte_count, is_reference
 from explainserve.containment import inside
 from explainserve.errors import ModelRefused
 from explainserve.onnx_vjp.opset import import_domains, sort_nodes
 
 PROTOBUF_BYTES = 2**31 - 1
-"""Largest message that protobuf serializes; onnxruntime receives models as one message."""
+"""Largest message that protobuf serializes; onnxruntime receives graphs, without their weights, as one message."""
 
 
 DEFAULT_DOMAIN = ("", "ai.onnx")
@@ -24,22 +25,32 @@ _ADOPTED = {"LayerNormalization": 17, "SimplifiedLayerNormalization": math.inf}
 """What onnxruntime writes into the default domain before ONNX has it, and the version since which ONNX has it."""
 
 
-def read(path: Path) -> onnx.ModelProto:
-    """Reads a model with all its weights, and checks it against the ONNX specification.
+def read(path: Path, weights: Weights) -> onnx.ModelProto:
+    """Reads a model and checks it against the ONNX specification. What it refers to in other files is moved to
+    `weights` where that is a weight, which may so be larger than protobuf's messages, and into the model else.
 
     Raises:
         ModelRefused: the file is truncated or no ONNX model (MODEL_FILE_CORRUPT), violates the specification
             (MODEL_INVALID), refers to data outside its folder (EXTERNAL_DATA_ESCAPES), to data that is not there or too
-            short (EXTERNAL_DATA_MISSING), exceeds 2 GiB (MODEL_TOO_LARGE), or has too many nodes (MODEL_TOO_COMPLEX).
+            short (EXTERNAL_DATA_MISSING), exceeds 2 GiB without them (MODEL_TOO_LARGE), or has too many nodes
+            (MODEL_TOO_COMPLEX).
     """
     model = _parsed(path)
     _check_size(model, path)
+    held = {id(tensor): tensor for tensor in model.graph.initializer if weights.holds(tensor)}
     external = [tensor for tensor in _tensors(model) if _is_external(tensor)]
     located = [_located(tensor, path.parent) for tensor in external]
     for tensor, (file, start, size) in zip(external, located, strict=True):
-        _embed(tensor, file, start, size)
+        if id(tensor) in held and size == byte_count(tensor):
+            weights.take_external(tensor, file, start)
+        else:
+            _embed(tensor, file, start, size)
     if model.ByteSize() > PROTOBUF_BYTES:
-        raise ModelRefused("MODEL_TOO_LARGE", f"{path.name} holds more than 2 GiB of weights", file=path.name)
+        raise ModelRefused(
+            "MODEL_TOO_LARGE",
+            f"{path.name} holds more than 2 GiB in itself, besides the weights in files of external data",
+            file=path.name,
+        )
     _check(model, path)
     return model
 
@@ -91,7 +102,7 @@ def _check(model: onnx.ModelProto, path: Path) -> None:
     import_domains(model)
     sort_nodes(model.graph)
     try:
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(_with_weights_as_inputs(model))
     except onnx.checker.ValidationError as error:
         what = " ".join(str(error).partition("==> Context")[0].split())
         raise ModelRefused("MODEL_INVALID", f"{path.name} violates the ONNX specification: {what}") from error
@@ -100,6 +111,22 @@ def _check(model: onnx.ModelProto, path: Path) -> None:
     finally:
         for node in adopted:
             node.domain = ""
+
+
+def _with_weights_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, or a copy whose weights that are held elsewhere are inputs: the checker would look for their files."""
+    if not any(map(is_reference, model.graph.initializer)):
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.initializer[:]
+    known = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        if not is_reference(tensor):
+            copy.graph.initializer.append(tensor)
+        elif tensor.name not in known:
+            copy.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return copy
 
 
 def _adopted(model: onnx.ModelProto) -> list[onnx.NodeProto]:

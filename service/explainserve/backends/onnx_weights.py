@@ -7,14 +7,16 @@ gradient graph weighs what it adds, and onnxruntime is handed the same memory fo
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 Array = NDArray[np.generic]
 
@@ -41,13 +43,21 @@ class Weights:
         """Bytes of all that is held."""
         return sum(held.array.nbytes for held in self._held.values())
 
+    @staticmethod
+    def holds(tensor: TensorProto) -> bool:
+        """Whether a tensor is of a type and size that is held here."""
+        return tensor.data_type in _HELD and byte_count(tensor) >= SMALLEST_BYTES
+
     def take(self, model: onnx.ModelProto) -> None:
         """Moves the large initializers of `model` here; references take their place."""
         for tensor in model.graph.initializer:
-            if tensor.data_type in _HELD and not is_reference(tensor):
-                array = numpy_helper.to_array(tensor)
-                if array.nbytes >= SMALLEST_BYTES:
-                    _refer(tensor, self._hold(array))
+            if self.holds(tensor) and not is_reference(tensor):
+                _refer(tensor, self._hold(numpy_helper.to_array(tensor)))
+
+    def take_external(self, tensor: TensorProto, file: Path, start: int) -> None:
+        """Moves the content of a tensor here from a file, without a second copy in memory."""
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        _refer(tensor, self._hold(np.memmap(file, dtype, "r", start, tuple(tensor.dims))))
 
     def of(self, model: onnx.ModelProto) -> Mapping[str, Array]:
         """The arrays that `model` refers to, by name."""
@@ -73,6 +83,11 @@ class Weights:
         if key not in self._held:
             self._held[key] = _Held(owned, onnxruntime.OrtValue.ortvalue_from_numpy(owned))
         return key
+
+
+def byte_count(tensor: TensorProto) -> int:
+    """Bytes of the elements of a tensor, as its shape and type say."""
+    return math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 def is_reference(tensor: TensorProto) -> bool:

@@ -35,7 +35,7 @@ class TrialLimits:
     """What the trial of a file may take.
 
     Attributes:
-        seconds: of wall clock time, and one more for each 10 MB of the model.
+        seconds: in which it can run, and one more for each 10 MB of the model; see `trial_process.Patience`.
         memory_bytes: of private memory beyond that of the imported libraries, and 12 more for each byte of the model.
     """
 

@@ -117,8 +117,9 @@ def _tried(task: Task) -> Iterable[Path]:
         probe.check(loaded)
     elif task.path.suffix == ".onnx":
         from explainserve.backends import onnx_file, onnx_graph
+        from explainserve.backends.onnx_weights import Weights
 
-        onnx_graph.layers(onnx_file.read(task.path))
+        onnx_graph.layers(onnx_file.read(task.path, Weights()))
     return ()
 
 

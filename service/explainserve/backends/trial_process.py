@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 START_SECONDS = 120.0
 """Time to start and to import the libraries, which is not the file's fault."""
 
+LONGEST = 10.0
+"""How many times its seconds a file may take by the clock, where other processes keep its own from running."""
+
 _MAIN = "from explainserve.backends.trial_main import main; main()"
 _MAX_ANSWER_BYTES = 1 << 20
 _QUOTED_BYTES = 4096
@@ -29,6 +33,25 @@ _ENVIRONMENT = frozenset(
     {"PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD", "MALLOC_ARENA_MAX"}
 )
 _ENVIRONMENT_OF_LIBRARIES = ("LC_", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "ORT_", "CUDA_", "NVIDIA_", "PYTORCH_")
+
+
+class Patience:
+    """How long a process is waited for: `seconds` in which it could run, and by the clock LONGEST times as many.
+
+    On a busy machine a process stands in line for a processor, through no fault of its file. The longest line that one
+    of its threads stood in does not count; where the system does not tell it, all time counts.
+    """
+
+    def __init__(self, pid: int, seconds: float) -> None:
+        self._pid, self._seconds = pid, seconds
+        self._started, self._before, self._in_line = time.monotonic(), _seconds_in_line(pid), 0.0
+
+    def left(self) -> float:
+        """Seconds that may pass before it is asked again; none where patience has ended."""
+        elapsed = time.monotonic() - self._started
+        lines = (now - self._before.get(thread, 0.0) for thread, now in _seconds_in_line(self._pid).items())
+        self._in_line = max(self._in_line, *lines, 0.0)
+        return min(self._seconds - (elapsed - self._in_line), LONGEST * self._seconds - elapsed)
 
 
 class TrialProcess:
@@ -98,14 +121,14 @@ class TrialProcess:
             raise EOFError from error
 
     def _received(self, seconds: float) -> Answer:
-        deadline = time.monotonic() + seconds
-        length = int.from_bytes(self._bytes(LENGTH_BYTES, deadline), "big")
+        patience = Patience(self.pid, seconds)
+        length = int.from_bytes(self._bytes(LENGTH_BYTES, patience), "big")
         if length > _MAX_ANSWER_BYTES:
             raise EOFError
-        answer: Answer = json.loads(self._bytes(length, deadline))
+        answer: Answer = json.loads(self._bytes(length, patience))
         return answer
 
-    def _bytes(self, count: int, deadline: float) -> bytes:
+    def _bytes(self, count: int, patience: Patience) -> bytes:
         """Exactly so many bytes of its answers. Raises EOFError, or TimeoutError."""
         assert self._process.stdout is not None
         pipe = self._process.stdout.fileno()
@@ -113,8 +136,9 @@ class TrialProcess:
         poll.register(pipe, select.POLLIN)
         content = b""
         while len(content) < count:
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise TimeoutError
+            while not poll.poll(max(0.0, left := patience.left()) * 1000):
+                if left <= 0.0:
+                    raise TimeoutError
             part = os.read(pipe, count - len(content))
             if not part:
                 raise EOFError
@@ -134,8 +158,10 @@ class TrialProcess:
         logger.warning("the process that tried %s ended with %s\n%s", task.path.name, ending, self._tail())
         if code == -signal.SIGXCPU:
             return _timeout(task)
-        if code == -signal.SIGKILL or (code == -signal.SIGABRT and "bad_alloc" in self._tail()):
+        if code == -signal.SIGABRT and "bad_alloc" in self._tail():
             return _exhausted(task, f"it was ended by {ending}")
+        if code == -signal.SIGKILL:
+            return _killed(task)
         return ModelRefused(
             "MODEL_CRASHES",
             f"{task.path.name} crashes the libraries that load and evaluate it: a process that tried it ended with "
@@ -164,8 +190,8 @@ class TrialProcess:
 def _timeout(task: Task) -> ModelRefused:
     return ModelRefused(
         "MODEL_LOAD_TIMEOUT",
-        f"{task.path.name} was not loaded and evaluated within {task.seconds:.0f} s in a process of its own; where "
-        "that is to be expected of it, raise --trial-seconds",
+        f"{task.path.name} was not loaded and evaluated within {task.seconds:.0f} s in a process of its own, not "
+        "counting those in which it waited for a processor; where that is to be expected of it, raise --trial-seconds",
         file=task.path.name,
         seconds=f"{task.seconds:.0f}",
     )
@@ -179,6 +205,27 @@ def _exhausted(task: Task, why: str) -> ModelRefused:
         file=task.path.name,
         limit_bytes=task.memory_bytes,
     )
+
+
+def _killed(task: Task) -> ModelRefused:
+    """Limits end a process otherwise, so that it was the system."""
+    return ModelRefused(
+        "MODEL_LOAD_MEMORY",
+        f"the system ended the process that tried {task.path.name} with SIGKILL, as it does where a machine or "
+        f"container has no memory left; the limit of {task.memory_bytes} bytes was not the reason",
+        file=task.path.name,
+        limit_bytes=task.memory_bytes,
+    )
+
+
+def _seconds_in_line(pid: int) -> dict[str, float]:
+    """By thread of a process, for how long it was ready to run and did not."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # it has just ended
+                found[thread.name] = int(thread.joinpath("schedstat").read_text().split()[1]) / 1e9
+    return found
 
 
 def _environment() -> dict[str, str]:
