@@ -16,7 +16,7 @@ from onnx.backend.test.case.test_case import TestCase
 from onnx_vjp.precision import in_type
 from onnx_vjp.reference import OPERATORS, why
 from onnx_vjp.sampling_oracles import ORACLES
-from onnx_vjp.vjp_oracle import CONTROLS, POSITIVE, Case, Feeds, named
+from onnx_vjp.vjp_oracle import CONTROLS, POSITIVE, Case, Feeds, frozen, named
 
 
 @cache
@@ -55,7 +55,7 @@ def case(name: str, *, in_float32: bool = True) -> Case:
         feeds = {key: _made_finite(value) for key, value in feeds.items()}
     node = original(name).model.graph.node[-1]
     oracle = ORACLES.get(name, ORACLES.get(node.op_type))
-    return Case(
+    found = Case(
         name,
         model,
         feeds,
@@ -65,6 +65,7 @@ def case(name: str, *, in_float32: bool = True) -> Case:
         controls=named(node, CONTROLS),
         positive=named(node, POSITIVE),
     )
+    return frozen(found) if name in STORED else found
 
 
 def judged_by(name: str) -> str:
@@ -78,6 +79,8 @@ def judged_by(name: str) -> str:
         notes.append(f"{oracle.__name__} of tests/onnx_vjp/sampling_oracles.py, which says why")
     if name in MADE_FINITE:
         notes.append(f"inputs made finite: {MADE_FINITE[name]}")
+    if name in STORED:
+        notes.append(f"{STORED[name]} stored in the model, as files have it")
     if node.op_type in RANDOM:
         notes.append("random: the gradient is zero, and no difference can be taken")
     if name in SEEDED:
@@ -87,6 +90,8 @@ def judged_by(name: str) -> str:
 
 RANDOM = ("Bernoulli", "Multinomial", "RandomNormalLike", "RandomUniformLike")
 SEEDED = {f"test_training_dropout{form}" for form in ("", "_mask", "_default", "_default_mask")}
+# Integer inputs without whose values there is no gradient.
+STORED = {"test_loop16_seq_none": "the trip count"}
 # Inputs at which the operator is NaN.
 MADE_FINITE = {
     f"test_mod_float_edge_cases_fmod_0_float{bits}": "a remainder of infinity or by zero" for bits in (16, 32, 64)

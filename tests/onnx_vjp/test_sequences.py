@@ -85,6 +85,113 @@ def test_a_body_for_each_element() -> None:
     check(case)
 
 
+def test_a_body_with_a_choice_for_each_element() -> None:
+    nodes = """
+        s = SplitToSequence (x)
+        m = SequenceMap (s) <body = each (float[R, C] row) => (float[R, C] z) {
+            total = ReduceSum <keepdims = 0> (row)
+            zero = Sub (total, total)
+            positive = Greater (total, zero)
+            z = If (positive) <then_branch = t () => (float[R, C] o) { o = Mul (row, row) },
+                               else_branch = e () => (float[R, C] o) { o = Sin (row) }>
+        }>
+        y = ConcatFromSequence <axis = 0> (m)
+    """
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+
+    def mapped(x: np.ndarray, _: np.ndarray) -> np.ndarray:
+        return np.where(x.sum(axis=1, keepdims=True) > 0, x**2, np.sin(x))
+
+    check(Case("chosen", _model(nodes), {"x": x, "p0": np.array(0)}, mapped))
+
+
+# How often the Loop runs, what decides on going on, and the rounds that make it so.
+ROUNDS = {
+    "counted": ("most = Constant <value_int = 3> ()", "more = Identity (on)", 3),
+    "as long as the sequence": ("t = SplitToSequence (x)  most = SequenceLength (t)", "more = Identity (on)", 3),
+    "stopped": ("most = Constant <value_int = 9> ()", "few = Constant <value_int = 1> ()  more = Less (i, few)", 2),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_a_loop_that_carries_a_sequence(name: str) -> None:
+    most, more, rounds = ROUNDS[name]
+    nodes = f"""
+        {most}
+        go = Constant <value = bool {{1}}> ()
+        s = SequenceConstruct (x)
+        t2, squares = Loop (most, go, s) <body = step (int64 i, bool on, seq(float[N, M]) old)
+            => (bool more, seq(float[N, M]) new, float[N, M] square) {{
+            end = Constant <value_int = -1> ()
+            last = SequenceAt (old, end)
+            factor = Cast <to = 1> (i)
+            shifted = Add (last, factor)
+            next = Sin (shifted)
+            square = Mul (next, last)
+            new = SequenceInsert (old, next)
+            {more}
+        }}>
+        tail = Constant <value_int = -1> ()
+        z = SequenceAt (t2, tail)
+        sum = ReduceSum <keepdims = 0> (squares, first)
+        y = Add (z, sum)
+    """
+    model = _model(nodes)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0]), "first"))
+
+    def stepped(x: np.ndarray, _: np.ndarray) -> np.ndarray:
+        total = 0
+        for step in range(rounds):
+            x, before = np.sin(x + step), x
+            total = total + x * before
+        return x + total
+
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    assert check(Case(name, model, {"x": x, "p0": np.array(0)}, stepped))
+
+
+def test_a_loop_of_too_many_rounds_is_not_written_out() -> None:
+    nodes = """
+        most = Constant <value_int = 1000000> ()
+        go = Constant <value = bool {1}> ()
+        s = SequenceConstruct (x)
+        t = Loop (most, go, s) <body = step (int64 i, bool on, seq(float[N, M]) old)
+            => (bool more, seq(float[N, M]) new) { more = Identity (on)  new = SequenceInsert (old, x) }>
+        first = Constant <value_int = 0> ()
+        y = SequenceAt (t, first)
+    """
+    assert "Loop" in {gap.operator for gap in find_gaps(_model(nodes), ["x"], "y")}
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2])
+@pytest.mark.parametrize("is_new", [0, 1])
+def test_a_list_of_a_loop_joined_along_any_axis(axis: int, is_new: int) -> None:
+    if not is_new and axis == 2:
+        axis = -2  # of two axes
+    nodes = f"""
+        go = Constant <value = bool {{1}}> ()
+        e = SequenceEmpty ()
+        s = Loop (p0, go, e) <body = step (int64 i, bool on, seq(float[N, M]) old)
+            => (bool more, seq(float[N, M]) new) {{
+            more = Identity (on)
+            factor = Cast <to = 1> (i)
+            scaled = Mul (x, factor)
+            each = Sin (scaled)
+            new = SequenceInsert (old, each)
+        }}>
+        y = ConcatFromSequence <axis = {axis}, new_axis = {is_new}> (s)
+    """
+
+    def joined(x: np.ndarray, count: np.ndarray) -> np.ndarray:
+        parts = [np.sin(x * step) for step in range(int(count))]
+        return np.stack(parts, axis) if is_new else np.concatenate(parts, axis)
+
+    x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
+    model = _model(nodes, "N, M")
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    assert check(Case(f"{axis} {is_new}", model, {"x": x, "p0": np.array(4)}, joined))
+
+
 def test_a_row_of_an_unknown_number() -> None:
     nodes = """
         s = SplitToSequence <keepdims = 0> (x)

@@ -17,6 +17,7 @@ from explainserve.onnx_vjp.graph import Graph, consumed
 from explainserve.onnx_vjp.path import live_path, version_of
 from explainserve.onnx_vjp.registry import Composition, Refusal, State, Table, canonical_domain, lookup, standard
 from explainserve.onnx_vjp.subgraphs import is_standard, rename, subgraphs
+from explainserve.onnx_vjp.unrolling import unrolled
 
 
 def expand(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) -> Mapping[str, Refusal]:
@@ -37,13 +38,14 @@ def expand(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) ->
             blocks = _is_opaque(graph, node)
             wanted = id(node) in on_path or _concerns_all(graph, node, table, blocks)
             parts = _chosen(graph, node) or _counted_by_scalars(graph, node)
-            parts = parts or (_replacement(graph, node, table, refusals) if wanted else None)
+            if parts is None and wanted:
+                parts = unrolled(graph, node) or _replacement(graph, node, table, refusals)
             replaced |= parts is not None
             opaque |= parts is not None and blocks
             nodes += [node] if parts is None else parts
         if not replaced:
             return refusals
-        graph.nodes = nodes
+        graph.rewrite(nodes)
         if opaque:
             graph.infer_again()
 
@@ -99,7 +101,7 @@ def lay_out_plainly(graph: Graph) -> None:
             if _is_opaque(graph, node):
                 graph.register(node)
     if len(nodes) != len(graph.nodes):
-        graph.nodes = nodes
+        graph.rewrite(nodes)
         graph.infer_again()
 
 
@@ -116,10 +118,13 @@ def _replacement(graph: Graph, node: NodeProto, table: Table, refusals: dict[str
 
 
 def _concerns_all(graph: Graph, node: NodeProto, table: Table, opaque: bool) -> bool:
-    """Whether a node beside the path matters to it. One that reads stored tensors only is the runtime's to fold."""
+    """Whether a node beside the path matters to it. One that reads stored tensors only is the runtime's to fold, and
+    what is read from a sequence may say how often a Loop runs.
+    """
     state = _state(graph, node, table)
     stored = all(name in graph.initializers for name in node.input if name)
-    return isinstance(state, Composition) and (state.everywhere or opaque) and not stored
+    takes_apart = any(graph.dtype(name) == TensorProto.UNDEFINED for name in node.input if name)
+    return isinstance(state, Composition) and (state.everywhere or opaque or takes_apart) and not stored
 
 
 def _state(graph: Graph, node: NodeProto, table: Table) -> State | None:

@@ -181,6 +181,11 @@ class Graph:
         self._taken.add(name)
         return name
 
+    def rewrite(self, nodes: list[NodeProto]) -> None:
+        """Put other nodes in place of all: what was not constant may be so now."""
+        self.nodes = nodes
+        self._values = {name: value for name, value in self._values.items() if value is not None}
+
     def infer_again(self) -> None:
         """Infer all types from the start: nodes were replaced that inference could not see through."""
         self.shapes = Shapes(self.model(self.nodes, [], []))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import GraphProto, NodeProto, ValueInfoProto, helper, numpy_helper
@@ -25,9 +26,7 @@ class _List:
 
 
 def unroll_lists(graph: GraphProto) -> None:
-    """Turn lists that start empty, get one tensor per iteration, and are stacked or concatenated along the first axis,
-    into scan outputs.
-    """
+    """Turn lists that start empty, get one tensor per iteration, and are stacked or concatenated, into scan outputs."""
     taken = {name for node in graph.node for name in (*node.input, *node.output)}
 
     def fresh(hint: str) -> str:
@@ -62,14 +61,10 @@ def _lists(graph: GraphProto, node: NodeProto) -> Iterator[_List]:
         if (
             initial in empty
             and name not in results
-            and all(map(_is_join, joins))
+            and all(is_standard(join, "ConcatFromSequence") for join in joins)
             and [(use.op_type, list(use.output), len(use.input)) for use in uses] == [("SequenceInsert", [after], 2)]
         ):
             yield _List(position, uses[0], joins)
-
-
-def _is_join(node: NodeProto) -> bool:
-    return is_standard(node, "ConcatFromSequence") and _integer(node, "axis") == 0
 
 
 def _integer(node: NodeProto, name: str) -> int:
@@ -92,15 +87,39 @@ def _write(loop: NodeProto, found: _List, stack: str) -> None:
 
 
 def _joined(join: NodeProto, stack: str, fresh: Callable[[str], str]) -> list[NodeProto]:
-    """The stack itself, or its first two axes merged."""
-    result = join.output[0]
-    if _integer(join, "new_axis"):
+    """The stack with its first axis moved to where the join has it, as an axis of its own or merged with the one there.
+
+    How many axes there are need not be known: those before and behind the place are merged while it moves.
+    """
+    result, axis, is_new = join.output[0], _integer(join, "axis"), bool(_integer(join, "new_axis"))
+    if axis == 0 and is_new:
         return [helper.make_node("Identity", [stack], [result], name=join.name)]
-    rest, shape, merged = (fresh(f"{result}/{part}") for part in ("rest", "shape", "merged"))
-    first = numpy_helper.from_array(np.array([-1], np.int64))
-    return [
-        helper.make_node("Shape", [stack], [rest], start=2),
-        helper.make_node("Constant", [], [merged], value=first),
-        helper.make_node("Concat", [merged, rest], [shape], axis=0),
-        helper.make_node("Reshape", [stack, shape], [result], name=join.name),
-    ]
+    nodes: list[NodeProto] = []
+
+    def emit(operator: str, *inputs: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(operator, inputs, [fresh(f"{result}/{operator}")], **attributes))
+        return str(nodes[-1].output[0])
+
+    def integers(*values: int) -> str:
+        return emit("Constant", value=numpy_helper.from_array(np.array(values, np.int64)))
+
+    end, start = _stretches(axis, is_new)
+    lead, rest = emit("Shape", stack, start=1, end=end), emit("Shape", stack, start=start)
+    length = emit("Shape", stack, end=1) if is_new else integers(-1)
+    if axis:
+        count = emit("ReduceProd", emit("Concat", integers(1), lead, axis=0), keepdims=1)
+        pieces = emit("Reshape", stack, emit("Concat", integers(0), count, integers(-1), axis=0))
+        stack = emit("Transpose", pieces, perm=[1, 0, 2])
+    shape = emit("Concat", lead, length, rest, axis=0)
+    return [*nodes, helper.make_node("Reshape", [stack, shape], [result], name=join.name)]
+
+
+def _stretches(axis: int, is_new: bool) -> tuple[int, int]:
+    """Where in the shape of the stack the axes before the place end, and where those behind it start."""
+    end = axis + int(axis >= 0 or is_new)
+    start = end + int(not is_new)
+    # Counted from the end, zero is behind the last axis.
+    return (end, start) if axis >= 0 else (end or _BEHIND_ALL, start or _BEHIND_ALL)
+
+
+_BEHIND_ALL = 1 << 31

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from onnx import GraphProto, NodeProto, ValueInfoProto
 
@@ -69,6 +69,16 @@ def rename(graph: GraphProto, outer: Mapping[str, str], fresh: Callable[[str], s
         node.output[:] = [scope[name] if name else "" for name in node.output]
     _rename_values(graph.output, scope)
     _rename_values(graph.value_info, scope)
+
+
+def instance(body: GraphProto, operands: Sequence[str], fresh: Callable[[str], str]) -> GraphProto:
+    """A copy of a body that works on the given tensors in place of its inputs, its own named by `fresh`."""
+    copy = GraphProto()
+    copy.CopyFrom(body)
+    formals = [value.name for value in copy.input]
+    del copy.input[:]
+    rename(copy, dict(zip(formals, operands, strict=True)), fresh)
+    return copy
 
 
 def _rename_values(values: Iterable[ValueInfoProto], scope: Mapping[str, str]) -> None:

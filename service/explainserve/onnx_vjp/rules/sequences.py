@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
+from onnx import GraphProto, TensorProto
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
-from explainserve.onnx_vjp.registry import Refusal, composition, refused, zero_gradient
+from explainserve.onnx_vjp.registry import Refusal, composition, refused
+from explainserve.onnx_vjp.subgraphs import instance
 
 _UNROLL = "export the model with its lists unrolled, or use a method that needs no gradient"
 
-zero_gradient("OptionalHasElement", reason="the output is boolean")
-zero_gradient("SequenceLength", reason="the output is integer")
 refused(
     "Optional",
     "SequenceConstruct",
@@ -63,6 +62,22 @@ def optional_get_element(op: Emitter, node: Node) -> Sequence[str | None]:
     """The value itself: one that is absent fails when the model runs."""
     producer = op.graph.producers.get(node.inputs[0])
     return (producer.input[0] if producer is not None and producer.op_type == "Optional" else node.inputs[0],)
+
+
+@composition("OptionalHasElement")
+def optional_has_element(op: Emitter, node: Node) -> Sequence[str | None]:
+    """Whether there is a value, where the file tells."""
+    producer = op.graph.producers.get(node.input(0))
+    if node.input(0) and producer is None:
+        raise Refusal(f"whether '{node.inputs[0]}' has a value is not known beforehand", _UNROLL)
+    is_absent = producer is None or (producer.op_type == "Optional" and not producer.input)
+    return (op.array(np.array(not is_absent)),)
+
+
+@composition("SequenceLength")
+def sequence_length(op: Emitter, node: Node) -> Sequence[str | None]:
+    """The number of tensors, where it is known."""
+    return (op.array(np.array(_count(_elements(op, node.inputs[0])))),)
 
 
 def _count(elements: _Elements) -> int:
@@ -162,18 +177,12 @@ def _is_sequence(op: Emitter, name: str) -> bool:
 
 def _instance(op: Emitter, body: GraphProto, operands: Sequence[str]) -> list[str]:
     """The nodes of a body on the given tensors."""
-    names = dict(zip((value.name for value in body.input), operands, strict=True))
-    names.update((tensor.name, op.array(numpy_helper.to_array(tensor))) for tensor in body.initializer)
-    for inner in body.node:
-        if any(attribute.HasField("g") for attribute in inner.attribute):
-            raise Refusal("SequenceMap has a body with branches or loops", _UNROLL)
-        part = NodeProto()
-        part.CopyFrom(inner)
-        part.input[:] = [names.get(name, name) for name in inner.input]
-        names.update((name, op.graph.fresh(name)) for name in inner.output if name)
-        part.output[:] = [names[name] if name else "" for name in inner.output]
+    written = instance(body, operands, op.graph.fresh)
+    for tensor in written.initializer:
+        op.graph.adopt(tensor)
+    for part in written.node:
         op.graph.append(part)
-    return [names.get(value.name, value.name) for value in body.output]
+    return [value.name for value in written.output]
 
 
 def _inserted(op: Emitter, node: Node, parts: list[Callable[[], str]]) -> None:
