@@ -19,8 +19,6 @@ class Architecture:
     """A network and what it is tried on.
 
     `inputs` makes its inputs of a size; `legacy` lists the operator sets of the older exporter that can express it.
-    `rounded`: the file holds attributes that float32 rounds (hard sigmoid's 1/6, SELU's slopes), so that in float64
-    it is not exactly the network.
     """
 
     build: Callable[[], nn.Module]
@@ -28,7 +26,6 @@ class Architecture:
     sizes: tuple[Size, Size]
     dynamic: Axes
     legacy: tuple[int, ...] = (9, 17)
-    rounded: bool = False
 
 
 def _normal(*shape: int) -> Tensor:
@@ -72,19 +69,19 @@ _FREE: tuple[Size, Size] = ((2, 32, 32), (3, 64, 48))
 _SHORT: tuple[Size, Size] = ((2, 16), (3, 25))
 
 
-def _free(build: Callable[[], nn.Module], rounded: bool = False) -> Architecture:
+def _free(build: Callable[[], nn.Module]) -> Architecture:
     """A network over images of any size."""
-    return Architecture(build, _image, _FREE, _PLACES, rounded=rounded)
+    return Architecture(build, _image, _FREE, _PLACES)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "convnext": _free(convolutional.convnext),
     "densenet": _free(convolutional.densenet),
     "efficientnet": _free(convolutional.efficientnet),
-    "ghostnet": _free(convolutional.ghostnet, rounded=True),
+    "ghostnet": _free(convolutional.ghostnet),
     "inception": _free(convolutional.inception),
     "mobilenet_v2": _free(convolutional.mobilenet_v2),
-    "mobilenet_v3": _free(convolutional.mobilenet_v3, rounded=True),
+    "mobilenet_v3": _free(convolutional.mobilenet_v3),
     "poolformer": _free(convolutional.poolformer),
     "regnet": _free(convolutional.regnet),
     "shufflenet": _free(convolutional.shufflenet),
@@ -99,17 +96,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lstm": Architecture(sequences.Recurrent, _sequence(3), _SHORT, _STEPS),
     "gru": Architecture(lambda: sequences.Recurrent(nn.GRU), _sequence(3), _SHORT, _STEPS),
     "unrolled_lstm": Architecture(sequences.UnrolledLSTM, _sequence(3), ((2, 6), (3, 6)), _ROWS),
-    "signal_convolution": Architecture(sequences.SignalConvolution, _signal(2), _SHORT, _LENGTH, rounded=True),
+    "signal_convolution": Architecture(sequences.SignalConvolution, _signal(2), _SHORT, _LENGTH),
     "temporal_convolution": Architecture(sequences.TemporalConvolution, _signal(2), _SHORT, _LENGTH),
     "wavenet": Architecture(sequences.WaveNet, _signal(1), _SHORT, _LENGTH),
-    "tabular": Architecture(sequences.tabular, _table(8), ((4,), (9,)), _ROWS, rounded=True),
+    "tabular": Architecture(sequences.tabular, _table(8), ((4,), (9,)), _ROWS),
     "tab_transformer": Architecture(
         attention.TabTransformer,
         _mixed_table,
         ((3,), (5,)),
         {**_ROWS, "categories": {0: "rows"}},
         legacy=(14, 17),
-        rounded=True,
     ),
     "radiance_field": Architecture(sequences.RadianceField, _table(3), ((4,), (9,)), _ROWS, (7, 13)),
     # The older exporter writes index_add with duplicates wrongly.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 
 import numpy as np
@@ -43,6 +43,33 @@ def in_float64(net: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
     """A copy of the network and its inputs in float64."""
     wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
     return copy.deepcopy(net).double(), wide
+
+
+def _hard_sigmoid(x: Tensor) -> Tensor:
+    return torch.clamp(x * float(np.float32(1 / 6)) + 0.5, 0, 1)
+
+
+def _selu(x: Tensor) -> Tensor:
+    alpha, gamma = float(np.float32(1.6732632423543772)), float(np.float32(1.0507009873554805))
+    return gamma * torch.where(x > 0, x, alpha * torch.expm1(torch.clamp(x, max=0)))
+
+
+_STORED: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
+    nn.Hardsigmoid: _hard_sigmoid,
+    nn.Hardswish: lambda x: x * _hard_sigmoid(x),
+    nn.SELU: _selu,
+}
+
+
+def as_stored(net: nn.Module) -> nn.Module:
+    """The network with the constants that its file holds: attributes are float32, and round the sixth of hard sigmoid
+    and the slopes of SELU.
+    """
+    stored = copy.deepcopy(net)
+    for module in stored.modules():
+        if type(module) in _STORED:
+            module.forward = _STORED[type(module)]  # type: ignore[assignment]
+    return stored
 
 
 def autograd(

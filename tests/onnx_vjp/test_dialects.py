@@ -49,5 +49,4 @@ def test_a_dialect_has_the_gradient_of_autograd(name: str, version: int) -> None
         assert distance(dx, expected.numpy()) < 1e-4
         double = input_gradient(in_type(model, TensorProto.DOUBLE), ["image"], "scores").model
         y, dx = Reference(double).run(names, {key: value.astype(np.float64) for key, value in feeds.items()})
-        rounded = 1e-6 if name == "paddle" else 1e-9  # hard swish divides by six in float32
-        assert distance(dx, expected.numpy()) < rounded
+        assert distance(dx, expected.numpy()) < 1e-9

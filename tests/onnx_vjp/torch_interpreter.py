@@ -139,7 +139,8 @@ OPERATORS: dict[str, Operator] = {
     "Gemm": gemm,
     "GlobalAveragePool": lambda _, x: x.mean((2, 3), keepdim=True),
     "HardSigmoid": hard_sigmoid,
-    "HardSwish": lambda _, x: functional.hardswish(x),
+    # Its function body stores the sixth in float32.
+    "HardSwish": lambda _, x: x * hard_sigmoid({"alpha": float(np.float32(1 / 6))}, x),
     "LRN": local_response,
     "LeakyRelu": lambda attributes, x: functional.leaky_relu(x, attributes["alpha"]),
     "MatMul": lambda _, a, b: a @ b,

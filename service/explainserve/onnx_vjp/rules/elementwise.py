@@ -246,10 +246,10 @@ def hard_sigmoid(op: Emitter, node: Node, g: str) -> Gradients:
 @rule("HardSwish")
 def hard_swish(op: Emitter, node: Node, g: str) -> Gradients:
     """y = x h with h = clip(x/6 + 1/2, 0, 1), so y' = h + x h'."""
-    x = node.inputs[0]
-    h = op.HardSigmoid(x, alpha=1 / 6, beta=0.5)
+    x, sixth = node.inputs[0], float(np.float32(1 / 6))  # as ONNX's function body stores it
+    h = op.HardSigmoid(x, alpha=sixth, beta=0.5)
     slope = op.mask(op.Less(op.Abs(x), 3.0), g)
-    return (op.Mul(g, op.Add(h, op.Mul(op.Mul(x, 1 / 6), slope))),)
+    return (op.Mul(g, op.Add(h, op.Mul(op.Mul(x, sixth), slope))),)
 
 
 @rule("Swish", since=24)
