@@ -5,6 +5,7 @@ Inputs may be of any numeric type and results are float32, so a gradient is cast
 
 from __future__ import annotations
 
+from itertools import combinations
 from math import pi, sqrt
 
 import numpy as np
@@ -168,51 +169,116 @@ def svm_classifier(op: Emitter, node: Node, cotangents: list[str]) -> Gradients:
     sizes = node.attribute("vectors_per_class")
     if not sizes:
         return (_through_coefficients(op, node, _untransformed(op, node, g, y), _class_count(node)),)
+    pairs = _pair_coefficients(node, sizes)
     if node.attribute("prob_a"):
-        decisions = _calibrated(op, node, g, y)
+        decisions = _calibrated(op, node, g, pairs)
     else:
         decisions = (_only_score if len(sizes) == 2 else _untransformed)(op, node, g, y)
-    return (_through_kernel(op, node, op.MatMul(decisions, _pair_coefficients(node, sizes))),)
+    return (_through_kernel(op, node, op.MatMul(decisions, pairs)),)
 
 
-def _calibrated(op: Emitter, node: Node, g: str, y: str) -> str:
-    """Two probabilities p = 1 / (1 + exp(a s + b)) and 1 - p."""
-    slopes = node.attribute("prob_a")
-    if len(slopes) > 1 or node.attribute("post_transform", "NONE") != "NONE":
-        raise Refusal(
-            "probabilities of an SVM with more than two classes are found by iteration",
-            "export the model with decision values",
-        )
-    first, second = (op.Slice(g, [column], [column + 1], [-1]) for column in (0, 1))
-    p = op.Slice(y, [0], [1], [-1])
-    return op.Mul(op.Mul(op.Sub(second, first), op.Mul(p, op.Sub(1, p))), float(slopes[0]))
+def _calibrated(op: Emitter, node: Node, g: str, pairs: np.ndarray) -> str:
+    """Through q = 1 / (1 + exp(a s + b)) of every decision s, and the probabilities that are coupled of them."""
+    if node.attribute("post_transform", "NONE") != "NONE":
+        raise Refusal("probabilities are transformed once more", "export the model without a post transform")
+    slopes, shifts, rho = (np.array(node.attribute(name)) for name in ("prob_a", "prob_b", "rho"))
+    decisions = op.Add(op.MatMul(_kernel(op, node, g), pairs.T), rho)
+    q = op.Sigmoid(op.Neg(op.Add(op.Mul(decisions, slopes), shifts)))
+    dq = _through_coupling(op, q, g, _class_count(node))
+    return op.Neg(op.Mul(dq, op.Mul(op.Mul(q, op.Sub(1, q)), slopes)))
+
+
+def _through_coupling(op: Emitter, q: str, g: str, classes: int) -> str:
+    """From the cotangent of p to that of q, the probability of i in each pair i < j (Wu, Lin and Weng 2004, second
+    approach): p minimizes the sum of ((1 - q) p_i - q p_j)^2, so it is w / sum(w) for M w = 1, where M_ii is 1 and
+    (1 - q)^2 or q^2 of every pair of i, and M_ij is 1 - q (1 - q).
+
+    Runtimes iterate until they are closer than 0.005 / classes; this is the gradient of what they tend to.
+    """
+    first, second = (np.eye(classes)[list(ends)] for ends in zip(*combinations(range(classes), 2), strict=True))
+    rest = op.Sub(1, q)
+    squares = op.Add(op.MatMul(op.Mul(rest, rest), first), op.MatMul(op.Mul(q, q), second))
+    both = first[:, :, None] * second[:, None, :] + second[:, :, None] * first[:, None, :]
+    products = op.Reshape(op.MatMul(op.Mul(q, rest), both.reshape(len(both), -1)), [-1, classes, classes])
+    diagonal = op.Mul(op.Unsqueeze(squares, [2]), np.eye(classes))
+    inverse = _inverse(op, op.Add(op.Sub(diagonal, products), 1.0), classes)
+    w = op.ReduceSum(inverse, [2], keepdims=0)
+    total = op.ReduceSum(w, [1], keepdims=1)
+    dw = op.Div(op.Sub(g, op.Div(op.ReduceSum(op.Mul(g, w), [1], keepdims=1), total)), total)
+    u = op.Squeeze(op.MatMul(inverse, op.Unsqueeze(dw, [2])), [2])
+    (u_i, w_i), (u_j, w_j) = ([op.MatMul(value, ends.T) for value in (u, w)] for ends in (first, second))
+    along = op.Sub(op.Mul(rest, op.Mul(u_i, w_i)), op.Mul(q, op.Mul(u_j, w_j)))
+    across = op.Add(op.Mul(u_i, w_j), op.Mul(u_j, w_i))
+    return op.Add(op.Mul(along, 2), op.Mul(op.Sub(rest, q), across))
+
+
+def _inverse(op: Emitter, matrices: str, size: int) -> str:
+    """The inverses of symmetric, positive definite matrices: Gauss and Jordan's elimination, as sweeps over the
+    diagonal that each keep the symmetry and leave minus the inverse in the end.
+    """
+    for unit in np.eye(size)[:, :, None]:
+        column = op.MatMul(matrices, unit)
+        apart = op.Sub(column, unit)
+        step = op.Div(op.MatMul(apart, op.transposed(apart)), op.MatMul(unit.T, column))
+        matrices = op.Sub(op.Sub(matrices, step), 2 * unit @ unit.T)
+    return op.Neg(matrices)
 
 
 def _pair_coefficients(node: Node, sizes: list[int]) -> np.ndarray:
     """A row per pair i < j: row j - 1 of the coefficients for the vectors of class i, row i for those of class j."""
     table = np.array(node.attribute("coefficients"), np.float32).reshape(len(sizes) - 1, -1)
     owner = np.repeat(np.arange(len(sizes)), sizes)
-    pairs = [(i, j) for i in range(len(sizes)) for j in range(i + 1, len(sizes))]
+    pairs = combinations(range(len(sizes)), 2)
     return np.stack([np.where(owner == i, table[j - 1], np.where(owner == j, table[i], 0)) for i, j in pairs])
+
+
+def _kernel(op: Emitter, node: Node, like: str) -> str:
+    """K(x, v) per row and support vector, in the type of `like`."""
+    kind, (gamma, offset, degree) = node.attribute("kernel_type", "LINEAR"), _parameters(node)
+    products = _products(op, node, like)
+    if kind == "RBF":
+        return op.Exp(op.Mul(_distances(op, node, like), -gamma))
+    if kind == "LINEAR":
+        return products
+    inner = op.Add(op.Mul(products, gamma), offset)
+    return op.Pow(inner, degree) if kind == "POLY" else op.Tanh(inner)
 
 
 def _through_kernel(op: Emitter, node: Node, g: str) -> str:
     """From the cotangents of K(x, v) per row and support vector to that of x."""
-    x, kind = node.inputs[0], node.attribute("kernel_type", "LINEAR")
-    vectors = np.array(node.attribute("support_vectors"), np.float32)
-    gamma, offset, degree = (float(value) for value in node.attribute("kernel_params") or (0, 0, 0))
-    vectors = vectors.reshape(_vector_count(node), -1)
-    rows = op.cast_like(op.Reshape(x, [-1, vectors.shape[1]]), g)
-    products = op.MatMul(rows, vectors.T)
+    x, kind, vectors = node.inputs[0], node.attribute("kernel_type", "LINEAR"), _vectors(node)
+    gamma, offset, degree = _parameters(node)
     if kind == "RBF":
-        squares = op.Add(op.ReduceSumSquare(rows, [1]), np.sum(vectors**2, axis=1))
-        distances = op.Max(op.Sub(squares, op.Mul(products, 2)), 0)
-        weights = op.Mul(op.Mul(g, op.Exp(op.Mul(distances, -gamma))), -2 * gamma)
-        dx = op.Sub(op.Mul(rows, op.ReduceSum(weights, [1])), op.MatMul(weights, vectors))
+        weights = op.Mul(op.Mul(g, _kernel(op, node, g)), -2 * gamma)
+        dx = op.Sub(op.Mul(_rows(op, node, g), op.ReduceSum(weights, [1])), op.MatMul(weights, vectors))
     else:
-        weights = op.Mul(g, _kernel_slope(op, kind, products, gamma, offset, degree)) if kind != "LINEAR" else g
-        dx = op.MatMul(weights, vectors)
+        slope = None if kind == "LINEAR" else _kernel_slope(op, kind, _products(op, node, g), gamma, offset, degree)
+        dx = op.MatMul(op.Mul(g, slope) if slope else g, vectors)
     return op.cast_like(op.reshape_like(dx, x), x)
+
+
+def _rows(op: Emitter, node: Node, like: str) -> str:
+    return op.cast_like(op.Reshape(node.inputs[0], [-1, _vectors(node).shape[1]]), like)
+
+
+def _products(op: Emitter, node: Node, like: str) -> str:
+    return op.MatMul(_rows(op, node, like), _vectors(node).T)
+
+
+def _distances(op: Emitter, node: Node, like: str) -> str:
+    """|x - v|^2 = |x|^2 - 2 x v + |v|^2."""
+    squares = op.Add(op.ReduceSumSquare(_rows(op, node, like), [1]), np.sum(_vectors(node) ** 2, axis=1))
+    return op.Max(op.Sub(squares, op.Mul(_products(op, node, like), 2)), 0)
+
+
+def _vectors(node: Node) -> np.ndarray:
+    return np.array(node.attribute("support_vectors"), np.float32).reshape(_vector_count(node), -1)
+
+
+def _parameters(node: Node) -> tuple[float, float, float]:
+    """gamma, offset and degree."""
+    gamma, offset, degree = (float(value) for value in node.attribute("kernel_params") or (0, 0, 0))
+    return gamma, offset, degree
 
 
 def _vector_count(node: Node) -> int:
