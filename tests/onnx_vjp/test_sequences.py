@@ -163,6 +163,26 @@ def test_a_loop_of_too_many_rounds_is_not_written_out() -> None:
     assert "Loop" in {gap.operator for gap in find_gaps(_model(nodes), ["x"], "y")}
 
 
+def test_loops_within_loops_do_not_multiply() -> None:
+    nodes = """
+        most = Constant <value_int = 1000> ()
+        go = Constant <value = bool {1}> ()
+        s = SequenceConstruct (x)
+        t = Loop (most, go, s) <body = outer (int64 i, bool on, seq(float[N, M]) old)
+            => (bool more, seq(float[N, M]) new) {
+            more = Identity (on)
+            new = Loop (most, go, old) <body = inner (int64 j, bool up, seq(float[N, M]) before)
+                => (bool further, seq(float[N, M]) after) {
+                further = Identity (up)
+                after = SequenceInsert (before, x)
+            }>
+        }>
+        first = Constant <value_int = 0> ()
+        y = SequenceAt (t, first)
+    """
+    assert "Loop" in {gap.operator for gap in find_gaps(_model(nodes), ["x"], "y")}
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -2])
 @pytest.mark.parametrize("is_new", [0, 1])
 def test_a_list_of_a_loop_joined_along_any_axis(axis: int, is_new: int) -> None:

@@ -14,19 +14,19 @@ from onnx import GraphProto, NodeProto, TypeProto, helper
 from explainserve.onnx_vjp.graph import Graph
 from explainserve.onnx_vjp.subgraphs import instance, is_standard, subgraphs
 
-# Nodes of all iterations together. What is longer stays a Loop.
-_LONGEST = 4096
+# Nodes of all iterations together, and of the graph with them; what is longer stays a Loop.
+_LONGEST, _LARGEST = 4096, 16384
 
 
 def unrolled(graph: Graph, node: NodeProto) -> list[NodeProto] | None:
     """The iterations of a Loop that carries what is no tensor, or None for another node, or where the number of
-    iterations is not known beforehand.
+    iterations is not known beforehand. A Loop with Loops inside stays one: written out, they would multiply.
     """
     if not is_standard(node, "Loop"):
         return None
     (body,) = subgraphs(node)
     count, states = _limit(graph, node, body), list(node.input[2:])
-    if count is None or not any(_is_no_tensor(value.type) for value in body.input[2:]):
+    if count is None or _has_loops(body) or not any(_is_no_tensor(value.type) for value in body.input[2:]):
         return None
     nodes: list[NodeProto] = []
     pieces: list[Sequence[str]] = []
@@ -57,7 +57,12 @@ def _limit(graph: Graph, node: NodeProto, body: GraphProto) -> int | None:
     if most is None or (node.input[1] and on is None):
         return None
     count = int(most.item()) if on is None or on.all() else 0
-    return count if count * len(body.node) <= _LONGEST else None
+    added = count * len(body.node)
+    return count if added <= _LONGEST and len(graph.producers) + added <= _LARGEST else None
+
+
+def _has_loops(graph: GraphProto) -> bool:
+    return any(is_standard(node, "Loop") or any(map(_has_loops, subgraphs(node))) for node in graph.node)
 
 
 def _is_no_tensor(kind: TypeProto) -> bool:
