@@ -80,6 +80,7 @@ def inspect_file(path: Path, trials: Trials | None = None) -> Inspection:
         fixed_batch=loaded.fixed_batch,
         gradient_mode=loaded.gradient_mode,
         gaps=loaded.gaps,
+        layers=loaded.layers,
         starter=_starter(loaded.signature, found.sha256),
     )
 
@@ -105,7 +106,7 @@ def _with_graph(found: Inspection) -> Inspection:
     from explainserve.backends.onnx_weights import Weights
 
     model = onnx_file.read(found.path, Weights())
-    return replace(found, operators=onnx_graph.operators(model), layers=onnx_graph.layers(model))
+    return replace(found, operators=onnx_graph.operators(model))
 
 
 def _starter(signature: Signature, sha256: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from explainserve.backends.onnx_blocks import state_block_size
-from explainserve.onnx_vjp import GRADIENT_RULES, cut, find_gaps, input_gradient
+from explainserve.onnx_vjp import GRADIENT_RULES, cut, find_gaps, input_gradient, layers
 from onnx_vjp.microsoft_oracle import evaluate
 
 LEVELS = {
@@ -170,6 +170,24 @@ def test_a_cut_layer_of_a_blocked_file_is_laid_out_plainly(tmp_path: Path) -> No
     np.testing.assert_allclose(
         evaluate(parts.after, {first: found}, ["y"])[0], evaluate(model, {"x": x}, ["y"])[0], rtol=1e-4
     )
+
+
+def test_layers_in_blocks_are_offered_as_they_are_cut(tmp_path: Path) -> None:
+    file = optimized(image_model(), "all", tmp_path)
+    blocked = {node.output[0]: node.op_type for node in file.graph.node if node.domain == "com.microsoft.nchwc"}
+    if not blocked:
+        pytest.skip("onnxruntime lays out nothing in blocks on this processor")
+    state_block_size(file)
+    x = np.random.default_rng(3).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    offered = [layer for layer in layers(file) if layer.name in blocked]
+
+    assert {"Conv", "MaxPool", "AveragePool", "GlobalAveragePool"} <= {layer.operator for layer in offered}
+    for layer in offered:
+        parts = cut(file, [layer.name])
+        (value,) = evaluate(parts.before, {"x": x}, [layer.name])
+        assert layer.shape is not None
+        assert value.shape[1:] == layer.shape[1:]
+        assert bool(layer.bypassed) == bool(parts.bypasses)
 
 
 @pytest.mark.parametrize("table", ["guided_backpropagation", "deconvnet"])

@@ -40,7 +40,7 @@ class Task:
 
     Attributes:
         step: "files" finds the files that belong to the model, "load" loads and evaluates it as a server does,
-            "inspect" loads and describes it as `explainserve inspect` does.
+            "inspect" loads it as `explainserve inspect` does.
         seconds: processor time on each core.
         memory_bytes: how much this process may grow; no file that it writes may be larger either.
     """
@@ -115,11 +115,6 @@ def _tried(task: Task) -> Iterable[Path]:
     loaded = load(task.path, task.config, task.options)
     if task.step == "load":
         probe.check(loaded)
-    elif task.path.suffix == ".onnx":
-        from explainserve.backends import onnx_file, onnx_graph
-        from explainserve.backends.onnx_weights import Weights
-
-        onnx_graph.layers(onnx_file.read(task.path, Weights()))
     return ()
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import NodeProto
 
+from explainserve.onnx_vjp.functions import lay_out_plainly
 from explainserve.onnx_vjp.graph import Graph
 from explainserve.onnx_vjp.opset import prepared
 from explainserve.onnx_vjp.registry import canonical_domain
@@ -33,6 +34,7 @@ OPERATORS: Mapping[str, frozenset[str]] = {
             *("Attention", "GroupQueryAttention", "MultiHeadAttention"),
         }
     ),
+    "com.microsoft.nchwc": frozenset({"Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"}),
 }
 """Operators whose outputs are offered, by domain."""
 
@@ -42,8 +44,9 @@ class Layer:
     """A floating-point tensor between the inputs and the outputs.
 
     `module` is the path of the module that computes it, where the exporter tells (`layer1.0.conv1`), else empty.
-    `shape` has an int, a symbol or None (unknown) per axis, or is None where even the rank is unknown. `bypassed` names
-    the inputs whose values reach an output around the tensor too, such as past a branch of a residual block.
+    `shape` has an int, a symbol or None (unknown) per axis, or is None where even the rank is unknown; of a tensor that
+    the file lays out in blocks it is that of `cut`, with the channels of zeros that fill up the last block. `bypassed`
+    names the inputs whose values reach an output around the tensor too, such as past a branch of a residual block.
     """
 
     name: str
@@ -56,9 +59,11 @@ class Layer:
 def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
     """The tensors of a model that OPERATORS compute from its inputs, in topological order.
 
-    Raises ValueError for a malformed graph.
+    Raises ValueError for a malformed graph, and for one of which `cut` could not read the tensors.
     """
     graph = Graph(prepared(model))
+    offered = list(_offered(graph))
+    lay_out_plainly(graph)
     outputs = [value.name for value in graph.proto.graph.output]
     sources = [value.name for value in graph.proto.graph.input]
     reach = {source: dependents(graph.nodes, source) for source in sources}
@@ -71,15 +76,15 @@ def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
             graph.shape(name),
             tuple(source for source in sources if name in reach[source] and name not in narrow[source]),
         )
-        for node, name in _offered(graph)
-        if name not in outputs and any(name in reach[source] for source in sources)
+        for node, name in offered
+        if graph.is_float(name) and name not in outputs and any(name in reach[source] for source in sources)
     )
 
 
 def _offered(graph: Graph) -> Iterator[tuple[NodeProto, str]]:
     for node in graph.nodes:
         name = node.output[0]
-        if node.op_type in OPERATORS.get(canonical_domain(node.domain), ()) and graph.is_float(name):
+        if node.op_type in OPERATORS.get(canonical_domain(node.domain), ()):
             yield node, name
 
 
