@@ -53,6 +53,23 @@ def test_the_parts_together_are_the_model(tensor: str) -> None:
     assert [entry.name for entry in parts.before.graph.output] == [tensor]
 
 
+def test_a_cut_tensor_may_come_from_a_node_that_is_needed_for_another() -> None:
+    """As the states of a recurrent layer, and the last of them."""
+    nodes = [
+        node("MatMul", "x w", "wide"),
+        node("Split", "wide", "first second", axis=1, num_outputs=2),
+        node("Mul", "first second", "y"),
+    ]
+    weights = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
+    parts = cut(model(nodes, {"x": ["n", 4]}, ["y"], {"w": weights}), ["first"])
+    (value,) = run(parts.before, {"x": X}, ["first"])
+    (found,) = run(parts.after, {"first": 2 * value, "x": X}, ["y"])
+    first, second = np.split(X @ weights, 2, axis=1)
+    np.testing.assert_allclose(value, first, rtol=1e-5)
+    np.testing.assert_allclose(found, 2 * first * second, rtol=1e-5)
+    assert [bypass.route for bypass in parts.bypasses] == [("x", "wide", "second", "y")]
+
+
 def test_a_cut_beside_a_skip_connection_names_the_other_route() -> None:
     (bypass,) = cut(residual(), ["branch"]).bypasses
     assert (bypass.input, bypass.output, bypass.route) == ("x", "y", ("x", "stem", "sum", "y"))

@@ -59,7 +59,7 @@ def cut(model: onnx.ModelProto, tensors: Sequence[str]) -> Cut:
     outputs = [value.name for value in graph.proto.graph.output]
     reached = _checked(graph, wanted, outputs)
     before = _needed(graph.nodes, wanted, ())
-    after = _needed(graph.nodes, reached, wanted)
+    after = [_set_aside(graph, node, wanted) for node in _needed(graph.nodes, reached, wanted)]
     return Cut(
         _part(graph, before, [], wanted),
         _part(graph, after, wanted, reached),
@@ -93,6 +93,17 @@ def _needed(nodes: Sequence[NodeProto], results: Collection[str], given: Collect
             found.append(node)
             needed.update(name for name in consumed(node) if name not in given)
     return found[::-1]
+
+
+def _set_aside(graph: Graph, node: NodeProto, given: Collection[str]) -> NodeProto:
+    """The node, which is needed for another output, with the outputs that are given under names that nobody reads."""
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    for index, name in enumerate(node.output):
+        if name in given:
+            copy.output[index] = graph.fresh(f"{name}/unused")
+            graph.shapes.assign(copy.output[index], name)
+    return copy
 
 
 def _part(graph: Graph, nodes: Sequence[NodeProto], given: Sequence[str], results: Sequence[str]) -> onnx.ModelProto:
