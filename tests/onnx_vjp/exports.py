@@ -76,7 +76,10 @@ def autograd(
     net: nn.Module, inputs: Inputs, cotangent: Tensor, wrt: Sequence[str], layout: torch.memory_format
 ) -> list[np.ndarray]:
     """The vector-Jacobian product of each input of `wrt`, images and kernels in the given layout."""
-    net = copy.deepcopy(net).to(memory_format=layout)
+    net = copy.deepcopy(net)
+    for weight in net.parameters():
+        if weight.ndim == 4:
+            weight.data = weight.data.contiguous(memory_format=layout)
     leaves = {name: value.clone() for name, value in inputs.items()}
     for name in wrt:
         leaf = leaves[name]

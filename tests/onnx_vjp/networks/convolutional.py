@@ -446,3 +446,87 @@ class Detector(nn.Module):
         centre = (flat[..., :2].sigmoid() * 2 - 0.5 + grid) * stride
         size = (flat[..., 2:4].sigmoid() * 2) ** 2 * stride
         return torch.cat([centre, size, flat[..., 4:].sigmoid()], -1)
+
+
+class StandardizedConvolution(nn.Conv2d):
+    """A convolution by weights of mean 0 and variance 1, by way of batch normalization in training mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = self.weight.shape[0]
+        flat = self.weight.reshape(1, channels, -1)
+        weight = functional.batch_norm(flat, None, None, training=True, eps=1e-6).reshape_as(self.weight)
+        fan_in = weight[0].numel()
+        return functional.conv2d(x, weight / fan_in**0.5, self.bias, self.stride, self.padding, groups=self.groups)
+
+
+class NormalizerFreeBlock(nn.Module):
+    """A residual whose branch sees the input at the expected scale."""
+
+    def __init__(self, channels: int, expected: float) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.SiLU(),
+            StandardizedConvolution(channels, channels, 3, 1, 1, groups=2),
+            SqueezeExcite(channels, 2, nn.ReLU, nn.Sigmoid),
+        )
+        self.expected = expected
+
+    def forward(self, x: Tensor) -> Tensor:
+        grown: Tensor = x + 0.2 * self.branch(x / self.expected)
+        return grown
+
+
+def nfnet(width: int = 8, classes: int = 5) -> nn.Module:
+    """Brock et al. 2021: no normalization of activations, standardized weights instead."""
+    layers = [StandardizedConvolution(3, width, 3, 2, 1), NormalizerFreeBlock(width, 1.0)]
+    return Pooled(nn.Sequential(*layers, NormalizerFreeBlock(width, 1.02), nn.SiLU()), width, classes)
+
+
+class ConvolutionalLSTM(nn.Module):
+    """Shi et al. 2015: states that are images; a map per frame of (rows, frames, 3, height, width)."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.gates, self.head, self.width = nn.Conv2d(3 + width, 4 * width, 3, 1, 1), nn.Conv2d(width, 1, 1), width
+
+    def forward(self, video: Tensor) -> Tensor:
+        hidden = cell = video.new_zeros(video.shape[0], self.width, *video.shape[-2:])
+        maps = []
+        for frame in video.unbind(1):
+            enter, keep, leave, new = self.gates(torch.cat([frame, hidden], 1)).chunk(4, 1)
+            cell = keep.sigmoid() * cell + enter.sigmoid() * new.tanh()
+            hidden = leave.sigmoid() * cell.tanh()
+            maps.append(self.head(hidden))
+        return torch.cat(maps, 1)
+
+
+class VolumeUNet(nn.Module):
+    """Çiçek et al. 2016: classes of every voxel of volumes, shape (rows, 2, depth, height, width)."""
+
+    def __init__(self, width: int = 4, classes: int = 3) -> None:
+        super().__init__()
+        self.outer = nn.Sequential(nn.Conv3d(2, width, 3, 1, 1), nn.InstanceNorm3d(width, affine=True), nn.ELU())
+        self.down = nn.Sequential(nn.MaxPool3d((1, 2, 2)), nn.Conv3d(width, 2 * width, 3, (2, 1, 1), 1), nn.ELU())
+        self.up = nn.ConvTranspose3d(2 * width, width, 2, 2)
+        self.head = nn.Conv3d(2 * width, classes, 1)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        outer = self.outer(volume)
+        scores: Tensor = self.head(torch.cat([self.up(self.down(outer)), outer], 1))
+        return scores
+
+
+class SpatialTransformer(nn.Module):
+    """Jaderberg et al. 2015: images are sampled where a network of their own, and affine in the place, says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.locate = Pooled(nn.Sequential(nn.Conv2d(3, 8, 5, 2, 2), nn.Tanh()), 8, 6)
+
+    def forward(self, image: Tensor) -> Tensor:
+        rows, _, height, width = image.shape
+        y, x = (torch.linspace(-1, 1, side, dtype=image.dtype) * 0.93 for side in (height, width))
+        places = torch.stack([x.expand(height, width), y[:, None].expand(height, width), torch.ones(height, width)], -1)
+        affine = torch.eye(2, 3) + 0.3 * self.locate(image).tanh().reshape(rows, 2, 3)
+        grid = torch.einsum("hwk,ndk->nhwd", places.to(image.dtype), affine.to(image.dtype))
+        return functional.grid_sample(image, grid, padding_mode="border", align_corners=False)
