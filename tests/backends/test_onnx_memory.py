@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +168,16 @@ def test_a_folder_that_cannot_be_written_is_done_without(tmp_path: Path, caplog:
     built = input_gradient(network(), ["x"], "y")
     assert GradientCache(tmp_path / "file" / "cache").get("key", lambda: built) is built
     assert "could not be kept" in caplog.text
+
+
+def test_nothing_stays_of_a_file_that_could_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: str, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    built = input_gradient(network(), ["x"], "y")
+    monkeypatch.setattr(os, "replace", fail)
+    assert GradientCache(tmp_path).get("key", lambda: built) is built
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_not_used_for_longest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,12 +81,22 @@ def _write(path: Path, graph: GradientGraph) -> None:
     serialized = _packed(graph).SerializeToString()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            file.write(hashlib.sha256(serialized).digest() + serialized)
-        os.replace(file.name, path)
+        _place(path, hashlib.sha256(serialized).digest() + serialized)
         _trim(path.parent)
     except OSError as error:
         logger.warning("the gradient graph could not be kept in %s: %s", path.parent, error)
+
+
+def _place(path: Path, content: bytes) -> None:
+    """Write a file that is whole as soon as it is there; nothing of it stays where that fails."""
+    descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(part, path)
+    except OSError:
+        os.unlink(part)
+        raise
 
 
 def _trim(folder: Path) -> None:
