@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from explainserve.onnx_vjp import GRADIENT_RULES, UnsupportedOperators, find_gaps, input_gradient, overridden, standard
 from explainserve.onnx_vjp.emitter import Emitter, Node
-from explainserve.onnx_vjp.registry import Composition, Refusal, Rule
+from explainserve.onnx_vjp.registry import Composition, Refusal, Rule, ZeroGradient
 from onnx_vjp.vjp_oracle import run
 
 F = TensorProto.FLOAT
@@ -258,6 +258,16 @@ def test_a_composition_that_refuses_is_a_gap_with_its_reason() -> None:
     nodes = [node("Exp", "x", "h"), helper.make_node("Never", ["h"], ["y"], name="culprit", domain="elsewhere")]
     (gap,) = find_gaps(model(nodes, {"x": [2]}, ["y"]), ["x"], "y", rules=overridden(standard(), FOREIGN))
     assert (gap.node, gap.reason, gap.remedy) == ("culprit", "never works", "leave it out")
+
+
+def test_the_newest_state_that_a_version_knows_is_found_however_a_domain_counts() -> None:
+    """Vendors count their operator sets by release or by date."""
+    states = {("vendor", "Op", since): ZeroGradient(str(since)) for since in (20240101, 100, 3)}
+    table = overridden(standard(), states)
+    for version, since in ((20250101, 20240101), (20240101, 20240101), (20240100, 100), (99, 3), (3, 3)):
+        assert table.lookup("vendor", "Op", version) is states["vendor", "Op", since]
+    assert table.lookup("vendor", "Op", 2) is None
+    assert table.lookup("ai.onnx", "Add", 21) is table.lookup("", "Add", 7) is not None
 
 
 def test_a_rule_that_forgets_an_input_is_a_bug() -> None:

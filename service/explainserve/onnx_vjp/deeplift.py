@@ -201,4 +201,4 @@ def rescale_rule(table: Table | None = None) -> Table:
         if not domain and operator in _EXPANDED:
             continue
         changed[key] = _changed(operator, state) if isinstance(state, Rule) else state
-    return changed
+    return Table(changed)

@@ -14,8 +14,8 @@ from onnx import FunctionProto, NodeProto, TensorProto, defs, helper
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.graph import Graph, consumed
-from explainserve.onnx_vjp.path import live_path, version_of
-from explainserve.onnx_vjp.registry import Composition, Refusal, State, Table, canonical_domain, lookup, standard
+from explainserve.onnx_vjp.path import live_path, state_in
+from explainserve.onnx_vjp.registry import Composition, Refusal, Table, canonical_domain, standard
 from explainserve.onnx_vjp.subgraphs import is_standard, rename, subgraphs
 from explainserve.onnx_vjp.unrolling import unrolled
 
@@ -90,7 +90,7 @@ def lay_out_plainly(graph: Graph) -> None:
     """
     nodes: list[NodeProto] = []
     for node in graph.nodes:
-        state = _state(graph, node, standard())
+        state = state_in(standard(), graph, node)
         if isinstance(state, Composition) and state.everywhere:
             try:
                 nodes += _composed(graph, node, state)
@@ -106,7 +106,7 @@ def lay_out_plainly(graph: Graph) -> None:
 
 
 def _replacement(graph: Graph, node: NodeProto, table: Table, refusals: dict[str, Refusal]) -> list[NodeProto] | None:
-    state = _state(graph, node, table)
+    state = state_in(table, graph, node)
     if isinstance(state, Composition):
         try:
             return _composed(graph, node, state)
@@ -121,14 +121,10 @@ def _concerns_all(graph: Graph, node: NodeProto, table: Table, opaque: bool) -> 
     """Whether a node beside the path matters to it. One that reads stored tensors only is the runtime's to fold, and
     what is read from a sequence may say how often a Loop runs.
     """
-    state = _state(graph, node, table)
+    state = state_in(table, graph, node)
     stored = all(name in graph.initializers for name in node.input if name)
     takes_apart = any(graph.dtype(name) == TensorProto.UNDEFINED for name in node.input if name)
     return isinstance(state, Composition) and (state.everywhere or opaque or takes_apart) and not stored
-
-
-def _state(graph: Graph, node: NodeProto, table: Table) -> State | None:
-    return lookup(table, node.domain, node.op_type, version_of(graph, node))
 
 
 def _is_opaque(graph: Graph, node: NodeProto) -> bool:
@@ -161,7 +157,7 @@ def _check_unused(graph: Graph, names: Sequence[str], nodes: Sequence[NodeProto]
 
 def _body(graph: Graph, node: NodeProto) -> FunctionProto | None:
     """The function body for the graph's operator set, or None where the operator is primitive."""
-    version = version_of(graph, node)
+    version = graph.version(node)
     try:
         # The published type stubs of onnx do not know the function members of a schema.
         schema: Any = defs.get_schema(node.op_type, version, node.domain)

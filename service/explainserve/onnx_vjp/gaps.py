@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
+
+from onnx import NodeProto
+
+from explainserve.onnx_vjp.registry import Refusal
 
 
 @dataclass(frozen=True)
@@ -15,6 +20,11 @@ class Gap:
     node: str
     reason: str
     remedy: str
+
+    @classmethod
+    def at(cls, node: NodeProto, refusal: Refusal) -> Self:
+        """The gap of a node that was refused, named after its first output where it has no name."""
+        return cls(node.op_type, node.domain, node.name or node.output[0], refusal.reason, refusal.remedy)
 
     def __str__(self) -> str:
         operator = f"{self.domain}.{self.operator}" if self.domain else self.operator

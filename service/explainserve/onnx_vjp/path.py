@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from onnx import NodeProto
 
 from explainserve.onnx_vjp.graph import Graph, consumed
-from explainserve.onnx_vjp.registry import Refused, State, Table, ZeroGradient, lookup
+from explainserve.onnx_vjp.registry import Refused, State, Table, ZeroGradient
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class LivePath:
     tensors: frozenset[str]
 
 
-def version_of(graph: Graph, node: NodeProto) -> int:
-    """The operator set version that the graph imports for the node's domain."""
-    return graph.version(node)
+def state_in(table: Table, graph: Graph, node: NodeProto) -> State | None:
+    """The state of a node's operator in the operator set that the graph imports, or None where it is not registered."""
+    return table.lookup(node.domain, node.op_type, graph.version(node))
 
 
 def live_path(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) -> LivePath:
@@ -32,7 +32,7 @@ def live_path(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table)
     for node in graph.nodes:
         if dependent.intersection(consumed(node)) and not _is_flat(graph, node, table):
             # Quantized values must not end the path silently: what is refused carries it on.
-            through = isinstance(_state(graph, node, table), Refused)
+            through = isinstance(state_in(table, graph, node), Refused)
             dependent.update(name for name in node.output if name and (through or _carries(graph, name)))
     needed = dependent.intersection(of)
     nodes: list[NodeProto] = []
@@ -49,8 +49,4 @@ def _carries(graph: Graph, name: str) -> bool:
 
 
 def _is_flat(graph: Graph, node: NodeProto, table: Table) -> bool:
-    return isinstance(_state(graph, node, table), ZeroGradient)
-
-
-def _state(graph: Graph, node: NodeProto, table: Table) -> State | None:
-    return lookup(table, node.domain, node.op_type, version_of(graph, node))
+    return isinstance(state_in(table, graph, node), ZeroGradient)

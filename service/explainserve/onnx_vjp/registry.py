@@ -7,8 +7,10 @@ ONNX defines it as a function, and is a gap otherwise.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,14 +75,45 @@ class Refusal(Exception):
 
 State = Rule | Composition | ZeroGradient | Refused
 Key = tuple[str, str, int]
-Table = Mapping[Key, State]
-
-_standard: dict[Key, State] = {}
 
 
 def canonical_domain(domain: str) -> str:
     """The default operator set has two spellings; the empty one is used as key."""
     return "" if domain == "ai.onnx" else domain
+
+
+class Table(Mapping[Key, State]):
+    """States by domain, operator and since_version. Only the registry changes a table once it is made."""
+
+    def __init__(self, states: Mapping[Key, State] = MappingProxyType({})) -> None:
+        self._states: dict[Key, State] = {}
+        self._versions: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+        for key, state in states.items():
+            self._add(key, state)
+
+    def __getitem__(self, key: Key) -> State:
+        return self._states[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def lookup(self, domain: str, operator: str, version: int) -> State | None:
+        """The state of the newest entry whose since_version is not above `version`, or None where there is none."""
+        domain = canonical_domain(domain)
+        found = (since for since in self._versions.get((domain, operator), ()) if since <= version)
+        newest = max(found, default=None)
+        return None if newest is None else self._states[domain, operator, newest]
+
+    def _add(self, key: Key, state: State) -> None:
+        domain, operator, since = key
+        self._states[key] = state
+        self._versions[domain, operator].append(since)
+
+
+_standard = Table()
 
 
 def rule(
@@ -124,7 +157,7 @@ def refused(*operators: str, reason: str, remedy: str, domain: str = "", since: 
 def _register(key: Key, state: State) -> None:
     if key in _standard:
         raise ValueError(f"operator {key} is registered twice")
-    _standard[key] = state
+    _standard._add(key, state)
 
 
 def standard() -> Table:
@@ -132,26 +165,11 @@ def standard() -> Table:
     return _standard
 
 
-def overridden(table: Table, overrides: Table) -> Table:
+def overridden(table: Table, overrides: Mapping[Key, State]) -> Table:
     """`table` with the states of `overrides` in place of its own."""
-    return {**table, **overrides}
-
-
-def lookup(table: Table, domain: str, operator: str, version: int) -> State | None:
-    """The state of the newest entry whose since_version is not above `version`, or None where there is none."""
-    versions = [since for since in _versions(table, canonical_domain(domain), operator) if since <= version]
-    return table[canonical_domain(domain), operator, max(versions)] if versions else None
+    return Table({**table, **overrides})
 
 
 def state_of(domain: str, operator: str, version: int) -> State | None:
     """The state of an operator of opset `version` under the standard rules, or None where it is not registered."""
-    return lookup(_standard, domain, operator, version)
-
-
-def _versions(table: Table, domain: str, operator: str) -> Iterator[int]:
-    # Operators have at most a handful of versions, so probing the known opset range beats an index that tables
-    # would have to keep.
-    return (since for since in range(1, MAX_OPSET + 1) if (domain, operator, since) in table)
-
-
-MAX_OPSET = 64
+    return _standard.lookup(domain, operator, version)

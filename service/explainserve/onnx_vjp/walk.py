@@ -19,9 +19,9 @@ from explainserve.onnx_vjp.functions import expand
 from explainserve.onnx_vjp.gaps import Gap
 from explainserve.onnx_vjp.graph import Graph
 from explainserve.onnx_vjp.malformed import MALFORMED
-from explainserve.onnx_vjp.path import live_path, version_of
+from explainserve.onnx_vjp.path import live_path, state_in
 from explainserve.onnx_vjp.placement import summed
-from explainserve.onnx_vjp.registry import Refusal, Refused, Rule, State, Table, lookup
+from explainserve.onnx_vjp.registry import Refusal, Refused, Rule, State, Table
 
 
 class Walk:
@@ -66,12 +66,12 @@ class Walk:
         return parts[0]
 
     def _visit(self, op: Emitter, node: Node) -> None:
-        state = lookup(self.table, node.proto.domain, node.proto.op_type, version_of(self.graph, node.proto))
+        state = state_in(self.table, self.graph, node.proto)
         outputs = [self._sum(op, name) if name else None for name in node.outputs]
         try:
             gradients = self._gradients(op, state, node, outputs)
         except Refusal as refusal:
-            self.gaps.append(_gap(node.proto, refusal))
+            self.gaps.append(Gap.at(node.proto, refusal))
             # Any value keeps the walk going, so that the gaps behind this one are found too.
             gradients = [name if node.differentiates(index) else None for index, name in enumerate(node.sources)]
             state = None
@@ -94,7 +94,7 @@ class Walk:
             raise Refusal("only the first output has a gradient rule", "remove the use of the other outputs")
         else:
             gradients = _applied(rule, op, node, outputs[0])
-        _check_arity(node, gradients, version_of(self.graph, node.proto))
+        _check_arity(node, gradients, self.graph.version(node.proto))
         return gradients
 
     def _rule(self, state: State | None, node: Node) -> Rule:
@@ -118,10 +118,6 @@ def _applied(rule: Rule, op: Emitter, node: Node, cotangent: Any) -> Sequence[st
             f"its attributes or inputs do not fit its operator ({type(error).__name__}: {error})",
             "check the file with onnx.checker.check_model(model, full_check=True)",
         ) from error
-
-
-def _gap(node: NodeProto, refusal: Refusal) -> Gap:
-    return Gap(node.op_type, node.domain, node.name or node.output[0], refusal.reason, refusal.remedy)
 
 
 def _check_arity(node: Node, gradients: Sequence[str | None], version: int) -> None:
