@@ -69,6 +69,38 @@ def test_matrix_products_and_quotients_of_two_tensors_are_complete() -> None:
     check_sum(model(nodes, {"a": [3, 3], "b": [3, 3]}, ["y"]), {"a": (3, 3), "b": (3, 3)}, (3, 3))
 
 
+@pytest.mark.parametrize(
+    ("operator", "a", "b", "y"),
+    [
+        ("Gemm", (2, 3), (3, 4), (2, 4)),
+        ("Conv", (2, 3, 5), (4, 3, 2), (2, 4, 4)),
+        ("ConvTranspose", (2, 3, 5), (3, 4, 2), (2, 4, 6)),
+    ],
+)
+def test_a_bias_that_varies_is_added_to_the_product(
+    operator: str, a: tuple[int, ...], b: tuple[int, ...], y: tuple[int, ...]
+) -> None:
+    shapes = {"a": a, "b": b, "c": (4,)}
+    graph = model([node(operator, "a b c", "y")], {name: list(shape) for name, shape in shapes.items()}, ["y"])
+    check_sum(graph, shapes, y)
+
+
+def test_batch_normalization_is_complete_where_all_but_the_variance_vary() -> None:
+    shapes = {"x": (2, 3, 4), "s": (3,), "b": (3,)}
+    inputs = {name: list(shape) for name, shape in shapes.items()}
+    normalized = node("BatchNormalization", "x s b m v", "y")
+    check_sum(model([normalized], inputs, ["y"], {"m": f32(1, -1, 0), "v": f32(1, 2, 3)}), shapes, (2, 3, 4))
+    inputs["v"] = [3]
+    (gap,) = find_gaps(model([normalized], inputs, ["y"], {"m": f32(1, -1, 0)}), ["x", "v"], "y", rules=RESCALE)
+    assert "variance" in gap.reason
+
+
+def test_a_product_of_three_is_refused() -> None:
+    graph = model([node("Einsum", "a b c", "y", equation="i,i,i->i")], {name: [3] for name in "abc"}, ["y"])
+    (gap,) = find_gaps(graph, ["a", "b", "c"], "y", rules=RESCALE)
+    assert "three" in gap.reason
+
+
 def test_attention_and_normalization_are_complete() -> None:
     nodes = [
         node("LayerNormalization", "x s", "n"),

@@ -36,6 +36,8 @@ _LINEAR = frozenset(
     }
 )
 _BILINEAR = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Mul"})
+# The inputs that are multiplied; what else there is is added. Of other operators, all are.
+_FACTORS = {"BatchNormalization": (0, 1, 3), "Conv": (0, 1), "ConvTranspose": (0, 1), "Gemm": (0, 1)}
 _OF_ONE_TENSOR = frozenset(
     {
         *("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Celu", "Clip", "Cos", "Cosh", "Elu", "Erf", "Exp"),
@@ -81,10 +83,11 @@ def _rescaled(derivative: Formula) -> Formula:
 
 
 def _at_midpoint(derivative: Formula) -> Formula:
-    """The derivative of a bilinear operator, with every operand halfway between instance and baseline."""
+    """The derivative of a bilinear operator, with every factor halfway between instance and baseline."""
 
     def formula(op: Emitter, node: Node, g: str) -> Gradients:
-        varying = _varying(node)
+        factors = _FACTORS.get(node.proto.op_type, range(len(node.inputs)))
+        varying = [index for index in _varying(node) if index in factors]
         if len(varying) > 2:
             raise Refusal("DeepLIFT has no rule for a product of three tensors", "use a method of true gradients")
         middle = {name: op.Mul(op.Add(name, node.twin(name)), 0.5) for name in (node.inputs[i] for i in varying)}
@@ -109,7 +112,15 @@ def _in_evaluation(formula: Formula) -> Formula:
 
 
 def _batch_normalization(derivative: Formula) -> Formula:
-    return _in_evaluation(_at_midpoint(derivative))
+    """(x - mean) scale / sqrt(variance + epsilon) + bias: a product of two factors, of a given variance."""
+    product = _in_evaluation(_at_midpoint(derivative))
+
+    def formula(op: Emitter, node: Node, g: str) -> Gradients:
+        if 4 in _varying(node):
+            raise Refusal("the variance may differ at the baseline", "use a method of true gradients")
+        return product(op, node, g)
+
+    return formula
 
 
 def _div(op: Emitter, node: Node, g: str) -> Gradients:
