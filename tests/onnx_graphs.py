@@ -56,6 +56,18 @@ def quantized_twice() -> onnx.ModelProto:
     return model(nodes, [("x", ["batch", 3])], [("y", ["batch", 3])], weights)
 
 
+def scanned_by_lengths() -> onnx.ModelProto:
+    """y, of shape (1, 3, 2), has the running sums of x over its first two steps, then zeros: node `old`, a Scan of
+    operator set 8 with a length for every row, which no later operator set has.
+    """
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("s", "i", "o", "p")]
+    added = [node("Add", ["s", "i"], ["o"]), node("Identity", ["o"], ["p"])]
+    body = helper.make_graph(added, "body", values[:2], values[2:])
+    scan = node("Scan", ["lengths", "zero", "x"], ["last", "y"], name="old", body=body, num_scan_inputs=1)
+    weights = {"lengths": np.array([2]), "zero": np.zeros((1, 2), np.float32)}
+    return model([scan], [("x", [1, 3, 2])], [("y", [1, 3, 2])], weights, opset=8)
+
+
 def save(proto: onnx.ModelProto, folder: Path, name: str = "model.onnx") -> Path:
     """Writes a model into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)

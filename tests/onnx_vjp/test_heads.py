@@ -80,6 +80,87 @@ def test_the_logarithm_of_a_probability_does_not_underflow(operator: str, expect
     assert np.abs(dx[1]).max() > 0.5
 
 
+@pytest.mark.parametrize("version", [7, 11, 12, 13])
+@pytest.mark.parametrize("axis", [None, 1, 2, 3])
+def test_the_logarithm_of_a_softmax_means_the_same_in_every_operator_set(version: int, axis: int | None) -> None:
+    """Before operator set 13 a Softmax runs over all axes from the given one on, and over all but the first."""
+    attributes = {} if axis is None else {"axis": axis}
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2, 3, 2]) for name in "xy"]
+    graph = helper.make_graph(
+        [helper.make_node("Softmax", ["x"], ["y"], **attributes)], "classifier", values[:1], values[1:]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)], ir_version=7)
+    x = np.random.default_rng(0).uniform(-2, 2, (2, 2, 3, 2)).astype(np.float32)
+    x[0, 0, 0, 0] = x[1, 1, 2, 1] = -200
+    over = ((1, 2, 3)[(axis or 1) - 1 :]) if version < 13 else (3 if axis is None else axis,)
+    wide = x.astype(np.float64)
+    expected = wide - np.log(np.exp(wide).sum(axis=over, keepdims=True))
+    extended, score = append_score_head(model, "y", "log", axis=1)
+    gradient = input_gradient(extended, ["x"], score)
+    g = np.zeros_like(x)
+    g[0, 0, 0, 0] = g[1, 1, 2, 0] = 1
+    value, dx = run(gradient.model, {"x": x, gradient.cotangent: g}, [score, gradient.gradients["x"]])
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    slope = g - np.exp(expected) * g.sum(axis=over, keepdims=True)
+    np.testing.assert_allclose(dx, slope, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("version", [7, 12, 13])
+@pytest.mark.parametrize(("axis", "position"), [(1, 1), (-1, 2), (2, 2), (0, 0)])
+def test_softmax_heads_run_over_the_class_axis_alone(version: int, axis: int, position: int) -> None:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3, "pixels"]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "segmenter", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)], ir_version=7)
+    x = np.random.default_rng(1).standard_normal((2, 3, 4)).astype(np.float32)
+    g = np.random.default_rng(2).standard_normal(x.shape).astype(np.float32)
+    p = np.exp(-x.astype(np.float64))
+    p /= p.sum(axis=position, keepdims=True)
+    slopes = {
+        "softmax": p * (g - (g * p).sum(axis=position, keepdims=True)),
+        "log_softmax": g - p * g.sum(axis=position, keepdims=True),
+    }
+    for head, slope in slopes.items():
+        extended, score = append_score_head(model, "y", head, axis)
+        (alone,) = run(extended, {"x": x}, [score])
+        gradient = input_gradient(extended, ["x"], score)
+        value, dx = run(gradient.model, {"x": x, gradient.cotangent: g}, [score, gradient.gradients["x"]])
+        for found in (alone, value):
+            np.testing.assert_allclose(found, p if head == "softmax" else np.log(p), rtol=1e-5)
+        np.testing.assert_allclose(dx, -slope, rtol=1e-4, atol=1e-6)
+
+
+def test_a_softmax_over_an_axis_of_unknown_place_is_refused_where_it_would_flatten() -> None:
+    value = onnx.ValueInfoProto(name="y", type=helper.make_tensor_type_proto(TensorProto.FLOAT, None))
+    model = classifier(version=12)
+    model.graph.output[0].CopyFrom(value)
+    append_score_head(model, "y", "softmax", axis=-1)
+    with pytest.raises(ValueError, match="'y' declares no shape"):
+        append_score_head(model, "y", "softmax", axis=1)
+
+
+@pytest.mark.parametrize("head", ["identity", "sigmoid", "softmax"])
+def test_functions_stay_in_the_operator_set_that_they_are_written_in(head: str) -> None:
+    """`axes` of ReduceMean is an attribute in operator set 17, and an input in 18."""
+    mean = helper.make_node("ReduceMean", ["a"], ["b"], axes=[2], keepdims=0)
+    function = helper.make_function("local", "Mean", ["a"], ["b"], [mean], [helper.make_opsetid("", 17)])
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, 4][:rank])
+        for name, rank in (("x", 3), ("y", 2))
+    )
+    graph = helper.make_graph([helper.make_node("Mean", ["x"], ["y"], domain="local")], "pooled", [x], [y])
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
+    model = helper.make_model(graph, opset_imports=imports, functions=[function], ir_version=8)
+    extended, score = append_score_head(model, "y", head, axis=1)
+    values = np.random.default_rng(3).standard_normal((2, 3, 4)).astype(np.float32)
+    (value,) = run(extended, {"x": values}, [score])
+    np.testing.assert_allclose(value, EXPECTED[head](values.mean(axis=2)), rtol=1e-5)
+    gradient = input_gradient(extended, ["x"], score)
+    outputs = [score, gradient.gradients["x"]]
+    again, dx = run(gradient.model, {"x": values, gradient.cotangent: np.eye(3, dtype=np.float32)[:2]}, outputs)
+    np.testing.assert_allclose(again, value, rtol=1e-6)
+    assert np.abs(dx).max() > 0.01
+
+
 def test_an_unknown_head_or_tensor_is_named() -> None:
     with pytest.raises(ValueError, match="unknown score head 'tanh'"):
         append_score_head(classifier(), "y", "tanh", axis=1)

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, defs, helper, numpy_helper
 
-from explainserve.onnx_vjp import UnsupportedOperators, input_gradient
+from explainserve.onnx_vjp import GRADIENT_RULES, UnsupportedOperators, find_gaps, input_gradient
 from explainserve.onnx_vjp.opset import FLOOR, OLDEST, prepared
 from onnx_vjp.suite import case, operator, suite
 from onnx_vjp.vjp_oracle import Case, check, run
@@ -57,6 +57,13 @@ FORMS: list[tuple[int, str, np.ndarray, dict[str, object], dict[str, np.ndarray]
         {"spatial": 1},
         {name: np.abs(_rng.standard_normal(3)).astype(np.float32) for name in "sbmv"},
     ),
+    (
+        8,
+        "BatchNormalization",
+        X,
+        {"spatial": 0, "epsilon": 0.01},
+        {name: _rng.uniform(0.5, 1.5, (3, 4)).astype(np.float32) for name in "sbmv"},
+    ),
 ]
 
 
@@ -85,7 +92,7 @@ def test_an_old_form_computes_what_it_did_and_has_a_gradient(
     assert new.opset_import[0].version == FLOOR
     onnx.checker.check_model(new)
     (before,), (after,) = run(old, {"x": x}, ["y"]), run(new, {"x": x}, ["y"])
-    np.testing.assert_allclose(after, before, rtol=1e-6)
+    np.testing.assert_allclose(after, before, rtol=1e-6, atol=2e-7)
     gradient = input_gradient(old, ["x"], "y")
     generator = np.random.default_rng(1)
     direction, g = (generator.standard_normal(value.shape).astype(np.float32) for value in (x, before))
@@ -117,6 +124,62 @@ def test_weights_normalized_in_training_mode_are_what_they_were(version: int) ->
     normal = centered / np.sqrt(w.var((0, 2), keepdims=True) + 1e-5)
     normal = normal * stored["s"][:, None] + stored["b"][:, None]
     np.testing.assert_allclose(dx, np.broadcast_to(normal, X.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_newer_form_is_a_gap_and_every_one_is_listed() -> None:
+    """Scans of operator set 8 with lengths, one of them in a branch, and statistics taken pixel by pixel."""
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("s", "i", "o", "p")]
+    inner = [helper.make_node("Add", ["s", "i"], ["o"]), helper.make_node("Identity", ["o"], ["p"])]
+    body = helper.make_graph(inner, "body", values[:2], values[2:])
+    scan = {"body": body, "num_scan_inputs": 1}
+    in_branch = helper.make_node("Scan", ["lengths", "zero", "z"], ["last", "all"], name="inner", **scan)
+    branches = {
+        name: helper.make_graph([node], name, [], [helper.make_tensor_value_info("all", TensorProto.FLOAT, None)])
+        for name, node in (("then_branch", in_branch), ("else_branch", helper.make_node("Abs", ["z"], ["all"])))
+    }
+    nodes = [
+        helper.make_node("BatchNormalization", ["x", *"sbmv"], ["n", "m2", "v2"], name="batch", spatial=0),
+        helper.make_node("Scan", ["lengths", "zero", "n"], ["f", "z"], **scan),
+        helper.make_node("If", ["flag"], ["y"], **branches),
+    ]
+    stored = {name: np.ones((3, 2), np.float32) for name in "sbmv"}
+    stored |= {"lengths": np.array([2]), "zero": np.zeros((1, 2), np.float32), "flag": np.array(True)}
+    tensors = [numpy_helper.from_array(value, name) for name, value in stored.items()]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 2]) for name in "xy")
+    graph = helper.make_graph(nodes, "old", [x], [y], tensors)
+    old = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 8)], ir_version=4)
+    gaps = find_gaps(old, ["x"], "y")
+    assert [(gap.operator, gap.node) for gap in gaps] == [
+        ("BatchNormalization", "batch"),
+        ("Scan", "f"),
+        ("Scan", "inner"),
+    ]
+    assert all(gap.reason and "export" in gap.remedy for gap in gaps)
+    with pytest.raises(UnsupportedOperators) as caught:
+        input_gradient(old, ["x"], "y")
+    assert caught.value.gaps == tuple(gaps)
+
+
+@pytest.mark.parametrize("version", [7, 10, 11])
+@pytest.mark.parametrize("kind", [np.float32, np.float16], ids=["float32", "float16"])
+def test_a_rectifier_is_one_in_every_operator_set(version: int, kind: type) -> None:
+    """ReLU6 as files of MobileNet's days have it: zero at its bounds, changed by the tables for rectifiers."""
+    x, g = np.array([-1, 0, 3, 6, 7], kind), np.array([1, 1, -1, 1, 1], kind)
+    element = helper.np_dtype_to_tensor_dtype(x.dtype)
+    values = [helper.make_tensor_value_info(name, element, ["n"]) for name in "xy"]
+    bounds = {"low": np.array(0, kind), "high": np.array(6, kind)}
+    old = version < 11
+    clip = helper.make_node(
+        "Clip", ["x"] if old else ["x", *bounds], ["y"], **({"min": 0.0, "max": 6.0} if old else {})
+    )
+    tensors = [] if old else [numpy_helper.from_array(value, name) for name, value in bounds.items()]
+    graph = helper.make_graph([clip], "relu6", values[:1], values[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)], ir_version=7)
+    expected = {"standard": [0, 0, -1, 0, 0], "guided_backpropagation": [0] * 5, "deconvnet": [1, 1, 0, 1, 1]}
+    for table, wanted in expected.items():
+        gradient = input_gradient(model, ["x"], "y", rules=GRADIENT_RULES[table])
+        (dx,) = run(gradient.model, {"x": x, gradient.cotangent: g}, [gradient.gradients["x"]])
+        np.testing.assert_array_equal(dx, wanted, err_msg=table)
 
 
 def test_a_model_without_broadcasting_rules_is_refused() -> None:

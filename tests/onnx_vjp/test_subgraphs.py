@@ -90,14 +90,6 @@ def test_subgraphs_without_end_are_an_error() -> None:
         input_gradient(graph, ["h"], "y")
 
 
-def test_a_scan_of_operator_set_8_with_lengths_is_an_error_that_says_so() -> None:
-    step = body([node("Add", "before row", "after")], "before row", "after")
-    graph = model([node("Scan", "lengths h x", "y", body=step, num_scan_inputs=1)], {"h": H, "x": X}, "y")
-    graph.opset_import[0].version = 8
-    with pytest.raises(ValueError, match="Scan 'y'"):
-        input_gradient(graph, ["x"], "y")
-
-
 def test_a_function_with_a_loop_keeps_what_it_captures() -> None:
     """Range is a Loop over its own `delta`."""
     graph = model([node("Range", "start limit delta", "y")], {}, "y", {"limit": np.array(9, np.float32)})

@@ -17,7 +17,7 @@ from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1 import model_pb2, tensor_pb2
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
 from hostile_graphs import CRASHERS
-from onnx_graphs import linear, node, quantized_twice, quantized_within, save
+from onnx_graphs import linear, node, quantized_twice, quantized_within, save, scanned_by_lengths
 from rpc.folder import LABELS, MEAN, STD
 from rpc.loopback import Loopback, array, named, refusal, request
 
@@ -166,6 +166,25 @@ def test_a_model_with_gaps_is_refused_for_gradients_with_all_of_them_and_predict
     assert refused.metadata["gap_count"] == str(len(own.gaps))
     assert all(gap.node in refused.metadata["gaps"] for gap in own.gaps)
     np.testing.assert_array_equal(array(predicted.tensor), [0.5, 0.0, 1.0])
+
+
+def test_a_model_whose_gradient_needs_a_form_that_no_newer_operator_set_has_still_predicts(
+    serve: Callable[..., Loopback], tmp_path: Path
+) -> None:
+    save(scanned_by_lengths(), tmp_path / "old" / "1")
+    stub = serve(models=tmp_path).stub
+    x = {"x": np.array([[[1.0, -2.0], [0.5, 4.0], [7.0, 7.0]]], np.float32)}
+
+    (gap,) = model(stub, "old").gaps
+    refused = refusal(lambda: stub.Explain(request("old", x), timeout=60))
+    asked = pb.PredictRequest(model=named("old"), inputs=request("", x).inputs, include_tensors=True)
+    (predicted,) = stub.Predict(asked, timeout=60).predictions
+
+    assert (gap.operator, gap.node) == ("Scan", "old")
+    assert gap.reason and gap.remedy
+    assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NOT_DIFFERENTIABLE")
+    assert "old" in refused.metadata["gaps"]
+    np.testing.assert_array_equal(array(predicted.tensor), [[1.0, -2.0], [1.5, 2.0], [0.0, 0.0]])
 
 
 @pytest.mark.parametrize(

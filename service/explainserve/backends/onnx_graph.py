@@ -91,10 +91,12 @@ def operators(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
-    """Floating-point tensors between inputs and outputs that a person can pick; none of a graph that is malformed."""
+    """Floating-point tensors between inputs and outputs that a person can pick; none of a graph that is malformed or
+    holds nodes of old operator sets that newer ones have no form of.
+    """
     try:
         found = onnx_vjp.layers(model)
-    except ValueError:
+    except (ValueError, onnx_vjp.UnsupportedOperators):
         return ()
     return tuple(
         Layer(layer.name, layer.operator, layer.module, _shape_axes(layer.shape), layer.bypassed) for layer in found

@@ -49,7 +49,8 @@ def cut(model: onnx.ModelProto, tensors: Sequence[str]) -> Cut:
     """Split `model` at intermediate tensors of any type; none of them may be an input.
 
     Raises ValueError for a malformed graph, for a tensor that does not exist or is an input, for one that no output
-    depends on, and for one that depends on another of `tensors`.
+    depends on, and for one that depends on another of `tensors`; UnsupportedOperators for nodes of old operator sets
+    that newer ones have no form of.
     """
     plain = prepared(model)
     check_well_formed(plain)

@@ -89,7 +89,10 @@ def find_gaps(
 
     Raises ValueError and MemoryError as `input_gradient` does.
     """
-    return _Differentiation(model, wrt, of, standard() if rules is None else rules, weights).gaps
+    try:
+        return _Differentiation(model, wrt, of, standard() if rules is None else rules, weights).gaps
+    except UnsupportedOperators as error:
+        return list(error.gaps)
 
 
 class _Differentiation:

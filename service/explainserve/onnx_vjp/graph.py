@@ -34,7 +34,7 @@ _SELECTING = frozenset({"Compress", "NonZero", "Unique"})
 
 
 class Graph:
-    """A private, growing copy of a model's graph. `model` must outlive nothing: it is copied.
+    """A private, growing copy of a model's graph; the given `model` is never changed.
 
     `weights` holds the values of initializers that the model only refers to as external data. The body of a node is a
     graph of its own, which `nested` makes: it reads the tensors `outside` from `outer`.
@@ -116,7 +116,7 @@ class Graph:
 
     def _folded_from(self, name: str) -> list[str]:
         """What has to be constant for a tensor to be."""
-        node = self.producers.get(name)
+        node = self._producer(name)
         if name in self.initializers or node is None or not _is_folded(node) or self._static_shape(node) is not None:
             return []
         return [source for source in node.input if source]
@@ -126,7 +126,7 @@ class Graph:
             return self.outer.constant(name)
         if name in self.initializers:
             return self._stored(self.initializers[name])
-        node = self.producers.get(name)
+        node = self._producer(name)
         if node is None or not _is_folded(node):
             return None
         if (shape := self._static_shape(node)) is not None:
@@ -136,6 +136,13 @@ class Graph:
             return None
         outputs = self.folded(node, inputs)
         return None if outputs is None else outputs[list(node.output).index(name)]
+
+    def _producer(self, name: str) -> NodeProto | None:
+        """The node that computes a tensor; a CastLike as the Cast that it is, where the type of the other is known."""
+        node = self.producers.get(name)
+        if node is None or not is_standard(node, "CastLike") or not (kind := self.dtype(node.input[1])):
+            return node
+        return helper.make_node("Cast", node.input[:1], node.output, to=kind)
 
     def _stored(self, tensor: TensorProto) -> np.ndarray | None:
         """The value of an initializer, or None where it is external and not among the weights."""

@@ -59,7 +59,8 @@ class Layer:
 def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
     """The tensors of a model that OPERATORS compute from its inputs, in topological order.
 
-    Raises ValueError for a malformed graph, and for one of which `cut` could not read the tensors.
+    Raises ValueError for a malformed graph, and for one of which `cut` could not read the tensors; UnsupportedOperators
+    for nodes of old operator sets that newer ones have no form of.
     """
     graph = Graph(prepared(model))
     offered = list(_offered(graph))

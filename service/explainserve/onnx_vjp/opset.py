@@ -16,27 +16,31 @@ import onnx
 import onnx.inliner
 from onnx import NodeProto, helper, numpy_helper
 
+from explainserve.onnx_vjp.gaps import Gap, UnsupportedOperators
 from explainserve.onnx_vjp.graph import consumed
 from explainserve.onnx_vjp.lists import unroll_lists
-from explainserve.onnx_vjp.registry import canonical_domain
+from explainserve.onnx_vjp.registry import Refusal, canonical_domain
 from explainserve.onnx_vjp.subgraphs import make_names_unique, subgraphs
 
 FLOOR = 18
 OLDEST = 7
+# Before it, Softmax, LogSoftmax and Hardmax ran over all axes from the given one on.
+SINGLE_AXIS_SOFTMAX = 13
 RUNTIME_DOMAINS = frozenset({"com.microsoft", "com.microsoft.nchwc"})
 
 
 def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of `model` without local functions and in operator set 18 or newer; tensors keep their names.
 
-    Raises ValueError for operator sets older than 7, whose broadcasting was different.
+    Raises ValueError for operator sets older than 7, whose broadcasting was different, and UnsupportedOperators with
+    every node that operator set 18 has no form of.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(onnx.inliner.inline_local_functions(model) if model.functions else model)
     _drop_overridable_inputs(copy)
     _open_negative_extents(copy.graph)
     _lift_constants(copy.graph)
-    raise_opset(copy)
+    _raise_opset(copy)
     make_names_unique(copy.graph)
     unroll_lists(copy.graph)
     import_domains(copy)
@@ -79,26 +83,36 @@ def sort_nodes(graph: onnx.GraphProto) -> None:
         graph.node.extend(nodes)
 
 
-def raise_opset(model: onnx.ModelProto) -> None:
-    """Rewrite `model` in place to operator set 18 where it is older."""
-    imports = next((entry for entry in model.opset_import if canonical_domain(entry.domain) == ""), None)
-    if imports is None:
+def version_of(model: onnx.ModelProto) -> int | None:
+    """The version of ONNX's own operator set that a model imports, or None where it imports none."""
+    return next((entry.version for entry in model.opset_import if canonical_domain(entry.domain) == ""), None)
+
+
+def _raise_opset(model: onnx.ModelProto) -> None:
+    """Rewrite a model without local functions in place to operator set 18 where it is older."""
+    version = version_of(model)
+    if version is None:
         model.opset_import.append(helper.make_opsetid("", FLOOR))
         return
-    if imports.version < OLDEST:
+    if version < OLDEST:
         raise ValueError(
-            f"the model uses operator set {imports.version}; gradients need {OLDEST} or newer: "
+            f"the model uses operator set {version}; gradients need {OLDEST} or newer: "
             "convert it with onnx.version_converter"
         )
-    if imports.version < FLOOR:
-        _Upgrade(model.graph, imports.version).run()
-        imports.version = FLOOR
+    if version < FLOOR:
+        gaps: list[Gap] = []
+        _Upgrade(model.graph, version, gaps).run()
+        if gaps:
+            raise UnsupportedOperators(gaps)
+        for entry in model.opset_import:
+            if canonical_domain(entry.domain) == "":
+                entry.version = FLOOR
         model.ir_version = max(model.ir_version, 8)
 
 
 def _drop_overridable_inputs(model: onnx.ModelProto) -> None:
-    """Before IR version 4 every initializer was listed as an input too; gradients are built on the values in the
-    file.
+    """An initializer that is listed as an input too is the default of what a caller may feed (before IR version 4 all
+    had to be). Rules need constants where weights are, so gradients are built on the value in the file.
     """
     initializers = {tensor.name for tensor in model.graph.initializer}
     kept = [value for value in model.graph.input if value.name not in initializers]
@@ -135,8 +149,10 @@ def _lift_constants(graph: onnx.GraphProto) -> None:
 
 
 class _Upgrade:
-    def __init__(self, graph: onnx.GraphProto, version: int) -> None:
-        self.graph, self.version = graph, version
+    """Rewrites a graph in place; `gaps` receives the nodes that stay as they are, for lack of another form."""
+
+    def __init__(self, graph: onnx.GraphProto, version: int, gaps: list[Gap]) -> None:
+        self.graph, self.version, self.gaps = graph, version, gaps
         self.taken = {name for node in graph.node for name in (*node.input, *node.output)} | {
             t.name for t in graph.initializer
         }
@@ -148,14 +164,21 @@ class _Upgrade:
 
     def _upgraded(self, node: NodeProto) -> Iterator[NodeProto]:
         for subgraph in subgraphs(node):
-            nested = _Upgrade(subgraph, self.version)
+            nested = _Upgrade(subgraph, self.version, self.gaps)
             nested.taken |= self.taken
             nested.run()
         for until, rewrite in _REWRITES.get(node.op_type, ()) if canonical_domain(node.domain) == "" else ():
             if self.version < until:
-                yield from rewrite(self, node)
+                yield from self._rewritten(node, rewrite)
                 return
         yield node
+
+    def _rewritten(self, node: NodeProto, rewrite: Rewrite) -> list[NodeProto]:
+        try:
+            return rewrite(self, node)
+        except Refusal as refusal:
+            self.gaps.append(Gap.at(node, refusal))
+            return [node]
 
     def constant(self, value: np.ndarray, hint: str) -> str:
         name = self.fresh(hint)
@@ -182,6 +205,16 @@ def _taken_attribute(node: NodeProto, name: str, default: Any = None) -> Any:
             del node.attribute[position]
             return value
     return default
+
+
+def _number_to_input(upgrade: _Upgrade, node: NodeProto, position: int, value: float, name: str) -> NodeProto:
+    """Make a number an input of the type of the first one, which inference will tell, and return the node that takes
+    it there.
+    """
+    number = upgrade.constant(np.array(value, np.float32), f"{node.output[0]}/{name}")
+    cast = helper.make_node("CastLike", [number, node.input[0]], [upgrade.fresh(f"{number}/cast")])
+    _set_input(node, position, cast.output[0])
+    return cast
 
 
 def _set_input(node: NodeProto, position: int, name: str) -> None:
@@ -225,27 +258,17 @@ def _split_13(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
 
 
 def _clip_6(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
-    for position, name in enumerate(("min", "max"), 1):
-        bound = _taken_attribute(node, name)
-        if bound is not None:
-            # Clip has no implicit casts, and the input's type is not known here: CastLike of a constant
-            # is folded by every runtime.
-            plain = upgrade.constant(np.array(bound, np.float32), f"{node.output[0]}/{name}")
-            cast = helper.make_node("CastLike", [plain, node.input[0]], [upgrade.fresh(f"{plain}/cast")])
-            _set_input(node, position, cast.output[0])
-            return [cast, *_clip_6(upgrade, node)]
-    return [node]
+    bounds = [(position, name, _taken_attribute(node, name)) for position, name in enumerate(("min", "max"), 1)]
+    casts = [
+        _number_to_input(upgrade, node, position, bound, name) for position, name, bound in bounds if bound is not None
+    ]
+    return [*casts, node]
 
 
 def _pad_2(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
     value = _taken_attribute(node, "value", 0.0)
     _integers_to_input("pads", 1)(upgrade, node)
-    if value == 0.0:
-        return [node]
-    plain = upgrade.constant(np.array(value, np.float32), f"{node.output[0]}/value")
-    cast = helper.make_node("CastLike", [plain, node.input[0]], [upgrade.fresh(f"{plain}/cast")])
-    _set_input(node, 2, cast.output[0])
-    return [cast, node]
+    return [_number_to_input(upgrade, node, 2, value, "value"), node] if value else [node]
 
 
 def _flattened(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
@@ -270,11 +293,31 @@ def _dropout_7(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
 
 
 def _batch_normalization_7(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
-    if not _taken_attribute(node, "spatial", 1):
-        raise ValueError(
-            f"BatchNormalization '{node.name or node.output[0]}' normalizes each pixel by itself (spatial=0)"
-        )
-    return _batch_normalization_13(upgrade, node)
+    if _taken_attribute(node, "spatial", 1):
+        return _batch_normalization_13(upgrade, node)
+    if any(node.output[1:]):
+        raise Refusal("it takes statistics of each pixel by itself", "export the model in evaluation mode")
+    return _by_pixel(upgrade, node)
+
+
+def _by_pixel(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    """y = (x - mean) scale / sqrt(variance + epsilon) + bias, with statistics of the shape of a row."""
+    x, scale, bias, mean, variance = node.input
+    y = node.output[0]
+    centered, shifted, deviation, normal, scaled = (
+        upgrade.fresh(f"{y}/{part}") for part in ("centered", "shifted", "deviation", "normal", "scaled")
+    )
+    shift = helper.make_node("Add", [variance], [shifted])
+    epsilon = _number_to_input(upgrade, shift, 1, _taken_attribute(node, "epsilon", 1e-5), "epsilon")
+    return [
+        epsilon,
+        shift,
+        helper.make_node("Sqrt", [shifted], [deviation]),
+        helper.make_node("Sub", [x, mean], [centered]),
+        helper.make_node("Div", [centered, deviation], [normal]),
+        helper.make_node("Mul", [normal, scale], [scaled]),
+        helper.make_node("Add", [scaled, bias], [y], name=node.name),
+    ]
 
 
 def _batch_normalization_13(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
@@ -289,7 +332,7 @@ def _scan_8(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
     """Scan before 9 scans every row of a batch by itself: a Scan of today over the rows."""
     lengths, *inputs = node.input
     if lengths:
-        raise ValueError(f"Scan '{node.name or node.output[0]}' of operator set 8 has a length for every row")
+        raise Refusal("every row has a length of its own", "export the model with operator set 9 or newer")
     count = _taken_attribute(node, "num_scan_inputs")
     directions = _taken_attribute(node, "directions", [0] * count)
     body: onnx.GraphProto = _taken_attribute(node, "body")
