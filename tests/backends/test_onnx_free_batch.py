@@ -93,8 +93,22 @@ def sampled() -> onnx.ModelProto:
     return fixed(nodes, [1, 2, 5, 5], [1, 2, 3, 3], {"grid": np.clip(f32(1, 3, 3, 2), -1, 1)})
 
 
+def patches() -> onnx.ModelProto:
+    """Parts of a row join the batch, by a target that ONNX's inference does not follow, as in MobileViT."""
+    nodes = [
+        node("Mod", ["seven", "five"], ["parts"]),
+        node("Concat", ["parts", "four", "rest"], ["target"], axis=0),
+        node("Reshape", ["x", "target"], ["p"]),
+        node("MatMul", ["p", "w"], ["m"]),
+        node("Softmax", ["m"], ["s"], axis=1),
+        node("Reshape", ["s", "back"], ["y"]),
+    ]
+    constants = {"seven": i64(7), "five": i64(5), "four": i64(4), "rest": i64(-1), "back": i64(1, 2, 4, 5)}
+    return fixed(nodes, [1, 2, 4, 3], [1, 2, 4, 5], constants | {"w": f32(3, 5)})
+
+
 CASES: dict[str, Callable[[], onnx.ModelProto]] = {
-    case.__name__: case for case in (class_token, windows, tokens_first, resized, sampled)
+    case.__name__: case for case in (class_token, patches, windows, tokens_first, resized, sampled)
 }
 
 

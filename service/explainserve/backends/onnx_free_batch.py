@@ -176,9 +176,10 @@ class _Freeing:
 def _reshape(freeing: _Freeing, node: NodeProto) -> Iterable[NodeProto]:
     """The target gets the extents of one row written out, and -1 where the rows are."""
     source, target = node.input[0], freeing.baked(node.input[1])
-    boundary, after = freeing.boundary(source), freeing.one(node.output[0])
-    if target is None or not target.size or (boundary is None and freeing.one(source) is not None):
+    boundary, before = freeing.boundary(source), freeing.one(source)
+    if target is None or not target.size or (boundary is None and before is not None):
         return ()
+    after = freeing.one(node.output[0]) or _reached(target, before)
     if boundary is None or after is None:
         node.input[1] = freeing.constant(_free_first(target), node.output[0])
         return ()
@@ -188,6 +189,15 @@ def _reshape(freeing: _Freeing, node: NodeProto) -> Iterable[NodeProto]:
     if innermost:
         freeing.merge_innermost(node.output[0])
     return ()
+
+
+def _reached(target: np.ndarray, before: Extents | None) -> Extents | None:
+    """The extents that a target gives, where inference did not follow how it is computed."""
+    if before is None:
+        return None
+    extents = [before[axis] if extent == 0 else int(extent) for axis, extent in enumerate(target)]
+    rest = -prod(extents)
+    return tuple(prod(before) // rest if extent == -1 else extent for extent in extents) if rest else None
 
 
 def _place_of_rows(extents: Extents, boundary: int) -> tuple[int | None, bool]:
