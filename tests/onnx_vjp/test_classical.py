@@ -94,6 +94,13 @@ def test_coupled_probabilities(sizes: tuple[int, ...], kernel: str) -> None:
         assert float(np.sum(dx * direction)) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
+def test_a_missing_attribute_is_a_gap() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17, "ai.onnx.ml" : 3]>
+    scaler (float[N, 3] x) => (float[N, 3] y) { y = ai.onnx.ml.Scaler <offset = [1.0]> (x) }"""
+    (gap,) = find_gaps(onnx.parser.parse_model(text), ["x"], "y")
+    assert "do not fit its operator" in gap.reason
+
+
 def test_probabilities_that_are_transformed_once_more_are_a_gap() -> None:
     text = """<ir_version: 8, opset_import: ["" : 17, "ai.onnx.ml" : 3]>
     svm (float[N, 1] x) => (int64[N] label, float[N, 2] p) {

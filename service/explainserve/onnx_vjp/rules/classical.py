@@ -42,7 +42,7 @@ refused(
 @rule("Scaler", domain=_DOMAIN)
 def scaler(op: Emitter, node: Node, g: str) -> Gradients:
     """y = (x - offset) scale, along the last axis."""
-    return (op.cast_like(op.Mul(g, np.array(node.attribute("scale"))), node.inputs[0]),)
+    return (op.cast_like(op.Mul(g, _numbers(node, "scale")), node.inputs[0]),)
 
 
 @rule("Normalizer", domain=_DOMAIN)
@@ -88,6 +88,11 @@ def feature_vectorizer(op: Emitter, node: Node, g: str) -> Gradients:
     parts = op.emit("Split", g, widths, outputs=len(widths), axis=-1)
     pairs = zip(parts, node.inputs, strict=True)
     return [op.cast_like(op.reshape_like(part, name), name) for part, name in pairs]
+
+
+def _numbers(node: Node, name: str) -> np.ndarray:
+    """An attribute that the operator does not work without."""
+    return np.array(list(node.attribute(name)), np.float32)
 
 
 # -- linear models
@@ -181,7 +186,7 @@ def _calibrated(op: Emitter, node: Node, g: str, pairs: np.ndarray) -> str:
     """Through q = 1 / (1 + exp(a s + b)) of every decision s, and the probabilities that are coupled of them."""
     if node.attribute("post_transform", "NONE") != "NONE":
         raise Refusal("probabilities are transformed once more", "export the model without a post transform")
-    slopes, shifts, rho = (np.array(node.attribute(name)) for name in ("prob_a", "prob_b", "rho"))
+    slopes, shifts, rho = (_numbers(node, name) for name in ("prob_a", "prob_b", "rho"))
     decisions = op.Add(op.MatMul(_kernel(op, node, g), pairs.T), rho)
     q = op.Sigmoid(op.Neg(op.Add(op.Mul(decisions, slopes), shifts)))
     dq = _through_coupling(op, q, g, _class_count(node))
@@ -267,7 +272,8 @@ def _products(op: Emitter, node: Node, like: str) -> str:
 
 def _distances(op: Emitter, node: Node, like: str) -> str:
     """|x - v|^2 = |x|^2 - 2 x v + |v|^2."""
-    squares = op.Add(op.ReduceSumSquare(_rows(op, node, like), [1]), np.sum(_vectors(node) ** 2, axis=1))
+    rows, vectors = (op.ReduceSumSquare(value, [1]) for value in (_rows(op, node, like), op.array(_vectors(node))))
+    squares = op.Add(rows, op.Reshape(vectors, [1, -1]))
     return op.Max(op.Sub(squares, op.Mul(_products(op, node, like), 2)), 0)
 
 
