@@ -100,6 +100,16 @@ def test_an_output_of_another_type_than_declared_is_named() -> None:
         find_gaps(proto, ["x"], "y")
 
 
+def test_names_that_are_no_text_are_told() -> None:
+    content = single("Softmax", axis=9, name="first").SerializeToString().replace(b"first", b"fir\xfft")
+
+    proto = onnx.ModelProto.FromString(content)
+
+    for ask in (lambda: find_gaps(proto, ["x"], "y"), lambda: cut(proto, ["y"])):
+        with pytest.raises(ValueError, match="names that are no text"):
+            ask()
+
+
 def test_a_misshapen_graph_is_not_cut() -> None:
     nodes = [node("Neg", ["x"], ["h"]), node("Softmax", ["h"], ["y"], axis=9)]
 

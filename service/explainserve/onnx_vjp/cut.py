@@ -10,6 +10,7 @@ from onnx import NodeProto
 
 from explainserve.onnx_vjp.functions import lay_out_plainly
 from explainserve.onnx_vjp.graph import Graph, consumed
+from explainserve.onnx_vjp.malformed import malformed_as_value_error
 from explainserve.onnx_vjp.opset import prepared
 from explainserve.onnx_vjp.routes import around, dependents
 from explainserve.onnx_vjp.well_formed import check_well_formed
@@ -45,6 +46,7 @@ class Cut:
     bypasses: tuple[Bypass, ...]
 
 
+@malformed_as_value_error()
 def cut(model: onnx.ModelProto, tensors: Sequence[str]) -> Cut:
     """Split `model` at intermediate tensors of any type; none of them may be an input.
 

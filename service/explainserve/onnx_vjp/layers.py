@@ -11,6 +11,7 @@ from onnx import NodeProto
 
 from explainserve.onnx_vjp.functions import lay_out_plainly
 from explainserve.onnx_vjp.graph import Graph
+from explainserve.onnx_vjp.malformed import malformed_as_value_error
 from explainserve.onnx_vjp.opset import prepared
 from explainserve.onnx_vjp.registry import canonical_domain
 from explainserve.onnx_vjp.routes import bottlenecks, dependents
@@ -56,6 +57,7 @@ class Layer:
     bypassed: tuple[str, ...]
 
 
+@malformed_as_value_error()
 def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
     """The tensors of a model that OPERATORS compute from its inputs, in topological order.
 

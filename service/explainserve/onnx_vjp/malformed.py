@@ -25,6 +25,8 @@ def malformed_as_value_error() -> Iterator[None]:
     """Turns what a malformed graph raises into ValueError."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise ValueError("the graph is malformed: it holds names that are no text") from error
     except ValueError:
         raise
     except MALFORMED as error:

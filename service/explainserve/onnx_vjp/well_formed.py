@@ -7,7 +7,7 @@ strictly, says which node it is and why; runtimes refuse files by the same code,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -30,26 +30,27 @@ def check_well_formed(model: onnx.ModelProto) -> None:
     """Raises ValueError for a graph whose nodes do not follow one another, or whose operators do not take the types
     and shapes that they get; every node that is wrong is named.
     """
-    wrong = list(_misplaced(model.graph, [])) or list(_misshapen(model))
+    wrong = list(_misplaced(model.graph, ())) or list(_misshapen(model))
     if wrong:
         raise ValueError(f"the graph is malformed: {'; '.join(wrong)}")
 
 
-def _misplaced(graph: GraphProto, outer: Iterable[str]) -> Iterator[str]:
-    """What nodes read before it is there, and what they write a second time."""
+def _misplaced(graph: GraphProto, outer: tuple[set[str], ...]) -> Iterator[str]:
+    """What nodes read before it is there, and what they write a second time; `outer` has the names around a body."""
     known = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
-    known.update(outer, (tensor.values.name for tensor in graph.sparse_initializer))
+    known.update(tensor.values.name for tensor in graph.sparse_initializer)
+    scopes = (known, *outer)
     for node in graph.node:
-        unknown = [name for name in node.input if name and name not in known]
+        unknown = [name for name in node.input if name and not any(name in scope for scope in scopes)]
         if unknown:
             yield f"{_named(node)}: it reads '{unknown[0]}', which no node before it writes"
         for inner in subgraphs(node):
-            yield from _misplaced(inner, known)
-        twice = known.intersection(node.output) - {""}
+            yield from _misplaced(inner, scopes)
+        twice = {name for scope in scopes for name in scope.intersection(node.output)} - {""}
         if twice:
             yield f"{_named(node)}: it writes '{min(twice)}', which is there already"
         known.update(node.output)
-    yield from (f"no node writes '{value.name}'" for value in graph.output if value.name not in known)
+    yield from (f"no node writes '{value.name}'" for value in graph.output if not any(value.name in s for s in scopes))
 
 
 def _misshapen(model: onnx.ModelProto) -> Iterator[str]:
