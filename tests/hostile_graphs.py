@@ -56,6 +56,12 @@ def circular() -> onnx.ModelProto:
     return proto
 
 
+def headless() -> onnx.ModelProto:
+    """Heads of queries that share no head of keys."""
+    attention = node("Attention", ["x", "x", "x"], ["y"], q_num_heads=9, kv_num_heads=0)
+    return model([attention], [("x", [1, 6, 24])], [("y", [1, 4, 72])], opset=23)
+
+
 def split() -> onnx.ModelProto:
     """Four parts of one."""
     parts = [f"y{index}" for index in range(4)]
@@ -63,5 +69,5 @@ def split() -> onnx.ModelProto:
     return model(nodes, [("x", [49])], [(name, [13]) for name in parts])
 
 
-CRASHERS = {"division": divided, "groups": groupless, "split": split}
+CRASHERS = {"division": divided, "groups": groupless, "heads": headless, "split": split}
 """Files that kill the process by a signal, with the versions of libraries that this was written for."""
