@@ -150,6 +150,35 @@ def test_a_loop_that_carries_a_sequence(name: str) -> None:
     assert check(Case(name, model, {"x": x, "p0": np.array(0)}, stepped))
 
 
+def _writing(most: int) -> onnx.ModelProto:
+    """A Loop that hands a sequence on, and writes what nothing reads."""
+    return _model(f"""
+        most = Constant <value_int = {most}> ()
+        go = Constant <value = bool {{1}}> ()
+        s = SequenceConstruct (x)
+        t, unread = Loop (most, go, s) <body = step (int64 i, bool on, seq(float[N, M]) old)
+            => (bool more, seq(float[N, M]) new, float[N, M] square) {{
+            more = Identity (on)
+            square = Mul (x, x)
+            new = SequenceInsert (old, square)
+        }}>
+        last = Constant <value_int = -1> ()
+        y = SequenceAt (t, last)
+    """)
+
+
+def test_a_loop_whose_writing_has_no_name() -> None:
+    model = _writing(2)
+    (loop,) = (node for node in model.graph.node if node.op_type == "Loop")
+    loop.output[1] = ""
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    assert check(Case("unread", model, {"x": x, "p0": np.array(0)}, lambda x, _: x**2))
+
+
+def test_a_loop_of_no_rounds_that_writes_stays_a_loop() -> None:
+    assert "Loop" in {gap.operator for gap in find_gaps(_writing(0), ["x"], "y")}
+
+
 def test_a_loop_of_too_many_rounds_is_not_written_out() -> None:
     nodes = """
         most = Constant <value_int = 1000000> ()

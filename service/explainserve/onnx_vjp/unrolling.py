@@ -30,10 +30,7 @@ def unrolled(graph: Graph, node: NodeProto) -> list[NodeProto] | None:
         return None
     nodes: list[NodeProto] = []
     pieces: list[Sequence[str]] = []
-    going = True
     for step in range(count):
-        if not going:
-            break
         numbers = [graph.add_constant(np.array(value)) for value in (step, True)]
         iteration = instance(body, [*numbers, *states], graph.fresh)
         for tensor in iteration.initializer:
@@ -47,7 +44,10 @@ def unrolled(graph: Graph, node: NodeProto) -> list[NodeProto] | None:
         condition = graph.constant(on)
         if condition is None:
             return None
-        going = bool(condition.all())
+        if not condition.all():
+            break
+    if not pieces and any(node.output[len(states) :]):
+        return None  # of no iteration the shape of what it writes is not known
     return [*nodes, *_handed_out(graph, node, states, pieces)]
 
 
@@ -73,10 +73,12 @@ def _handed_out(
     graph: Graph, node: NodeProto, states: Sequence[str], pieces: Sequence[Sequence[str]]
 ) -> list[NodeProto]:
     """The last states, and what every iteration wrote stacked along a new first axis, under the names of the Loop."""
-    parts = [helper.make_node("Identity", [value], [name]) for value, name in zip(states, node.output, strict=False)]
-    parts = [part for part in parts if part.output[0]]
+    last = zip(states, node.output, strict=False)
+    parts = [helper.make_node("Identity", [value], [name]) for value, name in last if name]
     first = graph.add_constant(np.zeros(1, np.int64))
     for name, *written in zip(node.output[len(states) :], *pieces, strict=False):
+        if not name:
+            continue
         rows = [graph.fresh(f"{piece}/row") for piece in written]
         parts += [helper.make_node("Unsqueeze", [p, first], [row]) for p, row in zip(written, rows, strict=True)]
         parts.append(helper.make_node("Concat", rows, [name], axis=0))
