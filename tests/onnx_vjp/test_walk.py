@@ -414,3 +414,15 @@ def test_every_rectifier_follows_the_rules(operator: str) -> None:
     (deconvolved,) = gradients(graph, ["x"], "y", ones, feeds, "deconvnet")
     np.testing.assert_allclose(guided, np.where(f32(1, -1, 1, -1) > 0, true, 0), rtol=1e-6)
     np.testing.assert_array_equal(deconvolved, f32(1, 0, 1, 0))
+
+
+def test_elements_of_any_number_of_batches_are_gathered() -> None:
+    """As the older exporter of torch writes a diagonal."""
+    i = helper.make_tensor_value_info("i", TensorProto.INT64, ["n", 3, 1])
+    whole = model([node("GatherND", "x i", "y", batch_dims=1)], {"x": ["n", 4]}, ["y"], {})
+    whole.graph.input.append(i)
+    gradient = input_gradient(whole, ["x"], "y")
+    indices, g = np.array([[[3], [0], [3]], [[1], [2], [0]]]), np.arange(1, 7, dtype=np.float32).reshape(2, 3)
+    feeds = {"x": np.zeros((2, 4), np.float32), "i": indices, gradient.cotangent: g}
+    (dx,) = run(gradient.model, feeds, [gradient.gradients["x"]])
+    np.testing.assert_array_equal(dx, [[2, 0, 0, 4], [6, 4, 5, 0]])

@@ -187,11 +187,12 @@ def gather_nd(op: Emitter, node: Node, g: str) -> Gradients:
 def _with_batch_indices(op: Emitter, indices: str, batch: int) -> str:
     """Index tuples with the batch position in front, so that they index the whole tensor."""
     rank = op.rank(indices)
-    lead = op.Concat(op.Slice(op.dims(indices), [0], [rank - 1]), [1], axis=0)
+    first = op.Slice(indices, [0], [1], [rank - 1])
     coordinates = []
     for axis in range(batch):
         line = op.Reshape(counted(op, op.dim(indices, axis)), [-1 if other == axis else 1 for other in range(rank)])
-        coordinates.append(op.Expand(line, lead))
+        coordinates.append(op.expand_like(line, first))
+        op.graph.shapes.assign(coordinates[-1], first)
     return op.Concat(*coordinates, indices, axis=rank - 1)
 
 
