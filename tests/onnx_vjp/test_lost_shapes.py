@@ -83,6 +83,22 @@ def test_a_slice_up_to_a_dynamic_size_is_not_as_long_as_its_axis() -> None:
     assert shapes.shape("y") == ("rows", "rows")
 
 
+def test_a_slice_of_a_slice_is_open_along_both_axes() -> None:
+    """A causal mask is cut from a square table, first to its rows, then to its columns."""
+    model = relative_scores()
+    again = [
+        helper.make_node("Slice", ["transposed_bias", "zero", "rows", "axis"], ["square"]),
+        helper.make_node("Slice", ["square", "zero", "rows", "zero"], ["corner"]),
+        helper.make_node("Slice", ["corner", "zero", "rows", "axis"], ["mask"]),
+    ]
+    square = numpy_helper.from_array(np.zeros((19, 19), np.float32), "transposed_bias")
+    model.graph.initializer.append(square)
+    model.graph.node.extend(again)
+    shapes = Graph(model).shapes
+    assert shapes.shape("square") == (19, None)
+    assert shapes.shape("corner") == shapes.shape("mask") == (None, None)
+
+
 @pytest.mark.parametrize("rows", [3, 19])
 def test_a_gradient_passes_a_slice_up_to_a_dynamic_size(rows: int) -> None:
     model = relative_scores()

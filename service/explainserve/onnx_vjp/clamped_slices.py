@@ -21,17 +21,26 @@ _START, _END, _AXES = 1, 2, 3
 def clamped_axes(
     graph: GraphProto, probes: Sequence[Types], evaluate: Evaluate, known: Set[str]
 ) -> dict[str, list[int]]:
-    """The axes of each Slice's output along which a bound differs between the probes and lies beyond the axis, less
-    the outputs of `known`.
+    """The axes of each Slice's output along which a bound differs between the probes and lies beyond the axis.
+
+    Less the outputs of `known`, and those behind another one that is found: what is known of them is wrong as yet.
     """
     stored = {tensor.name for tensor in graph.initializer}
     slices = [node for node in graph.node if _is_computed(node, stored) and node.output[0] not in known]
     if not slices:
         return {}
+    names = {node.output[0] for node in slices}
     bounds = {name for node in slices for name in node.input[_START:]}
     values = [values_of(graph, bounds, types, evaluate) for types in probes]
-    found = {node.output[0]: _clamped(node, probes, values) for node in slices}
-    return {name: axes for name, axes in found.items() if axes}
+    found: dict[str, list[int]] = {}
+    behind: set[str] = set()
+    for node in graph.node:
+        if behind.intersection(node.input):
+            behind.update(node.output)
+        elif node.output and node.output[0] in names and (axes := _clamped(node, probes, values)):
+            found[node.output[0]] = axes
+            behind.update(node.output)
+    return found
 
 
 def with_unknown(kind: TypeProto, axes: Sequence[int]) -> TypeProto:
