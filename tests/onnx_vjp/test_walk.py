@@ -394,6 +394,56 @@ def test_a_cast_to_few_bits_is_a_gap_and_not_zero(narrow: int) -> None:
     assert all("8 bits or less" in reason for reason in reasons.values())
 
 
+def nearest(narrow: int, *between: onnx.NodeProto) -> onnx.ModelProto:
+    """x rounded to multiples of 0.1 by way of another type; what lies `between` leads from `q` to `i`."""
+    nodes = [
+        *(node("Div", "x step", "d"), node("Round", "d", "r"), node("Clip", "r low high", "c")),
+        *(node("Cast", "c", "q", to=narrow), *between, node("Cast", "i" if between else "q", "f", to=F)),
+        node("Mul", "f step", "y"),
+    ]
+    constants = {"step": np.array(0.1, np.float32), "low": np.array(0, np.float32), "high": np.array(99, np.float32)}
+    return model(nodes, {"x": [2]}, ["y"], constants)
+
+
+@pytest.mark.parametrize("narrow", [TensorProto.INT8, TensorProto.UINT8])
+@pytest.mark.parametrize("between", [[], [node("Cast", "q", "i", to=TensorProto.INT32)], [node("Max", "q q", "i")]])
+def test_what_is_quantized_by_casts_is_refused_as_by_quantize_linear(
+    narrow: int, between: list[onnx.NodeProto]
+) -> None:
+    reasons = {gap.node: gap.reason for gap in find_gaps(nearest(narrow, *between), ["x"], "y")}
+    assert "Cast_q" in reasons
+    assert all("8 bits or less" in reason for reason in reasons.values())
+
+
+@pytest.mark.parametrize("wide", [TensorProto.INT32, TensorProto.INT64])
+def test_a_cast_to_wide_integers_is_a_step_like_floor(wide: int) -> None:
+    feeds = {"x": f32(0.33, 2.71)}
+    (dx,) = gradients(nearest(wide), ["x"], "y", f32(1, 1), feeds)
+    np.testing.assert_array_equal(dx, f32(0, 0))
+
+
+@pytest.mark.parametrize("kind", [TensorProto.INT64, TensorProto.UINT8])
+def test_places_that_are_computed_from_the_input_pass_nothing(kind: int) -> None:
+    nodes = [
+        *(node("Cast", "x", "rough", to=kind), node("Cast", "rough", "place", to=TensorProto.INT64)),
+        *(node("Gather", "table place", "g"), node("Mul", "g x", "y")),
+    ]
+    graph = model(nodes, {"x": [2]}, ["y"], {"table": f32(5, 6, 7)})
+    (dx,) = gradients(graph, ["x"], "y", f32(1, 1), {"x": f32(2.2, 0.8)})
+    np.testing.assert_array_equal(dx, f32(7, 5))
+
+
+def test_bytes_that_mask_are_not_quantized_values() -> None:
+    """As exporters before PyTorch 1.2 wrote comparisons."""
+    nodes = [
+        *(node("Greater", "x zero", "b"), node("Cast", "b", "u", to=TensorProto.UINT8), node("Cast", "u", "f", to=F)),
+        node("Mul", "x f", "y"),
+    ]
+    graph = model(nodes, {"x": [2]}, ["y"], {"zero": np.array(0, np.float32)})
+    (dx,) = gradients(graph, ["x"], "y", f32(1, 1), {"x": f32(2, -2)})
+    np.testing.assert_array_equal(dx, f32(1, 0))
+
+
 @pytest.mark.parametrize("operands", ["zero x", "x zero", "x one"])
 @pytest.mark.parametrize(("table", "values"), [("guided_backpropagation", (1, 0, 0, 0)), ("deconvnet", (1, 0, 1, 0))])
 def test_the_maximum_with_zero_is_a_rectifier(operands: str, table: str, values: tuple[int, ...]) -> None:

@@ -13,11 +13,13 @@ from explainserve.onnx_vjp.registry import canonical_domain
 from explainserve.onnx_vjp.shapes import SHAPE_ELEMENTS, Shape, Shapes, TensorType
 from explainserve.onnx_vjp.subgraphs import captured, is_standard, names_within, read_from_outside, subgraphs
 
-_NARROW = ("FLOAT8", "FLOAT6", "FLOAT4")
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16})
 
+INTEGERS = frozenset(value for name, value in TensorProto.DataType.items() if name.startswith(("INT", "UINT")))
+
 # Of 8 bits and less: numbers that models are quantized to.
-NARROW_FLOATS = frozenset(value for name, value in TensorProto.DataType.items() if name.startswith(_NARROW))
+_NARROW = ("FLOAT8", "FLOAT6", "FLOAT4", "INT8", "INT4", "INT2", "UINT8", "UINT4", "UINT2")
+NARROW = frozenset(value for name, value in TensorProto.DataType.items() if name.startswith(_NARROW))
 
 # Larger constants are left to the runtime to compute.
 FOLDED_ELEMENTS = 1 << 26
@@ -85,9 +87,13 @@ class Graph:
         """
         return self.dtype(name) in FLOATS or self.dtype(name) == TensorProto.UNDEFINED
 
-    def is_narrow_float(self, name: str) -> bool:
-        """Whether the tensor holds quantized numbers in a floating-point format."""
-        return self.dtype(name) in NARROW_FLOATS
+    def is_narrow(self, name: str) -> bool:
+        """Whether the tensor holds numbers of 8 bits or less."""
+        return self.dtype(name) in NARROW
+
+    def is_integer(self, name: str) -> bool:
+        """Whether the tensor is known to hold integers, of however many bits."""
+        return self.dtype(name) in INTEGERS
 
     def is_random(self, node: NodeProto) -> bool:
         """Whether a node may draw numbers, other ones whenever it is computed."""

@@ -292,8 +292,8 @@ def gelu_tanh_slope(op: Emitter, x: str) -> str:
 @rule("Cast")
 @rule("CastLike")
 def cast(op: Emitter, node: Node, g: str) -> Gradients:
-    """Between types of 16 bits and more, whose rounding counts as none."""
-    if any(op.graph.is_narrow_float(name) for name in (node.inputs[0], node.outputs[0])):
+    """Between floating-point types of 16 bits and more, whose rounding counts as none."""
+    if any(op.graph.is_narrow(name) for name in (node.inputs[0], node.outputs[0])):
         raise Refusal(
             "a number of 8 bits or less is a staircase whose true gradient is zero",
             "explain the float model that this one was quantized from",
