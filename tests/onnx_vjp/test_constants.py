@@ -108,6 +108,23 @@ def test_a_rule_computes_no_constant_that_would_fill_the_memory() -> None:
     assert sum(tensor.ByteSize() for tensor in result.model.graph.initializer) < 1_000
 
 
+SCATTERED: dict[str, tuple[onnx.NodeProto, dict[str, np.ndarray]]] = {
+    "GatherElements": (node("GatherElements", ["x", "i"], ["y"], axis=3), {"i": np.zeros((8, 4, 28, 1), np.int64)}),
+    "GlobalMaxPool": (node("GlobalMaxPool", ["x"], ["y"]), {}),
+    "MaxPool": (node("MaxPool", ["x"], ["y"], kernel_shape=[3, 3], strides=[2, 2]), {}),
+    "TopK": (node("TopK", ["x", "k"], ["y", "i"], axis=3), {"k": np.array([2])}),
+}
+
+
+@pytest.mark.parametrize("operator", SCATTERED)
+def test_zeros_to_scatter_into_are_not_stored(operator: str) -> None:
+    single, weights = SCATTERED[operator]
+    result = input_gradient(model([single], [("x", [8, 4, 28, 28])], [("y", None)], weights), ["x"], "y")
+
+    stored = sum(tensor.ByteSize() for tensor in result.model.graph.initializer if tensor.name not in weights)
+    assert stored < 1_000
+
+
 def test_values_that_do_not_fit_their_operator_are_left_to_the_runtime() -> None:
     weights = {"a": np.ones(2, np.float32), "b": np.ones(3, np.float32)}
 

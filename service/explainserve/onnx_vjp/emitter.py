@@ -6,6 +6,7 @@ Rules are written against operator set 18 or newer; `opset.py` raises older mode
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
 from math import frexp, ldexp
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,14 @@ from onnx import AttributeProto, NodeProto, TensorProto, helper
 
 from explainserve.onnx_vjp.graph import FLOATS, Graph
 from explainserve.onnx_vjp.registry import Refusal
-from explainserve.onnx_vjp.shapes import Shape
+from explainserve.onnx_vjp.shapes import SHAPE_ELEMENTS, Shape
 from explainserve.onnx_vjp.subgraphs import captured, subgraphs
 
 if TYPE_CHECKING:
     from explainserve.onnx_vjp.walk import Walk
+
+# What they return takes many bytes and says no more than their inputs, so that files keep the nodes.
+_FILLING = frozenset({"ConstantOfShape", "Expand"})
 
 Operand = str | float | int | Sequence[int] | np.ndarray | None
 
@@ -122,7 +126,7 @@ class Emitter:
         if unknown or not node.input or any(subgraphs(node)):
             return None
         outputs = self.graph.folded(node, values)
-        if outputs is None:
+        if outputs is None or (node.op_type in _FILLING and outputs[0].size > SHAPE_ELEMENTS):
             return None
         return tuple(self.graph.add_constant(np.asarray(value, order="C")) for value in outputs)
 
@@ -146,7 +150,7 @@ class Emitter:
 
     def array(self, value: np.ndarray) -> str:
         """A constant tensor; equal ones are stored once."""
-        key = ("array", value.dtype.str, value.shape, value.tobytes())
+        key = ("array", value.dtype.str, value.shape, blake2b(value.tobytes()).digest())
         if key not in self._shared:
             self._shared[key] = (self.graph.add_constant(value),)
         return self._shared[key][0]
