@@ -141,6 +141,63 @@ def test_rows_masked_as_a_whole() -> None:
     np.testing.assert_allclose(dx, [[0, 0, 0], [-2 * p * (1 - p), 0, 2 * p * (1 - p)]], rtol=1e-5)
 
 
+def test_corners_of_hard_swish() -> None:
+    x = np.array([-3, 3], np.float32)
+    compare(gradients("HardSwish", {"x": x}), expected(torch.nn.functional.hardswish, x))
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_a_window_of_zeros_has_no_direction(p: int) -> None:
+    x = np.array([[0, 0, 1, 2], [0, 0, 2, 1]], np.float32).reshape(1, 1, 2, 4)
+    wanted = expected(lambda x: torch.nn.functional.lp_pool2d(x, p, 2), x)
+    compare(gradients("LpPool", {"x": x}, kernel_shape=[2, 2], strides=[2, 2], p=p), wanted)
+    assert not gradients("GlobalLpPool", {"x": np.zeros_like(x)}, p=p)["x"].any()
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("align_corners", [0, 1])
+def test_samples_at_the_border_and_beyond(padding: str, align_corners: int) -> None:
+    x = np.arange(1, 10, dtype=np.float32).reshape(1, 1, 3, 3)
+    grid = np.array([[[[across, 0.1] for across in (-2.5, -1.5, -1, 1, 1.5, 2.5)]]], np.float32)
+    wanted = expected(
+        lambda x, grid: torch.nn.functional.grid_sample(x, grid, "bilinear", padding, bool(align_corners)), x, grid
+    )
+    attributes = {"mode": "linear", "padding_mode": padding, "align_corners": align_corners}
+    found = gradients("GridSample", {"x": x, "grid": grid}, **attributes)
+    for (name, value), other in zip(found.items(), wanted, strict=True):
+        np.testing.assert_allclose(value, other, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_powers_of_what_is_not_positive_by_the_exponent() -> None:
+    x, p = np.array([-2, 0, 0], np.float32), np.array([2, 2, -1], np.float32)
+    assert not gradients("Pow", {"x": x, "p": p})["p"][:2].any()
+
+
+@pytest.mark.parametrize(("operator", "slope"), [("LeakyRelu", 0.01), ("PRelu", 0.25)])
+def test_leaky_rectifiers_take_nan_for_negative(operator: str, slope: float) -> None:
+    constants = "s = Constant <value_floats = [0.25]> ()" if operator == "PRelu" else ""
+    text = f"""<ir_version: 8, opset_import: ["" : 18]> g (float[1] x) => (float[1] y) {{
+        {constants}
+        y = {operator} (x{", s" if constants else ""})
+    }}"""
+    gradient = input_gradient(onnx.parser.parse_model(text), ["x"], "y")
+    feeds = {"x": np.array([np.nan], np.float32), gradient.cotangent: np.ones(1, np.float32)}
+    np.testing.assert_allclose(run(gradient.model, feeds, [gradient.gradients["x"]])[0], slope, rtol=1e-5)
+
+
+def test_a_point_at_no_distance_pulls_nowhere() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 18, "com.microsoft" : 1]> g (float[2, 3] a, float[2, 3] b) => (y) {
+        y = com.microsoft.CDist <metric = "euclidean"> (a, b)
+    }"""
+    a, b = np.array([[1, 2, 3], [1, 1, 1]], np.float32), np.array([[1, 2, 3], [0, 0, 0]], np.float32)
+    gradient = input_gradient(onnx.parser.parse_model(text), ["a", "b"], "y")
+    feeds = {"a": a, "b": b, gradient.cotangent: np.ones((2, 2), np.float32)}
+    found = dict(zip("ab", run(gradient.model, feeds, list(gradient.gradients.values())), strict=True))
+    ta, tb = (torch.tensor(value, requires_grad=True) for value in (a, b))
+    torch.cdist(ta, tb).sum().backward()
+    compare(found, [ta.grad.numpy(), tb.grad.numpy()])
+
+
 def test_statistics_of_another_type() -> None:
     """Batch normalization of half precision with statistics in single."""
     text = """<ir_version: 8, opset_import: ["" : 15]>

@@ -79,7 +79,7 @@ class Node:
 class Emitter:
     """`op.Mul(a, b)` appends a Mul node and returns the name of its output.
 
-    Operands are tensor names, numbers (of the first tensor operand's type), integer sequences (int64 vectors) or
+    Operands are tensor names, numbers (of the first float operand's type), integer sequences (int64 vectors) or
     arrays; keywords are attributes.
     """
 
@@ -98,7 +98,7 @@ class Emitter:
         self, operator: str, *operands: Operand, outputs: int = 1, domain: str = "", **attributes: Any
     ) -> tuple[str, ...]:
         """Append a node and return the names of its outputs; a node whose inputs are all constant is computed
-        instead.
+        instead, unless it only repeats them.
         """
         for operand in operands:
             if isinstance(operand, str):
@@ -233,13 +233,24 @@ class Emitter:
         """1 where `value` is above `bound` (below it if `falling`), else 0, in the type of `value`.
 
         A line steep enough to cross the unit interval between two neighbouring numbers: one operator in place of two,
-        and one that onnxruntime computes in the blocked layout of its convolutions. Subnormal numbers count in part.
+        and one that onnxruntime computes in the blocked layout of its convolutions. Numbers below the smallest normal
+        one of float32 count in part, those of float64 too.
         """
         if self.graph.dtype(value) not in (TensorProto.FLOAT, TensorProto.DOUBLE):
             return self.mask(self.Less(value, bound) if falling else self.Greater(value, bound), value)
         _, exponent = frexp(bound)
         slope = ldexp(-1.0 if falling else 1.0, 126 - max(exponent, 0))
         return self.HardSigmoid(value, alpha=slope, beta=-slope * bound)
+
+    def widened(self, value: str) -> str:
+        """A float16 or bfloat16 tensor in float32, any other as it is: sums, squares and counts above 65504 fit in."""
+        half = self.graph.dtype(value) in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+        return self.Cast(value, to=TensorProto.FLOAT) if half else value
+
+    def divided(self, value: str, count: str) -> str:
+        """`value` over an int64 count, which a type of 16 bits may not hold."""
+        wide = self.widened(value)
+        return self.cast_like(self.Div(wide, self.cast_like(count, wide)), value)
 
     def transposed(self, value: str) -> str:
         """The last two axes exchanged."""

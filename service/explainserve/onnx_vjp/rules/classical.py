@@ -255,7 +255,8 @@ def _through_kernel(op: Emitter, node: Node, g: str) -> str:
     gamma, offset, degree = _parameters(node)
     if kind == "RBF":
         weights = op.Mul(op.Mul(g, _kernel(op, node, g)), -2 * gamma)
-        dx = op.Sub(op.Mul(_rows(op, node, g), op.ReduceSum(weights, [1])), op.MatMul(weights, vectors))
+        rows, vectors = _centered(op, node, g)
+        dx = op.Sub(op.Mul(rows, op.ReduceSum(weights, [1])), op.MatMul(weights, vectors))
     else:
         slope = None if kind == "LINEAR" else _kernel_slope(op, kind, _products(op, node, g), gamma, offset, degree)
         dx = op.MatMul(op.Mul(g, slope) if slope else g, vectors)
@@ -272,9 +273,16 @@ def _products(op: Emitter, node: Node, like: str) -> str:
 
 def _distances(op: Emitter, node: Node, like: str) -> str:
     """|x - v|^2 = |x|^2 - 2 x v + |v|^2."""
-    rows, vectors = (op.ReduceSumSquare(value, [1]) for value in (_rows(op, node, like), op.array(_vectors(node))))
-    squares = op.Add(rows, op.Reshape(vectors, [1, -1]))
-    return op.Max(op.Sub(squares, op.Mul(_products(op, node, like), 2)), 0)
+    rows, vectors = _centered(op, node, like)
+    squares = op.Add(op.ReduceSumSquare(rows, [1]), np.sum(vectors**2, axis=1))
+    return op.Max(op.Sub(squares, op.Mul(op.MatMul(rows, vectors.T), 2)), 0)
+
+
+def _centered(op: Emitter, node: Node, like: str) -> tuple[str, np.ndarray]:
+    """Rows and support vectors less the mean vector: the squares of features far from zero would hide differences."""
+    vectors = _vectors(node)
+    middle = vectors.mean(axis=0)
+    return op.Sub(_rows(op, node, like), middle), vectors - middle
 
 
 def _vectors(node: Node) -> np.ndarray:

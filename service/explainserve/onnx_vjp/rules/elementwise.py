@@ -75,20 +75,25 @@ def tan(op: Emitter, node: Node, g: str) -> Gradients:
 
 @rule("Asin")
 def asin(op: Emitter, node: Node, g: str) -> Gradients:
-    x = node.inputs[0]
-    return (op.Div(g, op.Sqrt(op.Sub(1, op.Mul(x, x)))),)
+    return (op.Div(g, op.Sqrt(_one_less_square(op, node.inputs[0]))),)
 
 
 @rule("Acos")
 def acos(op: Emitter, node: Node, g: str) -> Gradients:
-    x = node.inputs[0]
-    return (op.Neg(op.Div(g, op.Sqrt(op.Sub(1, op.Mul(x, x))))),)
+    return (op.Neg(op.Div(g, op.Sqrt(_one_less_square(op, node.inputs[0])))),)
+
+
+def _one_less_square(op: Emitter, x: str) -> str:
+    """1 - x^2 as (1 - x) (1 + x), which keeps its digits beside 1."""
+    return op.Mul(op.Sub(1, x), op.Add(x, 1))
 
 
 @rule("Atan")
 def atan(op: Emitter, node: Node, g: str) -> Gradients:
+    """1 + x^2 as m (1/m + x^2/m) with m = max(|x|, 1), since the square may be too large a number."""
     x = node.inputs[0]
-    return (op.Div(g, op.Add(op.Mul(x, x), 1)),)
+    m = op.Max(op.Abs(x), 1)
+    return (op.Div(op.Div(g, m), op.Add(op.Reciprocal(m), op.Mul(x, op.Div(x, m)))),)
 
 
 @rule("Sinh")
@@ -103,20 +108,19 @@ def cosh(op: Emitter, node: Node, g: str) -> Gradients:
 
 @rule("Asinh")
 def asinh(op: Emitter, node: Node, g: str) -> Gradients:
-    x = node.inputs[0]
-    return (op.Div(g, op.Sqrt(op.Add(op.Mul(x, x), 1))),)
+    """sqrt(x^2 + 1) is cosh(y), whatever x is."""
+    return (op.Div(g, op.Cosh(node.outputs[0])),)
 
 
 @rule("Acosh")
 def acosh(op: Emitter, node: Node, g: str) -> Gradients:
-    x = node.inputs[0]
-    return (op.Div(g, op.Sqrt(op.Sub(op.Mul(x, x), 1))),)
+    """sqrt(x^2 - 1) is sinh(y), beside 1 too."""
+    return (op.Div(g, op.Sinh(node.outputs[0])),)
 
 
 @rule("Atanh")
 def atanh(op: Emitter, node: Node, g: str) -> Gradients:
-    x = node.inputs[0]
-    return (op.Div(g, op.Sub(1, op.Mul(x, x))),)
+    return (op.Div(g, _one_less_square(op, node.inputs[0])),)
 
 
 @rule("Erf")
@@ -153,18 +157,18 @@ def prelu(op: Emitter, node: Node, g: str) -> Gradients:
 
 @rule("Elu")
 def elu(op: Emitter, node: Node, g: str) -> Gradients:
-    y, alpha = node.outputs[0], node.attribute("alpha", 1.0)
-    return (op.Where(op.Greater(node.inputs[0], 0), g, op.Mul(g, op.Add(y, alpha))),)
+    return (_through_elu(op, node.inputs[0], g, node.attribute("alpha", 1.0)),)
 
 
 @rule("Selu")
 def selu(op: Emitter, node: Node, g: str) -> Gradients:
-    y, alpha, gamma = (
-        node.outputs[0],
-        node.attribute("alpha", 1.67326319217681884765625),
-        node.attribute("gamma", 1.05070102214813232421875),
-    )
-    return (op.Where(op.Greater(node.inputs[0], 0), op.Mul(g, gamma), op.Mul(g, op.Add(y, alpha * gamma))),)
+    scaled = op.Mul(g, node.attribute("gamma", 1.05070102214813232421875))
+    return (_through_elu(op, node.inputs[0], scaled, node.attribute("alpha", 1.67326319217681884765625)),)
+
+
+def _through_elu(op: Emitter, x: str, g: str, alpha: float) -> str:
+    """alpha exp(x) on the negative side: y + alpha, which is the same, keeps none of its digits far from 0."""
+    return op.Where(op.Greater(x, 0), g, op.Mul(g, op.Mul(op.Exp(op.Min(x, 0)), alpha)))
 
 
 @rule("Celu")
@@ -232,7 +236,7 @@ def softplus(op: Emitter, node: Node, g: str) -> Gradients:
 @rule("Softsign")
 def softsign(op: Emitter, node: Node, g: str) -> Gradients:
     scale = op.Add(op.Abs(node.inputs[0]), 1)
-    return (op.Div(g, op.Mul(scale, scale)),)
+    return (op.Div(op.Div(g, scale), scale),)
 
 
 @rule("HardSigmoid")
@@ -254,10 +258,13 @@ def hard_swish(op: Emitter, node: Node, g: str) -> Gradients:
 
 @rule("Swish", since=24)
 def swish(op: Emitter, node: Node, g: str) -> Gradients:
-    """y = x s with s = sigmoid(alpha x), so y' = s + alpha y (1 - s)."""
-    alpha, y = node.attribute("alpha", 1.0), node.outputs[0]
+    return (op.Mul(g, swish_slope(op, node, node.attribute("alpha", 1.0))),)
+
+
+def swish_slope(op: Emitter, node: Node, alpha: float) -> str:
+    """y = x s with s = sigmoid(alpha x), so y' = s + y alpha (1 - s)."""
     s = op.Sigmoid(op.Mul(node.inputs[0], alpha))
-    return (op.Mul(g, op.Add(s, op.Mul(op.Mul(y, alpha), op.Sub(1, s)))),)
+    return op.Add(s, op.Mul(node.outputs[0], op.Mul(op.Sub(1, s), alpha)))
 
 
 @rule("Mish")
@@ -282,8 +289,11 @@ def gelu_erf_slope(op: Emitter, x: str) -> str:
 
 
 def gelu_tanh_slope(op: Emitter, x: str) -> str:
-    """y = x (1 + t) / 2 with t = tanh(u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
-    scale, square = sqrt(2 / pi), op.Mul(x, x)
+    """y = x (1 + t) / 2 with t = tanh(u), u = sqrt(2/pi) (x + 0.044715 x^3).
+
+    Beyond 10, t is 1 or -1 whatever the square is there, which may be too large a number.
+    """
+    scale, square = sqrt(2 / pi), op.Min(op.Mul(x, x), 100)
     t = op.Tanh(op.Mul(x, op.Add(op.Mul(square, 0.044715 * scale), scale)))
     slope = op.Mul(op.Sub(1, op.Mul(t, t)), op.Add(op.Mul(square, 3 * 0.044715 * scale), scale))
     return op.Mul(op.Add(op.Add(t, 1), op.Mul(x, slope)), 0.5)

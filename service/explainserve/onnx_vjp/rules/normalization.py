@@ -75,7 +75,7 @@ def _normalized_by_batch(op: Emitter, node: Node, cotangents: list[str | None]) 
     (g, dmean, dvariance), (x, scale, bias, mean, _) = (*cotangents, None, None)[:3], node.inputs
     momentum, wide, others = node.attribute("momentum", 0.9), op.cast_like(x, mean), _all_but_channels(op, x)
     normal, inverse = _statistics(op, wide, others, node.attribute("epsilon", 1e-5))
-    count = op.cast_like(op.ReduceProd(op.Gather(op.dims(x), others), keepdims=0), mean)
+    count = op.ReduceProd(op.Gather(op.dims(x), others), keepdims=0)
     parts, dscale, dbias = [], None, None
     if g is not None:
         g = op.cast_like(g, mean)
@@ -84,11 +84,11 @@ def _normalized_by_batch(op: Emitter, node: Node, cotangents: list[str | None]) 
         dscale = op.cast_like(op.ReduceSum(op.Mul(g, normal), others, keepdims=0), scale)
         dbias = op.cast_like(op.ReduceSum(g, others, keepdims=0), bias)
     if dmean is not None:
-        share = op.Mul(op.Div(dmean, count), 1 - momentum)
+        share = op.Mul(op.divided(dmean, count), 1 - momentum)
         parts.append(op.expand_like(_per_channel(op, share, x), wide))
         dmean = op.Mul(dmean, momentum)
     if dvariance is not None:
-        share = op.Mul(op.Div(dvariance, count), 2 * (1 - momentum))
+        share = op.Mul(op.divided(dvariance, count), 2 * (1 - momentum))
         parts.append(op.Mul(_per_channel(op, share, x), op.Div(normal, inverse)))
         dvariance = op.Mul(dvariance, momentum)
     return op.cast_like(reduce(op.Add, parts), x), dscale, dbias, dmean, dvariance
@@ -115,10 +115,16 @@ def _standardized(op: Emitter, g: str, normal: str, inverse: str, axes: list[int
 
 def _statistics(op: Emitter, x: str, axes: list[int], epsilon: float) -> tuple[str, str]:
     """x standardized over the axes, and the inverse standard deviation."""
-    centered = op.Sub(x, op.ReduceMean(x, axes, keepdims=1))
-    variance = op.ReduceMean(op.Mul(centered, centered), axes, keepdims=1)
+    centered, variance = _centered(op, x, axes)
     inverse = op.Reciprocal(op.Sqrt(op.Add(variance, epsilon)))
-    return op.Mul(centered, inverse), inverse
+    return op.cast_like(op.Mul(centered, inverse), x), op.cast_like(inverse, x)
+
+
+def _centered(op: Emitter, x: str, axes: list[int]) -> tuple[str, str]:
+    """x less its mean over the axes, and the variance: both in float32 where x is shorter."""
+    wide = op.widened(x)
+    centered = op.Sub(wide, op.ReduceMean(wide, axes, keepdims=1))
+    return centered, op.ReduceMean(op.Mul(centered, centered), axes, keepdims=1)
 
 
 @rule("LayerNormalization", every_output=True, since=17)
@@ -150,8 +156,7 @@ def _statistics_gradient(
         parts.append(op.Neg(op.Mul(op.Mul(op.cast_like(dinverse, x), op.Mul(inverse, inverse)), normal)))
     if not parts:
         return None
-    count = op.cast_like(op.ReduceProd(op.Gather(op.dims(x), axes), keepdims=0), x)
-    return op.Div(reduce(op.Add, parts), count)
+    return op.divided(reduce(op.Add, parts), op.ReduceProd(op.Gather(op.dims(x), axes), keepdims=0))
 
 
 @rule("InstanceNormalization")
@@ -209,10 +214,8 @@ def lp_normalization(op: Emitter, node: Node, g: str) -> Gradients:
 @composition("MeanVarianceNormalization", since=9)
 def mean_variance_normalization(op: Emitter, node: Node) -> Sequence[str | None]:
     """(x - mean) / (deviation + 1e-9); onnx's own function has it for float32 only."""
-    x, axes = node.inputs[0], node.attribute("axes", [0, 2, 3])
-    mean = op.ReduceMean(x, axes, keepdims=1)
-    variance = op.Sub(op.ReduceMean(op.Mul(x, x), axes, keepdims=1), op.Mul(mean, mean))
-    return (op.Div(op.Sub(x, mean), op.Add(op.Sqrt(variance), 1e-9)),)
+    centered, variance = _centered(op, node.inputs[0], node.attribute("axes", [0, 2, 3]))
+    return (op.cast_like(op.Div(centered, op.Add(op.Sqrt(variance), 1e-9)), node.inputs[0]),)
 
 
 @rule("LRN")
@@ -221,13 +224,13 @@ def local_response_normalization(op: Emitter, node: Node, g: str) -> Gradients:
     dx = g s^-beta - 2 alpha beta x A'(g x s^(-beta-1)). For an even size A reaches further after than before; A' is A
     with both exchanged.
     """
-    x, size = node.inputs[0], node.attribute("size")
+    x, g, size = op.widened(node.inputs[0]), op.widened(g), node.attribute("size")
     alpha, beta, bias = node.attribute("alpha", 1e-4), node.attribute("beta", 0.75), node.attribute("bias", 1.0)
     before, after = (size - 1) // 2, size // 2
     s = op.Add(op.Mul(_over_channels(op, op.Mul(x, x), before, after), alpha), bias)
     scaled = op.Mul(g, op.Pow(s, -beta))
     along = _over_channels(op, op.Div(op.Mul(scaled, x), s), after, before)
-    return (op.Sub(scaled, op.Mul(op.Mul(x, along), 2 * alpha * beta)),)
+    return (op.cast_like(op.Sub(scaled, op.Mul(op.Mul(x, along), 2 * alpha * beta)), node.inputs[0]),)
 
 
 def _over_channels(op: Emitter, value: str, before: int, after: int) -> str:

@@ -57,7 +57,7 @@ def _shares(op: Emitter, node: Node, g: str, view: Windows) -> str:
     low = op.Neg(view.before) if counted_padding else op.Sub(view.before, view.before)
     high = op.Add(spatial(op, node.inputs[0]), view.after) if counted_padding else spatial(op, node.inputs[0])
     lengths = [_lengths(op, view, axis, op.dim(g, 2 + axis), low, high) for axis in range(view.rank)]
-    return op.Mul(g, op.Reciprocal(op.cast_like(reduce(op.Mul, lengths), g)))
+    return op.divided(g, reduce(op.Mul, lengths))
 
 
 def _lengths(op: Emitter, view: Windows, axis: int, count: str, low: str, high: str) -> str:
@@ -92,11 +92,8 @@ def global_average_pool(op: Emitter, node: Node, g: str) -> Gradients:
     x, y = node.inputs[0], node.outputs[0]
     shape = op.shape(x)
     sizes = static(shape[2:]) if shape is not None else None
-    if sizes is not None:
-        share = op.Mul(g, 1 / float(np.prod(sizes)))
-    else:
-        share = op.Div(g, op.cast_like(op.Div(op.Size(x), op.Size(y)), g))
-    return (op.expand_like(share, x),)
+    count = op.array(np.array(np.prod(sizes))) if sizes is not None else op.Div(op.Size(x), op.Size(y))
+    return (op.expand_like(op.divided(g, count), x),)
 
 
 @rule("GlobalMaxPool")
@@ -111,13 +108,10 @@ def global_max_pool(op: Emitter, node: Node, g: str) -> Gradients:
 
 @rule("GlobalLpPool")
 def global_lp_pool(op: Emitter, node: Node, g: str) -> Gradients:
+    """y = (sum |x|^p)^(1/p), so dx = g sign(x) (|x| / y)^(p-1), zero where y is."""
     x, y = node.inputs[0], node.outputs[0]
-    return (
-        op.Mul(
-            _power_slope(op, x, float(node.attribute("p", 2))),
-            op.Mul(g, _norm_slope(op, y, float(node.attribute("p", 2)))),
-        ),
-    )
+    shares = op.Div(x, op.Where(op.Equal(y, 0), 1, y))
+    return (op.Mul(g, _power_slope(op, shares, float(node.attribute("p", 2)))),)
 
 
 @rule("LpPool")

@@ -41,7 +41,7 @@ def reduce_mean(op: Emitter, node: Node, g: str) -> Gradients:
         if _sized(op, x, y)
         else _dynamic_count(op, node)
     )
-    return _spread(op, node, op.Div(g, op.cast_like(count, g)))
+    return _spread(op, node, op.divided(g, count))
 
 
 def _sized(op: Emitter, *values: str) -> bool:

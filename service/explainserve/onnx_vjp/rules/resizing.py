@@ -19,16 +19,17 @@ from explainserve.onnx_vjp.shapes import Dimension
 
 @rule("Pad")
 def pad(op: Emitter, node: Node, g: str) -> Gradients:
-    """Padding with a constant is undone by cropping; a padding that repeats elements adds their cotangents."""
+    """Padding with a constant is undone by cropping, and the constant's gradient is the sum over the padding; a padding
+    that repeats elements adds their cotangents.
+    """
     x, pads, axes = node.inputs[0], node.inputs[1], node.input(3)
     mode = node.attribute("mode", "constant")
-    cropped = _cropped(op, g, x, pads, axes)
     if mode == "constant":
-        value = node.input(2)
-        dvalue = (
-            op.Sub(op.ReduceSum(g, keepdims=0), op.ReduceSum(cropped, keepdims=0)) if node.differentiates(2) else None
-        )
-        return cropped, None, op.reshape_like(dvalue, value) if dvalue else None, None
+        dvalue = None
+        if node.differentiates(2):
+            around = op.Pad(op.zeros_like(x), pads, 1, axes)
+            dvalue = op.reshape_like(op.ReduceSum(op.Mul(g, around), keepdims=0), node.inputs[2])
+        return _cropped(op, g, x, pads, axes), None, dvalue, None
     chosen = _padded_axes(op, node)
     for order, axis in enumerate(chosen):
         amounts = [op.Gather(pads, [position]) for position in (order, order + len(chosen))]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Gradients, Refusal, composition, rule
-from explainserve.onnx_vjp.rules.elementwise import gelu_erf_slope, gelu_tanh_slope
+from explainserve.onnx_vjp.rules.elementwise import gelu_erf_slope, gelu_tanh_slope, swish_slope
 
 DOMAIN = "com.microsoft"
 
@@ -31,10 +31,7 @@ def fast_gelu(op: Emitter, node: Node, g: str) -> Gradients:
 
 @rule("QuickGelu", domain=DOMAIN)
 def quick_gelu(op: Emitter, node: Node, g: str) -> Gradients:
-    """y = x s with s = sigmoid(alpha x), so y' = s + alpha y (1 - s)."""
-    alpha, y = node.attribute("alpha", 1.702), node.outputs[0]
-    s = op.Sigmoid(op.Mul(node.inputs[0], alpha))
-    return (op.Mul(g, op.Add(s, op.Mul(op.Mul(y, alpha), op.Sub(1, s)))),)
+    return (op.Mul(g, swish_slope(op, node, node.attribute("alpha", 1.702))),)
 
 
 @composition("ScaledSiLU", domain=DOMAIN)

@@ -15,10 +15,11 @@ from explainserve.onnx_vjp.rules.microsoft.activations import DOMAIN, silu
 
 def rms_normalized(op: Emitter, x: str, scale: str, epsilon: float, axes: Sequence[int] = (-1,)) -> tuple[str, str]:
     """scale x / sqrt(mean(x^2) + epsilon), and the inverse root."""
-    mean = op.ReduceMean(op.Mul(x, x), list(axes), keepdims=1)
+    wide = op.widened(x)
+    mean = op.ReduceMean(op.Mul(wide, wide), list(axes), keepdims=1)
     inverse = op.Reciprocal(op.Sqrt(op.Add(mean, epsilon)))
-    normal = op.Mul(x, inverse)
-    return op.Mul(normal, scale) if scale else normal, inverse
+    normal = op.cast_like(op.Mul(wide, inverse), x)
+    return op.Mul(normal, scale) if scale else normal, op.cast_like(inverse, x)
 
 
 @composition("SimplifiedLayerNormalization")

@@ -225,8 +225,8 @@ def cdist(op: Emitter, node: Node) -> Sequence[str]:
     if metric not in ("sqeuclidean", "euclidean"):
         raise Refusal(f"the metric '{metric}' is not known", "use 'euclidean' or 'sqeuclidean'")
     difference = op.Sub(op.Unsqueeze(a, [1]), op.Unsqueeze(b, [0]))
-    squares = op.ReduceSum(op.Mul(difference, difference), [2], keepdims=0)
-    return (squares if metric == "sqeuclidean" else op.Sqrt(squares),)
+    norm = op.ReduceSumSquare if metric == "sqeuclidean" else op.ReduceL2
+    return (norm(difference, [2], keepdims=0),)
 
 
 @composition("Rfft", domain=DOMAIN)
