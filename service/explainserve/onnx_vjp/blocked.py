@@ -40,13 +40,16 @@ class _Layout:
 
     def apply(self) -> None:
         for node in self.graph.node:
-            if node.output[0] in self.wanted and self.blocked.intersection(node.input) and self._is_join(node):
+            if self._loses_blocks(node):
                 node.input[:] = [self._entered(name) for name in node.input]
-            if self._stays(node):
-                self.blocked.add(node.output[0])
-            self.nodes.append(node)
+            self._append(node)
         del self.graph.node[:]
         self.graph.node.extend(self.nodes)
+
+    def _append(self, node: NodeProto) -> None:
+        self.nodes.append(node)
+        if self._stays(node):
+            self.blocked.add(node.output[0])
 
     def _wanted(self) -> set[str]:
         """What sums and products should keep in blocks: sums on the way to a convolution, and what leads to them."""
@@ -59,9 +62,11 @@ class _Layout:
                 wanted.update(node.output, _operands(node))
         return wanted
 
-    def _is_join(self, node: NodeProto) -> bool:
+    def _loses_blocks(self, node: NodeProto) -> bool:
+        """Whether one operand may take others out of blocks that are wanted behind the node."""
         shapes = {self.shapes.get(name) for name in node.input}
-        return node.op_type in _JOINING and len(shapes) == 1
+        joins = node.op_type in _JOINING and len(shapes) == 1
+        return joins and node.output[0] in self.wanted and not self.blocked.isdisjoint(node.input)
 
     def _stays(self, node: NodeProto) -> bool:
         if node.op_type == "Conv":
@@ -84,12 +89,9 @@ class _Layout:
         assert shape is not None
         entry = f"{name}/blocked"
         kernel = self._ones(int(shape[1] or 0))
-        self.nodes.append(
-            helper.make_node("Conv", [name, kernel], [entry], name=entry, group=shape[1], kernel_shape=[1, 1])
-        )
         self.graph.value_info.append(helper.make_tensor_value_info(entry, TensorProto.FLOAT, shape))
         self.shapes[entry] = shape
-        self.blocked.add(entry)
+        self._append(helper.make_node("Conv", [name, kernel], [entry], name=entry, group=shape[1], kernel_shape=[1, 1]))
         return entry
 
     def _ones(self, channels: int) -> str:

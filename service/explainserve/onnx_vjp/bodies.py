@@ -17,7 +17,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.graph import CONDITION, COUNTER, Graph, consumed
 from explainserve.onnx_vjp.registry import Refusal
-from explainserve.onnx_vjp.shapes import Dimension, TensorType
+from explainserve.onnx_vjp.shapes import Dimension, Shape, TensorType
 
 
 @dataclass(frozen=True)
@@ -340,10 +340,15 @@ def emit_scan(
         scan_input_directions=[int(backward)] * len(rows),
         scan_output_directions=[int(backward)] * written,
     )
-    for state, value in zip(states, values, strict=False):
+    for value, state in zip(values, states, strict=False):
         outer.shapes.assign(value, state)
     for value, name in zip(values[len(states) :], outputs[len(states) :], strict=True):
-        dtype, shape = graph.shapes.stated(name)
-        steps = outer.shape(rows[0])
-        outer.shapes.declare(value, TensorType(dtype, None if shape is None or steps is None else (steps[0], *shape)))
+        outer.shapes.declare(value, _per_step(graph.shapes.stated(name), outer.shape(rows[0])))
     return values
+
+
+def _per_step(piece: TensorType, rows: Shape | None) -> TensorType:
+    """The type of what a Scan along the first axis of `rows` stacks up from the pieces of its steps."""
+    if piece.shape is None or rows is None:
+        return TensorType(piece.dtype, None)
+    return TensorType(piece.dtype, (rows[0], *piece.shape))

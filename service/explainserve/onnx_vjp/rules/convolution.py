@@ -39,13 +39,22 @@ def bias_gradient(op: Emitter, node: Node, g: str, position: int = 2) -> str | N
 
 def _input_gradient(op: Emitter, g: str, kernel: str, x: str, view: Windows, groups: int) -> str:
     """With stride 1 and a constant kernel a plain convolution, which measures faster than a transposed one."""
-    weights = op.constant(kernel)
-    margins = [span - 1 - pad for span, pad in zip(view.spans * 2, view.pads or (), strict=False)]
-    if weights is None or any(stride != 1 for stride in view.strides) or min(margins) < 0:
+    weights, margins = op.constant(kernel), _margins(view)
+    if weights is None or margins is None:
         return _transposed(op, g, kernel, x, view, groups)
     return op.Conv(
         g, _flipped(weights, groups), dilations=view.dilations, pads=margins, group=groups, kernel_shape=view.kernel
     )
+
+
+def _margins(view: Windows) -> list[int] | None:
+    """The padding of the convolution in the opposite direction, or None where none does: windows that skip elements,
+    padding beyond the kernel, or padding that only the run tells.
+    """
+    if view.pads is None or any(stride != 1 for stride in view.strides):
+        return None
+    margins = [span - 1 - pad for span, pad in zip(view.spans * 2, view.pads, strict=True)]
+    return None if any(margin < 0 for margin in margins) else margins
 
 
 def _flipped(weights: np.ndarray, groups: int) -> np.ndarray:

@@ -46,14 +46,13 @@ zero_gradient(
 )
 zero_gradient("MelWeightMatrix", reason="the edges of its bands are rounded to whole bins")
 zero_gradient(
-    "Bernoulli",
-    "Multinomial",
     "RandomNormal",
     "RandomNormalLike",
     "RandomUniform",
     "RandomUniformLike",
     reason="random, whatever the input is",
 )
+zero_gradient("Bernoulli", "Multinomial", reason="drawn by the probabilities of the input: piecewise constant")
 
 refused(
     "BitCast",

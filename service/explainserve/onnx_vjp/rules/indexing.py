@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from onnx import TensorProto
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
@@ -70,7 +71,7 @@ def _static_pads(op: Emitter, node: Node, axes: Sequence[int]) -> np.ndarray | N
 def _slice_positions(op: Emitter, node: Node, order: int, axis: int) -> str:
     """Which positions of one axis the slice read, as an int64 vector: the same slice of 0, 1, 2, ..."""
     bounds = [
-        op.Slice(op.Cast(name, to=7), [order], [order + 1]) if name else None
+        op.Slice(op.Cast(name, to=TensorProto.INT64), [order], [order + 1]) if name else None
         for name in (node.inputs[1], node.inputs[2], node.input(4))
     ]
     start, end, step = bounds
@@ -78,7 +79,7 @@ def _slice_positions(op: Emitter, node: Node, order: int, axis: int) -> str:
 
 
 def counted(op: Emitter, size: str) -> str:
-    """0, 1, ..., size - 1."""
+    """0, 1, ..., size - 1 for a size of shape (1,)."""
     zero, one = (op.array(np.array(value, np.int64)) for value in (0, 1))
     return op.Range(zero, op.Squeeze(size, [0]), one)
 
@@ -163,7 +164,7 @@ def _padded(op: Emitter, g: str, axis: int, before: int, after: int) -> str:
 
 def positive(op: Emitter, indices: str, size: str) -> str:
     """Indices counted from the end, turned to counts from the start."""
-    wide = op.Cast(indices, to=7)
+    wide = op.Cast(indices, to=TensorProto.INT64)
     return op.Where(op.Less(wide, np.array(0, np.int64)), op.Add(wide, size), wide)
 
 
@@ -194,15 +195,3 @@ def _with_batch_indices(op: Emitter, indices: str, batch: int) -> str:
         coordinates.append(op.expand_like(line, first))
         op.graph.shapes.assign(coordinates[-1], first)
     return op.Concat(*coordinates, indices, axis=rank - 1)
-
-
-def axis_map(op: Emitter, g: str, axis: int, matrix: str) -> str:
-    """The transpose of a linear map along one axis: `matrix` (in, out) times the cotangent along `axis`."""
-    rank = op.rank(g)
-    if axis == rank - 2:
-        return op.MatMul(matrix, g)
-    if axis == rank - 1:
-        return op.MatMul(g, op.Transpose(matrix, perm=[1, 0]))
-    perm: Sequence[int] = [*(other for other in range(rank) if other != axis), axis]
-    moved = op.MatMul(op.Transpose(g, perm=perm), op.Transpose(matrix, perm=[1, 0]))
-    return op.Transpose(moved, perm=[int(other) for other in np.argsort(perm)])

@@ -102,7 +102,7 @@ def reduce_prod(op: Emitter, node: Node, g: str) -> Gradients:
     return _spread(op, node, g, op.Where(allowed, rest, 0))
 
 
-@rule("TopK", every_output=True)
-def top_k(op: Emitter, node: Node, cotangents: list[str]) -> Gradients:
+@rule("TopK")
+def top_k(op: Emitter, node: Node, g: str) -> Gradients:
     x, indices = node.inputs[0], op.output(node, 1)
-    return op.ScatterElements(op.zeros_like(x), indices, cotangents[0], axis=node.attribute("axis", -1)), None
+    return op.ScatterElements(op.zeros_like(x), indices, g, axis=node.attribute("axis", -1)), None

@@ -6,6 +6,7 @@ is covered by one formula.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from onnx import TensorProto
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
-from explainserve.onnx_vjp.rules.indexing import axis_map
 from explainserve.onnx_vjp.shapes import Dimension
 
 
@@ -69,12 +69,12 @@ def _unpadded(op: Emitter, g: str, axis: int, matrix: str) -> str:
     values = op.constant(matrix)
     ends = None if values is None else _ends(values)
     if values is None or ends is None:
-        return axis_map(op, g, axis, matrix)
+        return _axis_map(op, g, axis, matrix)
     start, stop, shift = ends
     parts = [
-        axis_map(op, op.Slice(g, [0], [start + shift], [axis]), axis, op.array(values[:start, : start + shift])),
+        _axis_map(op, op.Slice(g, [0], [start + shift], [axis]), axis, op.array(values[:start, : start + shift])),
         op.Slice(g, [start + shift], [stop + shift], [axis]),
-        axis_map(
+        _axis_map(
             op, op.Slice(g, [stop + shift], [values.shape[1]], [axis]), axis, op.array(values[stop:, stop + shift :])
         ),
     ]
@@ -96,6 +96,18 @@ def _ends(matrix: np.ndarray) -> tuple[int, int, int] | None:
     return (start, stop, shift) if apart and np.array_equal(matrix[start:stop], middle) else None
 
 
+def _axis_map(op: Emitter, g: str, axis: int, matrix: str) -> str:
+    """The transpose of a linear map along one axis: `matrix` (in, out) times the cotangent along `axis`."""
+    rank = op.rank(g)
+    if axis == rank - 2:
+        return op.MatMul(matrix, g)
+    if axis == rank - 1:
+        return op.MatMul(g, op.Transpose(matrix, perm=[1, 0]))
+    perm: Sequence[int] = [*(other for other in range(rank) if other != axis), axis]
+    moved = op.MatMul(op.Transpose(g, perm=perm), op.Transpose(matrix, perm=[1, 0]))
+    return op.Transpose(moved, perm=[int(other) for other in np.argsort(perm)])
+
+
 def _identity(op: Emitter, x: str, axis: int) -> str:
     """The identity matrix of the size of an axis: constant where the size is."""
     shape = op.shape(x)
@@ -115,7 +127,7 @@ def resize(op: Emitter, node: Node, g: str) -> Gradients:
         return op.Mul(sums, float(np.prod(repeats))), *absent
     for position, axis in enumerate(_resized_axes(op, node)):
         if not _keeps(op, node, position, axis):
-            g = axis_map(op, g, axis, _resized_identity(op, node, position, axis))
+            g = _axis_map(op, g, axis, _resized_identity(op, node, position, axis))
     return g, *absent
 
 

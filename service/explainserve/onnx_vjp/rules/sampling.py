@@ -14,6 +14,7 @@ from functools import reduce
 from itertools import product
 
 import numpy as np
+from onnx import TensorProto
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Gradients, rule
@@ -167,7 +168,7 @@ def _held(op: Emitter, value: str, last: str) -> tuple[str, str]:
 def _pixel(op: Emitter, position: str, size: str) -> str:
     """A floating position as int64, held inside the image: an infinity or NaN must not read elsewhere."""
     zero = op.array(np.zeros(1, np.int64))
-    return op.Min(op.Max(op.Cast(position, to=7), zero), op.Sub(size, np.ones(1, np.int64)))
+    return op.Min(op.Max(op.Cast(position, to=TensorProto.INT64), zero), op.Sub(size, np.ones(1, np.int64)))
 
 
 def _or_nothing(op: Emitter, size: str, position: str, weight: str, slope: str | None) -> Neighbour:
@@ -303,14 +304,7 @@ def roi_align(op: Emitter, node: Node, g: str) -> Gradients:
     """Every bin averages its samples or takes the largest weighted corner: points (R, P_h, S_h, P_w, S_w)."""
     x, _, images = node.inputs
     vertical, horizontal = _roi_axis(op, node, 0), _roi_axis(op, node, 1)
-    axes = [
-        [_moved(op, n, [3, 4]) for n in vertical.neighbours],
-        [_moved(op, n, [1, 2]) for n in horizontal.neighbours],
-    ]
-    images = op.Unsqueeze(op.Cast(images, to=7), [1, 2, 3, 4])
-    corners = list(_corners(op, images, [vertical.size, horizontal.size], axes))
-    bins = op.Unsqueeze(op.Transpose(g, perm=[0, 2, 3, 1]), [2, 4])
-    samples = op.Concat(op.dim(bins, 0), *_lengths(op, vertical, horizontal), axis=0)
+    corners, bins, samples = _sampled(op, images, vertical, horizontal, g)
     if node.attribute("mode", "avg") == "max":
         cotangents = _largest(op, _rows(op, x), corners, bins, samples, _present(op, vertical, horizontal))
     else:
@@ -382,7 +376,7 @@ def _samples(op: Emitter, node: Node, length: str, bins: int) -> tuple[str, str,
             None,
         )
     count = op.Max(op.Ceil(op.Div(length, float(bins))), 0)
-    most = op.Cast(op.Max(op.ReduceMax(count, keepdims=0), 1), to=7)
+    most = op.Cast(op.Max(op.ReduceMax(count, keepdims=0), 1), to=TensorProto.INT64)
     steps = op.cast_like(counted(op, op.Reshape(most, [1])), length)
     return op.Max(count, 1), steps, op.Less(steps, count)
 
@@ -398,6 +392,22 @@ def _roi_neighbours(op: Emitter, coordinate: str, size: str, present: str | None
         Neighbour(_pixel(op, position, size), op.Mul(part, weight), op.Mul(op.Mul(slope, inner), weight))
         for position, part, slope in _linear(op, held)
     ]
+
+
+def _sampled(
+    op: Emitter, images: str, vertical: _RoiAxis, horizontal: _RoiAxis, g: str
+) -> tuple[list[Corner], str, str]:
+    """The corners of all samples, the bins' cotangents (R, P_h, 1, P_w, 1, C), and (R, P_h, S_h, P_w, S_w); `images`
+    (R,) tells which image a region lies in.
+    """
+    axes = [
+        [_moved(op, n, [3, 4]) for n in vertical.neighbours],
+        [_moved(op, n, [1, 2]) for n in horizontal.neighbours],
+    ]
+    images = op.Unsqueeze(op.Cast(images, to=TensorProto.INT64), [1, 2, 3, 4])
+    corners = list(_corners(op, images, [vertical.size, horizontal.size], axes))
+    bins = op.Unsqueeze(op.Transpose(g, perm=[0, 2, 3, 1]), [2, 4])
+    return corners, bins, op.Concat(op.dim(bins, 0), *_lengths(op, vertical, horizontal), axis=0)
 
 
 def _moved(op: Emitter, neighbour: Neighbour, axes: list[int]) -> Neighbour:
@@ -451,14 +461,8 @@ def max_roi_pool(op: Emitter, node: Node, g: str) -> Gradients:
     """RoiAlign's maximum over all pixels of a bin. The bounds are rounded, so that the regions have no gradient."""
     x, rois = node.inputs
     vertical, horizontal = _pooled_axis(op, node, 0), _pooled_axis(op, node, 1)
-    axes = [
-        [_moved(op, n, [3, 4]) for n in vertical.neighbours],
-        [_moved(op, n, [1, 2]) for n in horizontal.neighbours],
-    ]
-    images = op.Unsqueeze(op.Cast(op.Gather(rois, [0], axis=1), to=7), [2, 3, 4])
-    corners = list(_corners(op, images, [vertical.size, horizontal.size], axes))
-    bins = op.Unsqueeze(op.Transpose(g, perm=[0, 2, 3, 1]), [2, 4])
-    samples = op.Concat(op.dim(bins, 0), *_lengths(op, vertical, horizontal), axis=0)
+    images = op.Gather(rois, np.array(0), axis=1)
+    corners, bins, samples = _sampled(op, images, vertical, horizontal, g)
     cotangents = _largest(op, _rows(op, x), corners, bins, samples, _present(op, vertical, horizontal))
     return _written(op, corners, cotangents, x), None
 
@@ -480,7 +484,7 @@ def _pooled_axis(op: Emitter, node: Node, axis: int) -> _RoiAxis:
             op.Ceil(op.Mul(stride, np.arange(1, bins + 1, dtype=float))),
         )
     )
-    longest = op.Cast(op.Max(op.ReduceMax(op.Sub(stop, start), keepdims=0), 1), to=7)
+    longest = op.Cast(op.Max(op.ReduceMax(op.Sub(stop, start), keepdims=0), 1), to=TensorProto.INT64)
     position = op.Add(start, op.cast_like(counted(op, op.Reshape(longest, [1])), start))
     present = op.Less(position, stop)
     neighbour = Neighbour(_pixel(op, position, size), op.mask(present, position), None)

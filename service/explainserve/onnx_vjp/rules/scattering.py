@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from onnx import TensorProto
+
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Gradients, rule
 from explainserve.onnx_vjp.rules.indexing import counted, reduced_scatter
@@ -69,9 +71,8 @@ def _overwritten(op: Emitter, node: Node, g: str, positions: _Positions) -> Grad
     taken = positions.read(g)
     if op.constant(node.inputs[1]) is not None:
         order = op.reshape_like(counted(op, op.ReduceProd(op.dims(updates), keepdims=1)), updates)
-        last = op.Equal(
-            positions.read(positions.write(op.Cast(op.zeros_like(node.inputs[0]), to=7), order, "none")), order
-        )
+        places = op.Cast(op.zeros_like(node.inputs[0]), to=TensorProto.INT64)
+        last = op.Equal(positions.read(positions.write(places, order, "none")), order)
         if (known := op.constant(last)) is None or not known.all():
             taken = op.Mul(taken, op.mask(last, g))
     return positions.write(g, op.zeros_like(updates), "none"), None, taken

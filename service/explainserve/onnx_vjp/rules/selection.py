@@ -16,12 +16,10 @@ def compress(op: Emitter, node: Node, g: str) -> Gradients:
     return _placed_back(op, g, x, node.attribute("axis"), chosen), None
 
 
-@rule("Unique", every_output=True, since=11)
-def unique(op: Emitter, node: Node, cotangents: list[str | None]) -> Gradients:
+@rule("Unique", since=11)
+def unique(op: Emitter, node: Node, g: str) -> Gradients:
     """Of equal elements the first is the one that is read."""
-    if cotangents[0] is None:
-        return (None,)
-    return (_placed_back(op, cotangents[0], node.inputs[0], node.attribute("axis"), op.output(node, 1)),)
+    return (_placed_back(op, g, node.inputs[0], node.attribute("axis"), op.output(node, 1)),)
 
 
 def _placed_back(op: Emitter, g: str, x: str, axis: int | None, positions: str) -> str:

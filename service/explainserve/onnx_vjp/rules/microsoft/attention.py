@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Refusal, composition
+from explainserve.onnx_vjp.rules.indexing import counted
 from explainserve.onnx_vjp.rules.microsoft.activations import DOMAIN
 
 _PROMPT = "explain the model on whole sequences, exported without past keys and values"
@@ -105,12 +106,6 @@ def _within(op: Emitter, mask: str, scores: str) -> str:
     keys = counted(op, op.dim(scores, 3))
     low, high = (op.Unsqueeze(bound, [1, 2, 3]) for bound in (starts, ends))
     return op.And(op.GreaterOrEqual(keys, low), op.Less(keys, high))
-
-
-def counted(op: Emitter, size: str) -> str:
-    """0, 1, ..., size - 1 for a size of shape (1,)."""
-    zero, one = (op.array(np.array(value, np.int64)) for value in (0, 1))
-    return op.Range(zero, op.Squeeze(size, [0]), one)
 
 
 def causal(op: Emitter, scores: str) -> str:

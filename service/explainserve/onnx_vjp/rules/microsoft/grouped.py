@@ -12,8 +12,9 @@ from onnx import TensorProto
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Refusal, composition
+from explainserve.onnx_vjp.rules.indexing import counted
 from explainserve.onnx_vjp.rules.microsoft.activations import DOMAIN
-from explainserve.onnx_vjp.rules.microsoft.attention import counted, merged_heads, scale_of, split_heads
+from explainserve.onnx_vjp.rules.microsoft.attention import merged_heads, scale_of, split_heads
 from explainserve.onnx_vjp.rules.microsoft.normalization import rms_normalized
 from explainserve.onnx_vjp.rules.microsoft.rotary import rotated
 

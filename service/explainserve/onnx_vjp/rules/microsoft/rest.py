@@ -9,8 +9,8 @@ from onnx import TensorProto
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Gradients, Refusal, composition, rule
+from explainserve.onnx_vjp.rules.indexing import counted
 from explainserve.onnx_vjp.rules.microsoft.activations import DOMAIN, silu
-from explainserve.onnx_vjp.rules.microsoft.attention import counted
 from explainserve.onnx_vjp.rules.microsoft.normalization import rms_normalized
 from explainserve.onnx_vjp.shapes import Shape
 
@@ -34,13 +34,13 @@ def trilu(op: Emitter, node: Node) -> Sequence[str]:
 @composition("GatherND", domain=DOMAIN)
 def gather_nd(op: Emitter, node: Node) -> Sequence[str]:
     x, indices = node.inputs
-    return (op.GatherND(x, op.Cast(indices, to=7)),)
+    return (op.GatherND(x, op.Cast(indices, to=TensorProto.INT64)),)
 
 
 @composition("ExpandDims", domain=DOMAIN)
 def expand_dims(op: Emitter, node: Node) -> Sequence[str]:
     x, axis = node.inputs
-    return (op.Unsqueeze(x, op.Reshape(op.Cast(axis, to=7), [1])),)
+    return (op.Unsqueeze(x, op.Reshape(op.Cast(axis, to=TensorProto.INT64), [1])),)
 
 
 @composition("Pad", domain=DOMAIN)
@@ -280,8 +280,9 @@ def crop_and_resize(op: Emitter, node: Node) -> Sequence[str]:
     """Corners of a box are corners of its crop; what lies outside of the image has a value of its own."""
     x, boxes, batches, sizes = node.inputs
     count = op.dim(boxes, 0)
-    rows, columns = (_places(op, boxes, op.Slice(op.Cast(sizes, to=7), [i], [i + 1]), i) for i in range(2))
-    shape = op.Concat(count, op.Cast(sizes, to=7), axis=0)
+    sizes = op.Cast(sizes, to=TensorProto.INT64)
+    rows, columns = (_places(op, boxes, op.Slice(sizes, [axis], [axis + 1]), axis) for axis in range(2))
+    shape = op.Concat(count, sizes, axis=0)
     rows, columns = op.Expand(op.Unsqueeze(rows, [2]), shape), op.Expand(op.Unsqueeze(columns, [1]), shape)
     grid = op.Concat(*(op.Unsqueeze(op.Sub(op.Mul(place, 2.0), 1.0), [3]) for place in (columns, rows)), axis=3)
     mode = node.attribute("mode", "bilinear")

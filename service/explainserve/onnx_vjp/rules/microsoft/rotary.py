@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from onnx import TensorProto
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import composition
+from explainserve.onnx_vjp.rules.indexing import counted
 from explainserve.onnx_vjp.rules.microsoft.activations import DOMAIN
-from explainserve.onnx_vjp.rules.microsoft.attention import counted, merged_heads
+from explainserve.onnx_vjp.rules.microsoft.attention import merged_heads
 
 
 def rotated(op: Emitter, x: str, cosines: str, sines: str, interleaved: int) -> str:
@@ -105,4 +107,4 @@ def as_heads(op: Emitter, node: Node, x: str, cosines: str) -> str:
 
 def _following(op: Emitter, offset: str, length: str) -> str:
     """The positions from an offset on, for every row the same."""
-    return op.Unsqueeze(op.Add(op.Cast(offset, to=7), counted(op, length)), [0])
+    return op.Unsqueeze(op.Add(op.Cast(offset, to=TensorProto.INT64), counted(op, length)), [0])
