@@ -270,6 +270,20 @@ def test_the_newest_state_that_a_version_knows_is_found_however_a_domain_counts(
     assert table.lookup("ai.onnx", "Add", 21) is table.lookup("", "Add", 7) is not None
 
 
+@pytest.mark.parametrize("operator", ["Add", "Div", "Max", "Mod", "Mul", "Pow", "Sub"])
+def test_a_named_dimension_that_is_one_in_the_run_is_broadcast(operator: str) -> None:
+    attributes = {"fmod": 1} if operator == "Mod" else {}
+    graph = model([node(operator, "a b", "y", **attributes)], {"a": ["k", "m", "n"], "b": ["p", "q"]}, ["y"])
+    a = np.random.default_rng(0).uniform(1, 4, (2, 3, 4)).astype(np.float32)
+    b, wide = f32(1.5, 2.5, 3.5).reshape(3, 1), ["k", "m", "n"]
+    g = np.random.default_rng(1).standard_normal(a.shape).astype(np.float32)
+    da, db = gradients(graph, ["a", "b"], "y", g, {"a": a, "b": b})
+    same = model([node(operator, "a b", "y", **attributes)], {"a": wide, "b": wide}, ["y"])
+    expected_a, expected_b = gradients(same, ["a", "b"], "y", g, {"a": a, "b": np.broadcast_to(b, a.shape).copy()})
+    np.testing.assert_allclose(da, expected_a, rtol=1e-5)
+    np.testing.assert_allclose(db, expected_b.sum((0, 2))[:, None], rtol=1e-4)
+
+
 def test_a_rule_that_forgets_an_input_is_a_bug() -> None:
     broken = overridden(standard(), {("", "Add", 1): Rule(lambda op, node, g: (g,))})
     graph = model([node("Add", "x x", "y")], {"x": [2]}, ["y"])

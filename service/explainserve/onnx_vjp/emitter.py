@@ -206,6 +206,13 @@ class Emitter:
         empty = shape is None or 0 in shape
         return self.Reshape(value, self.dims(like), allowzero=1 if empty else None)
 
+    def of_shape(self, value: str, like: str) -> str:
+        """`value`, known to have the type and shape of `like`: inference lets a named dimension win over an unknown
+        one, though it may be 1 in the run.
+        """
+        self.graph.shapes.assign(value, like)
+        return value
+
     def expand_like(self, value: str, like: str) -> str:
         """`value` broadcast to the shape of `like`."""
         return self.Expand(value, self.dims(like))

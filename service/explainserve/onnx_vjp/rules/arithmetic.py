@@ -28,7 +28,7 @@ def mul(op: Emitter, node: Node, g: str) -> Gradients:
 def div(op: Emitter, node: Node, g: str) -> Gradients:
     b, y = node.inputs[1], node.outputs[0]
     da = op.Mul(g, op.Reciprocal(b)) if op.constant(b) is not None else op.Div(g, b)
-    return da, op.Neg(op.Mul(da, y))
+    return da, op.of_shape(op.Neg(op.Mul(da, y)), y)
 
 
 @rule("Pow", broadcasts=True)
@@ -49,9 +49,9 @@ def pow_(op: Emitter, node: Node, g: str) -> Gradients:
 @rule("Mod", broadcasts=True)
 def mod(op: Emitter, node: Node, g: str) -> Gradients:
     """fmod(a, b) = a - trunc(a/b) b, where the quotient is piecewise constant."""
-    a, b = node.inputs
-    quotient = op.Div(op.Sub(a, node.outputs[0]), b)
-    return g, op.Neg(op.Mul(g, op.Round(quotient)))
+    (a, b), y = node.inputs, node.outputs[0]
+    quotient = op.Div(op.Sub(a, y), b)
+    return g, op.of_shape(op.Neg(op.Mul(g, op.Round(quotient))), y)
 
 
 @rule("Sum", broadcasts=True)
