@@ -40,6 +40,9 @@ FORMS: list[tuple[int, str, np.ndarray, dict[str, object], dict[str, np.ndarray]
     (7, "Upsample", IMAGE, {"scales": [1.0, 1.0, 2.0, 3.0]}, {}),
     (9, "Upsample", IMAGE, {"mode": "linear"}, {"s": np.array([1, 1, 2, 2], np.float32)}),
     (10, "Resize", IMAGE, {"mode": "nearest"}, {"s": np.array([1, 1, 2, 2], np.float32)}),
+    (10, "Resize", IMAGE, {"mode": "nearest"}, {"s": np.array([1, 1, 0.5, 0.75], np.float32)}),
+    (10, "Resize", IMAGE, {"mode": "nearest"}, {"s": np.array([1, 1, 1.5, 0.6], np.float32)}),
+    (10, "Resize", IMAGE, {"mode": "linear"}, {"s": np.array([1, 1, 1.5, 0.6], np.float32)}),
     (
         10,
         "RoiAlign",
@@ -99,6 +102,24 @@ def test_an_old_form_computes_what_it_did_and_has_a_gradient(
     (dx,) = run(gradient.model, {"x": x, gradient.cotangent: g}, [gradient.gradients["x"]])
     ahead, behind = (run(old, {"x": x + step * direction}, ["y"])[0].astype(np.float64) for step in (1e-3, -1e-3))
     np.testing.assert_allclose(np.sum(dx * direction), np.sum(g * (ahead - behind)) / 2e-3, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("scales", [[1, 1, 0.6, 0.5], [1, 1, 2, 1.5], [1, 1, 1.5, 0.6]])
+def test_what_is_nearest_is_rounded_as_before_where_the_scales_are_computed(scales: list[float]) -> None:
+    """Down along axes that grow, up along those that shrink, which only the run tells."""
+    x, s, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("x", IMAGE.shape), ("s", [4]), ("y", None))
+    )
+    graph = helper.make_graph([helper.make_node("Resize", ["x", "s"], ["y"])], "old", [x, s], [y])
+    old = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 10)], ir_version=7)
+    feeds = {"x": IMAGE, "s": np.array(scales, np.float32)}
+    (before,) = run(old, feeds, ["y"])
+    gradient = input_gradient(old, ["x"], "y")
+    g = _rng.standard_normal(before.shape).astype(np.float32)
+    y, dx = run(gradient.model, {**feeds, gradient.cotangent: g}, ["y", gradient.gradients["x"]])
+    np.testing.assert_array_equal(y, before)
+    np.testing.assert_allclose(np.sum(dx * IMAGE), np.sum(g * before), rtol=1e-5)
 
 
 @pytest.mark.parametrize("version", [7, 9, 13])

@@ -66,6 +66,21 @@ def test_the_gradient_is_the_transpose_of_what_runs(mode: dict[str, object], coo
     _assert_transposed(single("Resize", sizes, dynamic=("z",), **shape))
 
 
+@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: "-".join(map(str, mode.values())))
+def test_an_axis_that_keeps_its_size_is_resized_where_another_one_changes(
+    mode: dict[str, object], coordinates: str
+) -> None:
+    """Five times 1.1 is five. By itself, onnxruntime would copy such an axis, as it does where no size changes."""
+    crops = coordinates == "tf_crop_and_resize"
+    shape = {**mode, "coordinate_transformation_mode": coordinates, "version": 19}
+    region = {"r": REGION} if crops else {"_r": REGION}
+    for scales, dynamic in product(([1, 1, 1.1, 1.5], [1, 1, 1.1, 0.5], [1, 1, 1.1, 1.1]), (None, ())):
+        feeds = {"x": IMAGE, **region, "s": np.array(scales, np.float32)}
+        case = single("Resize", feeds, dynamic=dynamic, **shape)
+        _assert_transposed(_constant(case, "s", *(["r"] if crops else [])))
+
+
 @pytest.mark.parametrize(
     ("mode", "policy", "coordinates"),
     [

@@ -185,6 +185,11 @@ class _Upgrade:
         self.graph.initializer.append(numpy_helper.from_array(value, name))
         return name
 
+    def stored(self, name: str) -> np.ndarray | None:
+        """The value of an initializer of this graph; None for other tensors, and where it is external data."""
+        found = (tensor for tensor in self.graph.initializer if tensor.name == name and not tensor.external_data)
+        return next(map(numpy_helper.to_array, found), None)
+
     def fresh(self, hint: str) -> str:
         name, serial = hint, 0
         while name in self.taken:
@@ -352,19 +357,40 @@ def _of_type(name: str, like: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
 
 def _upsample(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
     if upgrade.version < 9:
-        scales = _taken_attribute(node, "scales")
-        _set_input(node, 1, upgrade.constant(np.array(scales, np.float32), f"{node.output[0]}/scales"))
-    return _resize_10(upgrade, node)
+        stated = _taken_attribute(node, "scales")
+        _set_input(node, 1, upgrade.constant(np.array(stated, np.float32), f"{node.output[0]}/scales"))
+    x, scales = node.input
+    return [_asymmetric(node, x, scales, node.output[0], "floor")]
 
 
-def _resize_10(_: _Upgrade, node: NodeProto) -> list[NodeProto]:
-    mode = _taken_attribute(node, "mode", b"nearest")
-    attributes = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+def _resize_10(upgrade: _Upgrade, node: NodeProto) -> list[NodeProto]:
+    """`nearest` rounds down along axes that grow and up along those that shrink. ONNX left it open; onnxruntime does
+    so.
+    """
+    (x, scales), (y,) = node.input, node.output
+    stored = upgrade.stored(scales)
+    linear = any(attribute.name == "mode" and attribute.s == b"linear" for attribute in node.attribute)
+    if linear or (stored is not None and np.all(stored >= 1)):
+        return [_asymmetric(node, x, scales, y, "floor")]
+    if stored is not None and np.all(stored <= 1):
+        return [_asymmetric(node, x, scales, y, "ceil")]
+    one = upgrade.constant(np.array(1, np.float32), f"{y}/one")
+    down, up, small = (upgrade.fresh(f"{y}/{part}") for part in ("down", "up", "small"))
     return [
-        helper.make_node(
-            "Resize", [node.input[0], "", node.input[1]], node.output, name=node.name, mode=mode, **attributes
-        )
+        helper.make_node("Min", [scales, one], [down]),
+        helper.make_node("Max", [scales, one], [up]),
+        _asymmetric(node, x, down, small, "ceil"),
+        _asymmetric(node, small, up, y, "floor"),
     ]
+
+
+def _asymmetric(node: NodeProto, x: str, scales: str, y: str, rounding: str) -> NodeProto:
+    """A Resize in the mode of an older one, by output position / scale."""
+    resized = helper.make_node("Resize", [x, "", scales], [y], name=node.name)
+    resized.attribute.extend(attribute for attribute in node.attribute if attribute.name == "mode")
+    how = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": rounding}
+    resized.attribute.extend(helper.make_attribute(name, value) for name, value in how.items())
+    return resized
 
 
 def _roi_align_10(_: _Upgrade, node: NodeProto) -> list[NodeProto]:

@@ -198,17 +198,40 @@ def _resized_identity(op: Emitter, node: Node, position: int, axis: int) -> str:
     What is extrapolated is constant: zero.
     """
     x, scales = node.inputs[0], node.input(2)
-    identity = op.Unsqueeze(_identity(op, x, axis), [0, 1])
+    rows = _identity(op, x, axis)
+    identity = op.Unsqueeze(rows, [0, 1])
     names = ("antialias", "coordinate_transformation_mode", "cubic_coeff_a", "exclude_outside", "mode", "nearest_mode")
     attributes = {name: node.attribute(name) for name in names}
     roi, size = _roi(op, node, position), op.dim(node.outputs[0], axis)
     if scales and ((constant := op.constant(scales)) is None or constant.size):
-        resized = op.Resize(identity, roi, _last(op, op.Gather(scales, [position])), **attributes)
+        scale = op.Gather(scales, [position])
+        if _may_keep_its_size(op, node, position, axis):
+            return _apart(op, node, rows, roi, scale, attributes)
+        resized = op.Resize(identity, roi, _last(op, scale), **attributes)
     elif _keeps_aspect(node):
         resized = _by_common_scale(op, node, identity, size, attributes)
     else:
         resized = op.Resize(identity, roi, None, op.Concat([1, 1], op.dim(x, axis), size, axis=0), **attributes)
     return op.Squeeze(resized, [0, 1])
+
+
+def _may_keep_its_size(op: Emitter, node: Node, position: int, axis: int) -> bool:
+    """Whether a scale other than 1 may leave the size of an axis as it is, as 1.1 does that of five."""
+    before, after = op.shape(node.inputs[0]), op.shape(node.outputs[0])
+    sizes = {shape[axis] for shape in (before, after) if shape is not None and isinstance(shape[axis], int)}
+    scales = op.constant(node.input(2))
+    return len(sizes) < 2 and (scales is None or 1 < scales[position] < 2)
+
+
+def _apart(op: Emitter, node: Node, rows: str, roi: str | None, scale: str, attributes: dict[str, Any]) -> str:
+    """Resize of one axis that may keep its size, beside an axis that changes exactly if one of the node does:
+    onnxruntime copies where no size changes, whatever the scales.
+    """
+    differ = op.Not(op.Equal(op.dims(node.inputs[0]), op.dims(node.outputs[0])))
+    changed = op.ReduceMax(op.Cast(differ, to=TensorProto.FLOAT), keepdims=1)
+    scales = op.Concat(np.ones(2, np.float32), op.Add(changed, 1), scale, axis=0)
+    resized = op.Resize(op.Unsqueeze(rows, [1, 2]), roi, scales, **attributes)
+    return op.Gather(op.Squeeze(resized, [1]), op.array(np.array(0)), axis=1)
 
 
 def _last(op: Emitter, scale: str) -> str:
