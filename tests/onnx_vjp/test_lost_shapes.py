@@ -79,7 +79,8 @@ def relative_scores() -> onnx.ModelProto:
 def test_a_slice_up_to_a_dynamic_size_is_not_as_long_as_its_axis() -> None:
     shapes = Graph(relative_scores()).shapes
     assert shapes.shape("wide") == ("rows", 19)
-    assert shapes.shape("bias") == ("rows", None)
+    rows, width = shapes.shape("bias") or ()
+    assert rows == "rows" and width not in ("rows", 19)
     assert shapes.shape("y") == ("rows", "rows")
 
 
@@ -95,8 +96,9 @@ def test_a_slice_of_a_slice_is_open_along_both_axes() -> None:
     model.graph.initializer.append(square)
     model.graph.node.extend(again)
     shapes = Graph(model).shapes
-    assert shapes.shape("square") == (19, None)
-    assert shapes.shape("corner") == shapes.shape("mask") == (None, None)
+    size, cut = shapes.shape("square") or ()
+    assert size == 19 and cut not in ("rows", 19)
+    assert shapes.shape("corner") == shapes.shape("mask") == (cut, cut)
 
 
 @pytest.mark.parametrize("rows", [3, 19])

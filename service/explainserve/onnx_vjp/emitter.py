@@ -202,9 +202,9 @@ class Emitter:
             return value
         if shape is not None and sum(not isinstance(d, int) for d in shape) == 1 and 0 not in shape:
             return self.Reshape(value, [d if isinstance(d, int) else -1 for d in shape])
-        # A size of zero is meant, not the value's own size in its place.
-        empty = shape is None or 0 in shape
-        return self.Reshape(value, self.dims(like), allowzero=1 if empty else None)
+        # Where there may be a size of zero, zero is meant, not the value's own size in its place.
+        positive = shape is not None and _is_static(shape) and 0 not in shape
+        return self.Reshape(value, self.dims(like), allowzero=None if positive else 1)
 
     def of_shape(self, value: str, like: str) -> str:
         """`value`, known to have the type and shape of `like`: inference lets a named dimension win over an unknown

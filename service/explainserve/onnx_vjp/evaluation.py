@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from onnx import NodeProto, OperatorSetIdProto, ValueInfoProto, helper
 from onnx.reference import ReferenceEvaluator
+
+from explainserve.onnx_vjp.subgraphs import is_standard
+
+
+def measures(node: NodeProto) -> bool:
+    """Whether a node reads nothing of a tensor but its sizes."""
+    return is_standard(node, "Shape") or is_standard(node, "Size")
+
+
+def measured(node: NodeProto, sizes: Sequence[int]) -> np.ndarray:
+    """What a node that `measures` says of a tensor of these sizes. Raises OverflowError at 2 ** 63 elements."""
+    if node.op_type == "Size":
+        return np.array(math.prod(sizes), np.int64)
+    bounds = {attribute.name: attribute.i for attribute in node.attribute}
+    return np.array(sizes[bounds.get("start") : bounds.get("end")], np.int64)
 
 
 def evaluate(

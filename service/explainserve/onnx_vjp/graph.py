@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from explainserve.onnx_vjp.evaluation import evaluate
+from explainserve.onnx_vjp.evaluation import evaluate, measured, measures
 from explainserve.onnx_vjp.registry import canonical_domain
 from explainserve.onnx_vjp.shapes import SHAPE_ELEMENTS, Shape, Shapes, TensorType
 from explainserve.onnx_vjp.subgraphs import captured, is_standard, names_within, read_from_outside, subgraphs
@@ -158,13 +158,9 @@ class Graph:
 
     def _static_shape(self, node: NodeProto) -> np.ndarray | None:
         """What a Shape or Size node returns where the shape of its input is static."""
-        shape = self.shape(node.input[0]) if node.op_type in ("Shape", "Size") and node.input else None
-        if shape is None or not all(isinstance(dimension, int) for dimension in shape):
-            return None
-        if node.op_type == "Size":
-            return np.array(np.prod(np.array(shape, np.int64)))
-        start, end = (next((a.i for a in node.attribute if a.name == key), None) for key in ("start", "end"))
-        return np.array(shape[start:end], dtype=np.int64)
+        shape = self.shape(node.input[0]) if measures(node) and node.input else None
+        sizes = [size for size in shape or () if isinstance(size, int)]
+        return None if shape is None or len(sizes) < len(shape) else measured(node, sizes)
 
     def folded(self, node: NodeProto, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray] | None:
         """The outputs of one node on values, or None where computing them is left to the runtime: they are large, or

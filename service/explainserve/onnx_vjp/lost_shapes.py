@@ -6,12 +6,13 @@ numbers, those integers can simply be computed, and the lost shapes inferred fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 
 import numpy as np
 from onnx import GraphProto, NodeProto, TypeProto, numpy_helper
 
-from explainserve.onnx_vjp.registry import canonical_domain
+from explainserve.onnx_vjp.evaluation import measured, measures
 
 Values = dict[str, np.ndarray]
 Types = dict[str, TypeProto]
@@ -28,27 +29,14 @@ def complete(graph: GraphProto, types: Types, infer: Infer, evaluate: Evaluate, 
     """
     lost = [node for node in graph.node if not _is_known(node, types) and unknown.isdisjoint(node.output)]
     needed = _sources(graph.node, {name for node in lost for name in node.input if name})
-    values = _stored(graph, needed)
+    stored = (tensor for tensor in graph.initializer if tensor.name in needed and _is_small(tensor.dims))
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in stored}
     for node in graph.node if lost else ():
         if not _is_known(node, types) and unknown.isdisjoint(node.output):
             found = infer(node, {name: values[name] for name in node.input if name in values})
             types.update((name, kind) for name, kind in found.items() if name and kind.tensor_type.elem_type)
         if needed.intersection(node.output):
             values.update(_computed(node, types, values, evaluate))
-
-
-def values_of(graph: GraphProto, names: Collection[str], types: Types, evaluate: Evaluate) -> Values:
-    """The values of the tensors `names` and of those that they are computed from, as far as types tell."""
-    needed = _sources(graph.node, names)
-    values = _stored(graph, needed)
-    for node in graph.node:
-        if needed.intersection(node.output):
-            values.update(_computed(node, types, values, evaluate))
-    return values
-
-
-def _stored(graph: GraphProto, needed: Collection[str]) -> Values:
-    return {t.name: numpy_helper.to_array(t) for t in graph.initializer if t.name in needed and _is_small(t.dims)}
 
 
 def _is_known(node: NodeProto, types: Types) -> bool:
@@ -64,37 +52,35 @@ def _sizes(kind: TypeProto) -> tuple[int, ...] | None:
 
 
 def _is_small(sizes: Sequence[int]) -> bool:
-    return int(np.prod(sizes, dtype=np.int64)) <= _LONGEST
+    return math.prod(sizes) <= _LONGEST
 
 
 def _sources(nodes: Sequence[NodeProto], names: Collection[str]) -> set[str]:
     """These tensors and every one that they are computed from, back to the shapes of others."""
     needed = set(names)
     for node in reversed(nodes):
-        if needed.intersection(node.output) and not _measures(node):
+        if needed.intersection(node.output) and not measures(node):
             needed.update(name for name in node.input if name)
     return needed
 
 
-def _measures(node: NodeProto) -> bool:
-    return node.op_type in ("Shape", "Size") and canonical_domain(node.domain) == ""
-
-
 def _computed(node: NodeProto, types: Types, values: Values, evaluate: Evaluate) -> Values:
     """The values of a node's outputs where they are known and small."""
-    inputs = [_measured(types, name) if _measures(node) else values.get(name) for name in node.input]
-    small = all(name in types and _is_small(_sizes(types[name]) or ()) for name in node.output if name)
-    if not small or any(value is None for value, name in zip(inputs, node.input, strict=True) if name):
+    if not all(name in types and _is_small(_sizes(types[name]) or ()) for name in node.output if name):
         return {}
     try:
         with np.errstate(all="ignore"):
-            outputs = evaluate(node, inputs)
+            outputs = _outputs(node, types, values, evaluate)
     except Exception:  # the evaluator lets through whatever numpy raises on values that do not fit
         return {}
-    return {name: value for name, value in zip(node.output, outputs, strict=True) if name and _is_small(value.shape)}
+    return {name: value for name, value in zip(node.output, outputs, strict=False) if name and _is_small(value.shape)}
 
 
-def _measured(types: Types, name: str) -> np.ndarray | None:
-    """A tensor of the right shape, which takes no memory: its values are of no interest."""
-    sizes = _sizes(types[name]) if name in types else None
-    return None if sizes is None else np.broadcast_to(np.int8(0), sizes)
+def _outputs(node: NodeProto, types: Types, values: Values, evaluate: Evaluate) -> Sequence[np.ndarray]:
+    """The outputs of a node on sizes or on values, none where they are not known."""
+    if measures(node):
+        sizes = [_sizes(types[name]) for name in node.input if name in types]
+        return [measured(node, known) for known in sizes if known is not None]
+    inputs = [values.get(name) for name in node.input]
+    known = all(value is not None for value, name in zip(inputs, node.input, strict=True) if name)
+    return evaluate(node, inputs) if known else []

@@ -1,17 +1,21 @@
 """Types and shapes of all tensors, with dynamic dimensions told apart exactly.
 
 ONNX's shape inference loses track of symbols (the product of two, their way through Shape, Gather, Mul, Concat,
-Reshape), but it computes with numbers well. So it runs twice, with two different numbers for each symbol: a dimension
-that comes out equal is static, one that differs is dynamic, and two dynamic dimensions are the same when both pairs
-of numbers agree. Where the numbers contradict the model (two symbols that broadcast against each other must be
-equal), the symbolic inference of ONNX answers instead. A dynamic dimension is taken not to be broadcast itself.
-Where a number cuts a Slice short, the dimension is unknown.
+Reshape), but it computes with numbers well. So it probes the model with several numbers for each symbol: a dimension
+that always comes out equal is static, one that differs is dynamic, and two dynamic dimensions are the same when all
+their numbers agree. A dynamic dimension is taken not to be broadcast itself.
+
+Two probes are with large numbers that windows, patches and heads divide: they fit most models, and what they do not
+infer, the symbolic inference of ONNX answers (two symbols that broadcast against each other must be equal). To them
+alone, the first 77 tokens of a text would always be 77, and what is padded to whole windows as large as before. So
+there are checks, with numbers that are small and odd. Not every model takes those: what a check does not infer says
+nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
@@ -20,13 +24,15 @@ import numpy as np
 import onnx
 from onnx import NodeProto, OperatorSetIdProto, TensorProto, TypeProto, ValueInfoProto, defs, helper, numpy_helper
 
-from explainserve.onnx_vjp.clamped_slices import clamped_axes, with_unknown
 from explainserve.onnx_vjp.evaluation import evaluate
 from explainserve.onnx_vjp.lost_shapes import complete
 from explainserve.onnx_vjp.malformed import MALFORMED
 
 Dimension = int | str | None
 Shape = tuple[Dimension, ...]
+Types = dict[str, TypeProto]
+Numbers = tuple[int | None, ...]
+"""A dimension in each probe, None where it is not inferred."""
 
 
 class TensorType(NamedTuple):
@@ -54,8 +60,10 @@ SHAPE_ELEMENTS = 16
 
 # Divisible by what windows, patches and heads divide sizes by, and small: inference writes out a Range of them.
 _DIVISIBLE = 672
-_PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
-
+_PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
+# Where among the primes the factors of the large numbers start, and the numbers of the checks.
+_FACTORS, _CHECK, _SMALL_CHECK = map(_PRIMES.index, (11, 37, 5))
+_LARGE, _PROBES = 2, 5
 
 # Operators that inference cannot see through, and others that have the same answer: operator, which inputs it takes,
 # attributes.
@@ -86,29 +94,44 @@ class Shapes:
         self._imports, self._ir_version = model.opset_import, model.ir_version
         self._version = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
         symbols = _symbols(model)
-        numbers = [
-            {symbol: _number(index, probe, len(symbols)) for index, symbol in enumerate(symbols)} for probe in (0, 1)
-        ]
-        self._symbols = {pair: symbol for symbol in symbols for pair in [(numbers[0][symbol], numbers[1][symbol])]}
-        unknown: list[dict[str, TypeProto]] = [{} for _ in numbers]
-        self._probes = self._probed(model, numbers, unknown)
-        while clamped := clamped_axes(model.graph, self._probes, self._evaluate, unknown[0].keys()):
-            for stated, types in zip(unknown, self._probes, strict=True):
-                stated.update((name, with_unknown(types[name], axes)) for name, axes in clamped.items())
-            self._probes = self._probed(model, numbers, unknown)
+        self._numbers = {symbol: _numbers(index, len(symbols)) for index, symbol in enumerate(symbols)}
+        self._symbols: dict[Numbers, str] = {numbers[:_LARGE]: symbol for symbol, numbers in self._numbers.items()}
         self._symbolic = _inferred(model, None)
+        self._probes = [self._probed(model, probe) for probe in range(_PROBES)]
+        unknown: list[Types] = [{} for _ in range(_LARGE)]
+        while clamped := self._clamped(model.graph.node, unknown[0].keys()):
+            for probe, stated in enumerate(unknown):
+                types = self._probes[probe]
+                stated.update((name, _with_unknown(types[name], axes)) for name, axes in clamped.items())
+                self._probes[probe] = self._probed(model, probe, stated)
 
     def _probed(
-        self,
-        model: onnx.ModelProto,
-        numbers: Sequence[Mapping[str, int]],
-        stated: Sequence[Mapping[str, TypeProto]],
-    ) -> list[dict[str, TypeProto]]:
-        """Types with symbols replaced by numbers, for each probe, where those of `stated` are given."""
-        probes = [_inferred(model, *probe) for probe in zip(numbers, stated, strict=True)]
-        for types in probes:
-            complete(model.graph, types, partial(self._known_of_node, types), self._evaluate, stated[0].keys())
-        return probes
+        self, model: onnx.ModelProto, probe: int, stated: Mapping[str, TypeProto] = MappingProxyType({})
+    ) -> Types:
+        """Types with symbols replaced by their numbers in a probe, where those of `stated` are given."""
+        types = _inferred(model, {symbol: numbers[probe] for symbol, numbers in self._numbers.items()}, stated)
+        complete(model.graph, types, partial(self._known_of_node, types), self._evaluate, stated.keys())
+        return types
+
+    def _clamped(self, nodes: Iterable[NodeProto], known: Set[str]) -> dict[str, list[int]]:
+        """Where the large probes contradict themselves, the axes that they take to be static against a check, of each
+        output of the nodes concerned, less the outputs of `known`.
+
+        A table of 512 positions that is sliced up to the length of a sequence is 512 long in both. What is added to it
+        does not fit, so a check alone knows the shape of the sum.
+        """
+        large, checks = self._probes[:_LARGE], self._probes[_LARGE:]
+        if all(_rank(types.get(n)) >= _rank(check[n]) for types in large for check in checks for n in check):
+            return {}
+        axes = {
+            name: [axis for axis, numbers in enumerate(self._numbers_of(name) or ()) if _is_clamped(numbers)]
+            for node in nodes
+            if known.isdisjoint(node.output)
+            for name in node.output
+            if name in large[0]
+        }
+        concerned = [node for node in nodes if any(axes.get(name) for name in node.output)]
+        return {name: axes[name] for node in concerned for name in node.output if name in axes}
 
     def _known_of_node(
         self, types: Mapping[str, TypeProto], node: NodeProto, values: Mapping[str, np.ndarray]
@@ -128,18 +151,32 @@ class Shapes:
 
     def shape(self, name: str) -> Shape | None:
         """Dimensions as int, symbol or None (unknown), or None where even the rank is unknown."""
-        one, two, symbolic = (_dims(types.get(name)) for types in self._all)
-        # ONNX stops half way, with a lower rank, where a number is larger than the output_shape of ConvTranspose.
-        if one is not None and two is not None and (symbolic is None or len(symbolic) == len(one) == len(two)):
-            return tuple(self._dimension(*pair) for pair in zip(one, two, strict=True))
+        numbers, symbolic = self._numbers_of(name), _dims(self._symbolic.get(name))
+        # ONNX stops half way, with a lower rank, where sizes do not fit or exceed the output_shape of a ConvTranspose.
+        if numbers is not None and (symbolic is None or len(symbolic) == len(numbers)):
+            return tuple(map(self._dimension, numbers))
         return None if symbolic is None else tuple(_symbol(dim) for dim in symbolic)
 
-    def _dimension(self, one: onnx.TensorShapeProto.Dimension, two: onnx.TensorShapeProto.Dimension) -> Dimension:
-        if not one.HasField("dim_value") or not two.HasField("dim_value"):
+    def _numbers_of(self, name: str) -> list[Numbers] | None:
+        """The numbers of every dimension, or None where the large probes do not tell how many there are."""
+        found = [_dims(types.get(name)) for types in self._probes]
+        ranks = [None if dims is None else len(dims) for dims in found]
+        rank = ranks[0]
+        if rank is None or ranks[:_LARGE] != [rank] * _LARGE:
             return None
-        if one.dim_value == two.dim_value:
-            return int(one.dim_value)
-        return self._symbols.get((one.dim_value, two.dim_value), f"{one.dim_value}|{two.dim_value}")
+        sizes = [[_size(dim) for dim in dims] if dims and len(dims) == rank else [None] * rank for dims in found]
+        return list(zip(*sizes, strict=True))
+
+    def _dimension(self, numbers: Numbers) -> Dimension:
+        if None in numbers[:_LARGE]:
+            return None
+        known = {number for number in numbers if number is not None}
+        if len(known) == 1:
+            return known.pop()
+        symbol = self._symbols.get(numbers[:_LARGE])
+        if symbol is not None and _agree(numbers, self._numbers[symbol]):
+            return symbol
+        return "|".join("?" if number is None else str(number) for number in numbers)
 
     def type(self, name: str) -> TensorType:
         """What is known of a tensor."""
@@ -149,14 +186,14 @@ class Shapes:
         """What is known of a tensor in terms of the model's inputs: without the dimensions that are computed from
         theirs.
         """
-        shape, own = self.shape(name), set(self._symbols.values())
+        shape, own = self.shape(name), self._numbers.keys()
         return TensorType(
             self.dtype(name), shape and tuple(d if isinstance(d, int) or d in own else None for d in shape)
         )
 
     def type_proto(self, name: str) -> TypeProto:
         """The type as ONNX writes it, with the model's own symbols."""
-        own = set(self._symbols.values())
+        own = self._numbers.keys()
         shape = self.shape(name)
         dims = (
             None
@@ -180,12 +217,18 @@ class Shapes:
     def declare(self, name: str, kind: TensorType) -> None:
         """State the type of a tensor; its symbols are those of this graph, derived ones included."""
         shape = kind.shape
-        numbers = {symbol: pair for pair, symbol in self._symbols.items()}
-        for index, types in enumerate(self._probes):
-            dims = shape and [d if isinstance(d, int) else _derived(d, numbers)[index] for d in shape]
+        for probe, types in enumerate(self._probes):
+            dims = shape and [d if isinstance(d, int) else self._derived(d)[probe] for d in shape]
             types[name] = helper.make_tensor_type_proto(kind.dtype, dims)
-        own = shape and [d if isinstance(d, int) or d in numbers else None for d in shape]
+        own = shape and [d if isinstance(d, int) or d in self._numbers else None for d in shape]
         self._symbolic[name] = helper.make_tensor_type_proto(kind.dtype, own)
+
+    def _derived(self, symbol: str | None) -> Numbers:
+        """The numbers that stand for a symbol, which a derived one has for its name."""
+        if symbol is not None and symbol in self._numbers:
+            return self._numbers[symbol]
+        numbers = tuple(int(number) if number.isdigit() else None for number in (symbol or "").split("|"))
+        return numbers if len(numbers) == _PROBES else (None,) * _PROBES
 
     def add_constant(self, name: str, data_type: int, dims: Iterable[int]) -> None:
         """Make the type of a new initializer known."""
@@ -306,25 +349,48 @@ def _dims(kind: TypeProto | None) -> Sequence[onnx.TensorShapeProto.Dimension] |
     return kind.tensor_type.shape.dim if kind is not None and kind.tensor_type.HasField("shape") else None
 
 
-def _derived(symbol: str | None, numbers: Mapping[str, tuple[int, int]]) -> tuple[int | None, int | None]:
-    """The numbers that stand for a symbol, which a derived one has for its name."""
-    if symbol is None:
-        return None, None
-    if symbol in numbers:
-        return numbers[symbol]
-    one, _, two = symbol.partition("|")
-    return (int(one), int(two)) if two.isdigit() and one.isdigit() else (None, None)
+def _rank(kind: TypeProto | None) -> int:
+    """The number of dimensions, -1 where it is not known."""
+    dims = _dims(kind)
+    return -1 if dims is None else len(dims)
+
+
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int | None:
+    return int(dim.dim_value) if dim.HasField("dim_value") else None
+
+
+def _agree(one: Numbers, other: Numbers) -> bool:
+    """Whether no probe tells two dimensions apart."""
+    return all(a == b for a, b in zip(one, other, strict=True) if a is not None and b is not None)
+
+
+def _is_clamped(numbers: Numbers) -> bool:
+    """Whether a dimension is static to the large probes, but not to a check."""
+    return None not in numbers[:_LARGE] and len(set(numbers[:_LARGE])) == 1 and len(set(numbers) - {None}) > 1
+
+
+def _with_unknown(kind: TypeProto, axes: Iterable[int]) -> TypeProto:
+    """A type with the sizes of these axes unknown."""
+    copy = TypeProto()
+    copy.CopyFrom(kind)
+    for axis in axes:
+        copy.tensor_type.shape.dim[axis].Clear()
+    return copy
 
 
 def _symbol(dim: onnx.TensorShapeProto.Dimension) -> Dimension:
     return int(dim.dim_value) if dim.HasField("dim_value") else str(dim.dim_param) or None
 
 
-def _number(index: int, probe: int, count: int) -> int:
-    position = index + probe * count
-    return _DIVISIBLE * (
-        _PRIMES[position] if position < len(_PRIMES) else _PRIMES[-1] + 2 * (position - len(_PRIMES) + 1)
-    )
+def _numbers(index: int, count: int) -> tuple[int, ...]:
+    """What stands in each probe for one of so many symbols."""
+    large = (_DIVISIBLE * _prime(_FACTORS + index + probe * count) for probe in range(_LARGE))
+    return *large, _prime(_CHECK + index), _prime(_SMALL_CHECK + index), 1
+
+
+def _prime(index: int) -> int:
+    """A prime; behind the listed ones, any odd number."""
+    return _PRIMES[index] if index < len(_PRIMES) else _PRIMES[-1] + 2 * (index - len(_PRIMES) + 1)
 
 
 def _inferred(
