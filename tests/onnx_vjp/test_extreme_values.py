@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from explainserve.onnx_vjp import input_gradient
 from onnx_graphs import model
@@ -167,6 +167,34 @@ def test_half_precision_holds_the_variance_of_large_activations(operator: str) -
     attributes = {"num_groups": 2} if operator == "GroupNormalization" else {}
     found = gradient(operator, {"x": x, **affine}, g, native=True, **attributes)
     assert difference(found, standardized(x, g, (2, 3) if affine else (0, 2, 3))) < 5e-3
+
+
+def test_half_precision_does_not_round_the_mean_of_a_layer() -> None:
+    """It may lie between two numbers that float16 has, and is subtracted in float32. (onnxruntime's CPU provider would
+    do so anyway: it has hardly an operator in float16.)
+    """
+    feeds = {"x": np.ones((4, 64), np.float16), "s": np.ones(64, np.float16)}
+    found = input_gradient(of_one_node("LayerNormalization", feeds, 22, {}), ["x"], "y")
+    nodes = found.model.graph.node
+    (layer,) = (node for node in nodes if node.op_type == "LayerNormalization")
+    assert {node.op_type for node in nodes if layer.output[1] in node.input} == {"Sub"}
+
+
+def test_more_ties_than_the_type_can_count() -> None:
+    x = np.ones((1, COUNT), np.float16)
+    found = gradient("ReduceMax", {"x": x}, np.full((1, 1), 100, np.float16), native=True)
+    np.testing.assert_allclose(found, 100 / COUNT, rtol=5e-3)
+
+
+def test_a_divisor_whose_reciprocal_is_too_large_a_number() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 18]> g (float16[1] x) => (float16[1] y)
+    <float16[1] tiny = {168}> { y = Div (x, tiny) }"""
+    plain = onnx.parser.parse_model(text)
+    (tiny,) = numpy_helper.to_array(plain.graph.initializer[0])
+    found = input_gradient(plain, ["x"], "y")
+    feeds = {"x": np.zeros(1, np.float16), found.cotangent: np.array([1e-3], np.float16)}
+    (dx,) = run_reference(found.model, feeds, [found.gradients["x"]])
+    np.testing.assert_allclose(dx, 1e-3 / float(tiny), rtol=1e-2)
 
 
 def test_half_precision_holds_the_squares_of_a_local_response() -> None:

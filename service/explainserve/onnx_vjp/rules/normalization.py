@@ -133,8 +133,9 @@ def layer_normalization(op: Emitter, node: Node, cotangents: list[str | None]) -
     (x, scale), g = node.inputs[:2], cotangents[0]
     axis = node.attribute("axis", -1)
     axes = list(range(axis, 0 if axis < 0 else op.rank(x)))
-    mean, inverse = (op.cast_like(op.output(node, index), x) for index in (1, 2))
-    normal = op.Mul(op.Sub(x, mean), inverse)
+    wide = op.widened(x)
+    mean, inverse = (op.cast_like(op.output(node, index), wide) for index in (1, 2))
+    normal, inverse = (op.cast_like(value, x) for value in (op.Mul(op.Sub(wide, mean), inverse), inverse))
     parts = [_statistics_gradient(op, x, normal, inverse, axes, cotangents)]
     if g is None:
         return parts[0], None, None

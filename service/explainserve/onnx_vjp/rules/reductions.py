@@ -86,8 +86,8 @@ def reduce_log_sum_exp(op: Emitter, node: Node, g: str) -> Gradients:
 @rule("ReduceMax", "ReduceMin")
 def reduce_extremum(op: Emitter, node: Node, g: str) -> Gradients:
     """Tied elements share the gradient evenly, as in torch.amax."""
-    hits = op.mask(op.Equal(node.inputs[0], _kept(op, node, node.outputs[0])), g)
-    return _spread(op, node, g, op.Div(hits, _again(op, node, "ReduceSum", hits)))
+    hits = op.mask(op.Equal(node.inputs[0], _kept(op, node, node.outputs[0])), op.widened(g))
+    return _spread(op, node, g, op.cast_like(op.Div(hits, _again(op, node, "ReduceSum", hits)), g))
 
 
 @rule("ReduceProd")
