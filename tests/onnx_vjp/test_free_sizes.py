@@ -139,6 +139,14 @@ def test_cuts_of_one_length_have_one_shape() -> None:
     assert "ReduceSum" not in operators  # nothing is broadcast
 
 
+@pytest.mark.parametrize("sizes", [(1, 2, 6, 9), (2, 2, 3, 5)], ids=str)
+def test_a_resize_to_as_many_sizes_as_there_are(sizes: tuple[int, ...]) -> None:
+    """Not even how many sizes are given is known."""
+    body = 'r = Resize<mode = "linear">(x, , , sizes) y = Mul(r, r)'
+    x, size = _rng.standard_normal((*sizes[:2], 4, 7)).astype(np.float32), np.array(sizes)
+    assert check(Case("resized", parsed("float[N, C, H, W] x, int64[R] sizes", body), {"x": x, "sizes": size}))
+
+
 def test_more_elements_than_64_bits_count() -> None:
     """Frames of a video as a batch: N T is computed, and the product of all six sizes of a probe exceeds 2 ** 63."""
     model = parsed(

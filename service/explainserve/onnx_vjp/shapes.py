@@ -27,6 +27,7 @@ from onnx import NodeProto, OperatorSetIdProto, TensorProto, TypeProto, ValueInf
 from explainserve.onnx_vjp.evaluation import evaluate
 from explainserve.onnx_vjp.lost_shapes import complete
 from explainserve.onnx_vjp.malformed import MALFORMED
+from explainserve.onnx_vjp.subgraphs import is_standard
 
 Dimension = int | str | None
 Shape = tuple[Dimension, ...]
@@ -267,7 +268,7 @@ class Shapes:
                 if value.size <= SHAPE_ELEMENTS
             }
             schema = defs.get_schema(node.op_type, version, node.domain)
-            found: Mapping[str, TypeProto] = onnx.shape_inference.infer_node_outputs(
+            found: Types = onnx.shape_inference.infer_node_outputs(
                 schema,
                 node,
                 {name: types[name] for name in node.input if name in types},
@@ -277,8 +278,8 @@ class Shapes:
                 self._ir_version,
             )
         except MALFORMED:
-            return {}
-        return found
+            found = {}
+        return found | _resized(node, types, found)
 
 
 def _element_count(kind: TypeProto) -> int | None:
@@ -296,6 +297,16 @@ def stand_in(node: NodeProto) -> NodeProto:
     operator, positions, attributes = found
     inputs = [node.input[position] for position in positions if position < len(node.input)]
     return helper.make_node(operator, inputs, node.output[:1], node.name, **attributes)
+
+
+def _resized(node: NodeProto, types: Mapping[str, TypeProto], found: Mapping[str, TypeProto]) -> Types:
+    """The type that inference does not find of what a Resize to unknown sizes gives: its input's, sizes unknown."""
+    if not is_standard(node, "Resize") or not node.input or not node.output:
+        return {}
+    kind = types.get(node.input[0])
+    if kind is None or (dims := _dims(kind)) is None or _dims(found.get(node.output[0])) is not None:
+        return {}
+    return {node.output[0]: helper.make_tensor_type_proto(kind.tensor_type.elem_type, [None] * len(dims))}
 
 
 def _is_scaled(node: NodeProto) -> bool:

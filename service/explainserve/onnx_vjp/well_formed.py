@@ -19,9 +19,10 @@ from explainserve.onnx_vjp.subgraphs import is_standard, subgraphs
 _INFERENCE_ERROR = re.compile(r"^.*\(op_type:(\w+)(?:, node name: (.*?))?\): (?:\[\w+\] )?(.*)$", re.MULTILINE)
 _EXCUSED = re.compile(
     r"expected to have type but instead is null$|^Ellipsis for input \d+ represents \d+ dimensions, but"
+    r"|^Number of elements of input 'sizes' \(0\)"
 )
-"""Said of a node whose input has no type, which is not its own fault; and of an Einsum whose ellipses broadcast, which
-runtimes evaluate."""
+"""Said of a node whose input has no type, which is not its own fault; of an Einsum whose ellipses broadcast, which
+runtimes evaluate; and of a Resize whose number of sizes is not known."""
 
 Sizes = Sequence[int | None]
 
