@@ -6,8 +6,8 @@ constant is made of one of its branches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 import onnx
 from onnx import FunctionProto, NodeProto, TensorProto, defs, helper
@@ -28,26 +28,42 @@ def expand(graph: Graph, wrt: Sequence[str], of: Sequence[str], table: Table) ->
     Returns the compositions that refuse a node, by the name of its first output.
     """
     while True:
-        on_path = {id(node) for node in live_path(graph, wrt, of, table).nodes}
-        refusals: dict[str, Refusal] = {}
-        nodes: list[NodeProto] = []
-        replaced = opaque = False
-        for node in graph.nodes:
-            if opaque and _is_opaque(graph, node):
-                graph.register(node)
-            blocks = _is_opaque(graph, node)
-            wanted = id(node) in on_path or _concerns_all(graph, node, table, blocks)
-            parts = _chosen(graph, node) or _counted_by_scalars(graph, node)
-            if parts is None and wanted:
-                parts = unrolled(graph, node) or _replacement(graph, node, table, refusals)
-            replaced |= parts is not None
-            opaque |= parts is not None and blocks
-            nodes += [node] if parts is None else parts
-        if not replaced:
-            return refusals
-        graph.rewrite(nodes)
-        if opaque:
+        once = _expanded_once(graph, {id(node) for node in live_path(graph, wrt, of, table).nodes}, table)
+        if not once.replaced:
+            return once.refusals
+        graph.rewrite(once.nodes)
+        if once.opened:
             graph.infer_again()
+
+
+class _Expansion(NamedTuple):
+    """The nodes of a graph after a look at each; whether any was replaced, and any that shape inference did not see
+    through; and what refuses, by the name of its first output.
+    """
+
+    nodes: list[NodeProto]
+    replaced: bool
+    opened: bool
+    refusals: dict[str, Refusal]
+
+
+def _expanded_once(graph: Graph, on_path: Set[int], table: Table) -> _Expansion:
+    """One round of `expand`. `on_path` holds the identities of the nodes of the live path."""
+    refusals: dict[str, Refusal] = {}
+    nodes: list[NodeProto] = []
+    replaced = opened = False
+    for node in graph.nodes:
+        if opened and _is_opaque(graph, node):
+            graph.register(node)
+        blocks = _is_opaque(graph, node)
+        wanted = id(node) in on_path or _concerns_all(graph, node, table, blocks)
+        parts = _chosen(graph, node) or _counted_by_scalars(graph, node)
+        if parts is None and wanted:
+            parts = unrolled(graph, node) or _replacement(graph, node, table, refusals)
+        replaced |= parts is not None
+        opened |= parts is not None and blocks
+        nodes += [node] if parts is None else parts
+    return _Expansion(nodes, replaced, opened, refusals)
 
 
 def _chosen(graph: Graph, node: NodeProto) -> list[NodeProto] | None:

@@ -406,7 +406,7 @@ def _prime(index: int) -> int:
 
 def _inferred(
     model: onnx.ModelProto, numbers: Mapping[str, int] | None, stated: Mapping[str, TypeProto] = MappingProxyType({})
-) -> dict[str, TypeProto]:
+) -> Types:
     """Types with symbols replaced by numbers, or left as they are, where those of `stated` are given."""
     kept = (stand_in(node) for node in model.graph.node if stated.keys().isdisjoint(node.output))
     reduced = skeleton(model, kept, numbers)
@@ -418,11 +418,17 @@ def _inferred(
             raise ValueError(f"the graph is malformed: {error}") from error
         return {}
     # What inference does not find is as the file declares it.
-    types = {value.name: _numeric(value, numbers).type for value in (*model.graph.value_info, *model.graph.output)}
-    found = (*result.value_info, *result.output, *result.input)
-    types.update((value.name, value.type) for value in found if value.type.tensor_type.elem_type)
-    types.update((t.name, helper.make_tensor_type_proto(t.data_type, list(t.dims))) for t in model.graph.initializer)
-    return {name: kind for name, kind in types.items() if kind.tensor_type.elem_type}
+    return _declared(model.graph, numbers) | _typed((*result.value_info, *result.output, *result.input))
+
+
+def _declared(graph: onnx.GraphProto, numbers: Mapping[str, int] | None) -> Types:
+    """Types as a file states them, with symbols replaced by numbers, or left as they are."""
+    stored = {t.name: helper.make_tensor_type_proto(t.data_type, list(t.dims)) for t in graph.initializer}
+    return _typed(_numeric(value, numbers) for value in (*graph.value_info, *graph.output)) | stored
+
+
+def _typed(values: Iterable[ValueInfoProto]) -> Types:
+    return {value.name: value.type for value in values if value.type.tensor_type.elem_type}
 
 
 def skeleton(
