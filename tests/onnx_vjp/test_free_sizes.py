@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper, parser
+from onnx import TensorProto, helper, numpy_helper, parser
 
 from explainserve.onnx_vjp import input_gradient
 from explainserve.onnx_vjp.graph import Graph
@@ -145,6 +145,13 @@ def test_a_resize_to_as_many_sizes_as_there_are(sizes: tuple[int, ...]) -> None:
     body = 'r = Resize<mode = "linear">(x, , , sizes) y = Mul(r, r)'
     x, size = _rng.standard_normal((*sizes[:2], 4, 7)).astype(np.float32), np.array(sizes)
     assert check(Case("resized", parsed("float[N, C, H, W] x, int64[R] sizes", body), {"x": x, "sizes": size}))
+
+
+def test_two_symbols_of_one_size_take_what_the_file_declares() -> None:
+    """A sum of vectors of lengths A and B is declared to have two elements: no probe may find that A is B."""
+    model = parsed("float[A] a, float[B] b", "sum = Add(a, b) y = Mul(sum, sum)")
+    model.graph.value_info.append(helper.make_tensor_value_info("sum", TensorProto.FLOAT, [2]))
+    assert Graph(model).shape("sum") == (2,)
 
 
 def test_more_elements_than_64_bits_count() -> None:

@@ -61,7 +61,7 @@ SHAPE_ELEMENTS = 16
 
 # Divisible by what windows, patches and heads divide sizes by, and small: inference writes out a Range of them.
 _DIVISIBLE = 672
-_PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
+_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 # Where among the primes the factors of the large numbers start, and the numbers of the checks.
 _FACTORS, _CHECK, _SMALL_CHECK = map(_PRIMES.index, (11, 37, 5))
 _LARGE, _PROBES = 2, 5
@@ -396,7 +396,8 @@ def _symbol(dim: onnx.TensorShapeProto.Dimension) -> Dimension:
 def _numbers(index: int, count: int) -> tuple[int, ...]:
     """What stands in each probe for one of so many symbols."""
     large = (_DIVISIBLE * _prime(_FACTORS + index + probe * count) for probe in range(_LARGE))
-    return *large, _prime(_CHECK + index), _prime(_SMALL_CHECK + index), 1
+    # The smallest of all are given from the last symbol on: lengths of texts and sides of images stand behind batches.
+    return *large, _prime(_CHECK + index), _prime(_SMALL_CHECK + index), _prime(count - 1 - index)
 
 
 def _prime(index: int) -> int:
