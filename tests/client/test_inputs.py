@@ -65,6 +65,12 @@ def test_another_rank_is_refused_with_the_axes(shape: tuple[int, ...], info: Mod
         fit(np.zeros(shape, np.float32), info)
 
 
+@pytest.mark.parametrize("other", [np.zeros((1, 64, 32)), np.zeros((1, 64))], ids=["extent", "rank"])
+def test_instances_that_differ_in_shape_are_refused(other: np.ndarray, info: ModelInfo) -> None:
+    with pytest.raises(RequestValueError, match="'image': its instances differ in shape"):
+        fit([IMAGE, other], info)
+
+
 THREE_INPUTS = {"image": IMAGE, "mask": np.ones(7), "ids": np.arange(7, dtype=np.int32)}
 
 

@@ -31,7 +31,8 @@ def fit(inputs: Any, info: ModelInfo) -> Instances:
             name.
 
     Raises:
-        RequestValueError: a missing or unknown input, a wrong rank, different numbers of instances.
+        RequestValueError: a missing or unknown input, a wrong rank, instances that differ in shape, different
+            numbers of instances.
         RequestTypeError: an element type that cannot become the input's.
     """
     named = _named(inputs, info)
@@ -55,7 +56,7 @@ def _named(inputs: Any, info: ModelInfo) -> dict[str, Any]:
 
 def _batch(value: Any, spec: InputSpec) -> Array:
     """The array with its batch axis, in the element type of the input."""
-    array = _array(value)
+    array = _array(value, spec.name)
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         raise RequestTypeError(f"input {spec.name!r}: expected {spec.dtype}, not {array.dtype}")
     array = cast(array, spec.dtype, f"input {spec.name!r}")
@@ -67,12 +68,16 @@ def _batch(value: Any, spec: InputSpec) -> Array:
     raise RequestValueError(f"input {spec.name!r}: expected axes [{axes}], or one instance of them, not {array.shape}")
 
 
-def _array(value: Any) -> Array:
+def _array(value: Any, name: str) -> Array:
     if isinstance(value, Preprocessed):
         return value.tensor
-    if _is_preprocessed_list(value):
-        return np.stack([image.tensor for image in value])
-    return np.asarray(value)
+    parts = [image.tensor for image in value] if _is_preprocessed_list(value) else value
+    try:
+        return np.asarray(parts)
+    except ValueError as error:
+        raise RequestValueError(
+            f"input {name!r}: its instances differ in shape, so they form no batch; send a request for each shape"
+        ) from error
 
 
 def _geometries(value: Any) -> tuple[Geometry, ...]:
