@@ -689,6 +689,15 @@ def test_models_describes_one(server: Running) -> None:
     assert " on cpu, rows together in batches\n" in text
 
 
+def test_models_names_every_gap_of_one_and_what_to_do(tmp_path: Path) -> None:
+    save(quantized_twice(), tmp_path / "quantized" / "1")
+    lines = call("models", "quantized", "--models", tmp_path).out.splitlines()
+
+    for name in ("first_gap", "second_gap"):
+        (line,) = [line for line in lines if f" QuantizeLinear in {name}: " in line]
+        assert re.match(r"no gradient +\w+ in \w+: .+; .+", line)
+
+
 def test_health_is_0_where_it_serves_and_1_elsewhere(server: Running) -> None:
     assert call("health", "--server", server.grpc) == Answer(0, "SERVING\n", "")
     assert call("health", "--server", server.grpc, "--service", "unknown").exit_code == 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from explainserve.cli.failures import fail
-from explainserve.cli.tables import layer_lines
+from explainserve.cli.tables import gap_line, layer_lines
 
 if TYPE_CHECKING:
     from explainserve.inspection import Inspection
@@ -70,4 +70,4 @@ def _comments(found: Inspection) -> list[str]:
     }
     lines = [f"# {name}: {' '.join(text.split())}" for name, text in facts.items() if text]
     lines += [f"# layer: {text}" for text in layer_lines(found.layers)]
-    return [*lines, *(f"# no gradient: {gap.operator} in {gap.node}: {gap.reason}; {gap.remedy}" for gap in found.gaps)]
+    return [*lines, *(f"# no gradient: {gap_line(gap)}" for gap in found.gaps)]

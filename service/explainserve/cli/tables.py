@@ -83,7 +83,7 @@ def model(info: ModelInfo) -> str:
         ),
         *([("memory", _memory(info.memory))] if info.memory is not None else []),
         *(("layer", text) for text in layer_lines(tuple(info.layers.values()))),
-        *(("no gradient", f"{gap.operator} in {gap.node}: {gap.reason}") for gap in info.gaps),
+        *(("no gradient", gap_line(gap)) for gap in info.gaps),
         *(("warning", text) for text in info.warnings),
     ]
     width = max(len(name) for name, _ in rows)
@@ -114,6 +114,25 @@ def layer_lines(layers: Sequence[_Layer]) -> list[str]:
     lines = [" ".join(filter(None, (layer.name, layer.operator, layer.module))) for layer in through]
     others = len(layers) - len(through)
     return [*lines, f"and {others} that other routes bypass; --json lists them"] if others else lines
+
+
+class _Gap(Protocol):
+    """What keeps a served model, or a file, from having a gradient."""
+
+    @property
+    def operator(self) -> str: ...
+    @property
+    def node(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def remedy(self) -> str: ...
+
+
+def gap_line(gap: _Gap) -> str:
+    """The operator and its node where the gap has them, why there is no gradient, and what to do."""
+    place = " in ".join(filter(None, (gap.operator, gap.node)))
+    return ": ".join(filter(None, (place, f"{gap.reason}; {gap.remedy}")))
 
 
 def baseline_name(result: ExplainResult, line: Attribution) -> str:
