@@ -9,10 +9,10 @@ from typing import Any
 
 import onnx
 
-from explainserve.backends.onnx_size import MAX_NODES, node_count
 from explainserve.backends.onnx_weights import Weights, byte_count, is_reference
 from explainserve.containment import inside
 from explainserve.errors import ModelRefused
+from explainserve.onnx_vjp.inlining import MAX_NODES, node_count
 from explainserve.onnx_vjp.opset import import_domains, sort_nodes
 
 PROTOBUF_BYTES = 2**31 - 1

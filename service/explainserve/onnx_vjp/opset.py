@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 from onnx import NodeProto, helper, numpy_helper
 
 from explainserve.onnx_vjp.gaps import Gap, UnsupportedOperators
 from explainserve.onnx_vjp.graph import consumed
+from explainserve.onnx_vjp.inlining import inlined
 from explainserve.onnx_vjp.lists import unroll_lists
 from explainserve.onnx_vjp.registry import Refusal, canonical_domain
 from explainserve.onnx_vjp.subgraphs import make_names_unique, subgraphs
@@ -32,11 +32,11 @@ RUNTIME_DOMAINS = frozenset({"com.microsoft", "com.microsoft.nchwc"})
 def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of `model` without local functions and in operator set 18 or newer; tensors keep their names.
 
-    Raises ValueError for operator sets older than 7, whose broadcasting was different, and UnsupportedOperators with
-    every node that operator set 18 has no form of.
+    Raises ValueError for functions that `inlined` refuses and for operator sets older than 7, whose broadcasting was
+    different; UnsupportedOperators with every node that operator set 18 has no form of.
     """
     copy = onnx.ModelProto()
-    copy.CopyFrom(onnx.inliner.inline_local_functions(model) if model.functions else model)
+    copy.CopyFrom(inlined(model))
     _drop_overridable_inputs(copy)
     _open_negative_extents(copy.graph)
     _lift_constants(copy.graph)
