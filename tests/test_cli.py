@@ -26,6 +26,7 @@ import numpy as np
 import onnx
 import pytest
 import typer
+from onnx import TensorProto
 from typer.testing import CliRunner
 
 from explainserve.cli import app, connection, progress, spellings
@@ -38,7 +39,7 @@ from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
 from explainserve_client import Box, Label, Margin, TopK
 from hostile_graphs import CRASHERS, endless
 from models import MODELS, write_model
-from onnx_graphs import quantized_twice, quantized_within, save
+from onnx_graphs import model, node, quantized_twice, quantized_within, save
 
 pytest.importorskip("onnxruntime")
 
@@ -773,6 +774,15 @@ def test_inspect_names_every_gap_and_what_to_do(tmp_path: Path, proto: onnx.Mode
         ]
         assert re.match(r"# no gradient: \w+ in \w+: .+; .+", line)
     assert tomllib.loads(answer.out)["outputs"], "it serves predictions"
+
+
+def test_inspect_says_why_integers_have_no_gradient_as_models_does(tmp_path: Path) -> None:
+    nodes = [node("ArgMax", ["x"], ["y"], axis=1, keepdims=0)]
+    file = save(model(nodes, [("x", ["batch", 3])], [("y", ["batch"], TensorProto.INT64)]), tmp_path / "classes" / "1")
+
+    assert "# no gradient: no output is floating-point" in call("inspect", file).out.splitlines()
+    described = call("models", "classes", "--models", tmp_path).out
+    assert re.search("^method +integrated_gradients: no output is floating-point$", described, re.MULTILINE)
 
 
 # docs/command-line.md

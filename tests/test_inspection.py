@@ -130,6 +130,15 @@ def test_odd_names_survive_the_starter(tmp_path: Path, name: str) -> None:
     assert starter_config(inspect_file(save(proto, tmp_path)).starter, tmp_path).inputs[0].name == name
 
 
+def test_why_integers_have_no_gradient_is_told(tmp_path: Path) -> None:
+    nodes = [node("Cast", ["ids"], ["y"], to=TensorProto.FLOAT)]
+    proto = model(nodes, [("ids", ["batch", 3], TensorProto.INT64)], [("y", ["batch", 3])])
+    found = inspect_file(save(proto, tmp_path))
+
+    assert (found.gradient_mode, found.gaps) == ("black_box", ())
+    assert found.undifferentiable_reason == "no input is floating-point"
+
+
 def test_a_fixed_batch_and_gaps_are_told(tmp_path: Path) -> None:
     nodes = [
         node("Concat", ["x", "token"], ["both"], axis=0),

@@ -36,6 +36,7 @@ class Inspection:
         signature: inputs and outputs, or None where the file was refused or does not tell them.
         fixed_batch: the file accepts one row at a time only.
         gradient_mode: "gradient_graph", "autograd" or "black_box"; "" where the file was refused.
+        undifferentiable_reason: why there is no gradient whatever the operators are, or "".
         operators: how often each operator occurs, the most frequent first; ONNX only.
         gaps: operators that have no gradient.
         layers: floating-point tensors that a person can pick for layer methods; ONNX only.
@@ -49,6 +50,7 @@ class Inspection:
     signature: Signature | None = None
     fixed_batch: bool = False
     gradient_mode: str = ""
+    undifferentiable_reason: str = ""
     operators: Mapping[str, int] = field(default_factory=dict)
     gaps: tuple[OperatorGap, ...] = ()
     layers: tuple[Layer, ...] = ()
@@ -79,6 +81,7 @@ def inspect_file(path: Path, trials: Trials | None = None) -> Inspection:
         signature=loaded.signature,
         fixed_batch=loaded.fixed_batch,
         gradient_mode=loaded.gradient_mode,
+        undifferentiable_reason=loaded.signature.undifferentiable_reason,
         gaps=loaded.gaps,
         layers=loaded.layers,
         starter=_starter(loaded.signature, found.sha256),

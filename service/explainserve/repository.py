@@ -153,11 +153,11 @@ class ServedModel:
         if self.loaded.gaps:
             first = "; ".join(f"{gap.operator} ({gap.node}): {gap.reason}" for gap in self.loaded.gaps[:3])
             return f"{len(self.loaded.gaps)} operators have no gradient: {first}"
-        return "" if self.signature.differentiable_inputs else "no input is floating-point"
+        return self.signature.undifferentiable_reason
 
     def check_differentiable(self) -> None:
-        """Raises Unsupported (NOT_DIFFERENTIABLE) where an operator has no gradient; GetModel lists all of them."""
-        if self.loaded.gaps:
+        """Raises Unsupported (NOT_DIFFERENTIABLE) where no gradient can be taken; GetModel says why, with all gaps."""
+        if not self.differentiable:
             raise Unsupported(
                 "NOT_DIFFERENTIABLE",
                 f"model {self.name!r} has no gradient: {self.undifferentiable_reason}",

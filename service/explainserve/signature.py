@@ -253,6 +253,18 @@ class Signature:
         """Names of the floating-point inputs."""
         return tuple(spec.name for spec in self.inputs if spec.differentiable)
 
+    @property
+    def differentiable_outputs(self) -> tuple[str, ...]:
+        """Names of the floating-point outputs."""
+        return tuple(spec.name for spec in self.outputs if np.issubdtype(spec.dtype, np.floating))
+
+    @property
+    def undifferentiable_reason(self) -> str:
+        """Why no gradient can be taken, whatever operators lie between inputs and outputs, or ""."""
+        if not self.differentiable_inputs:
+            return "no input is floating-point"
+        return "" if self.differentiable_outputs else "no output is floating-point"
+
 
 def element_count(shape: tuple[int, ...]) -> int:
     """Number of elements of a shape."""

@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto
 
 import onnx_graphs
 from explainserve.v1 import explainer_service_pb2 as pb
@@ -225,6 +226,31 @@ def test_a_file_that_crashes_the_libraries_is_listed_and_the_others_are_served(
     assert {models[name].state for name in CRASHERS} == {FAILED}
     assert "MODEL_CRASHES" in {models[name].error_reason for name in CRASHERS}
     assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_FAILED")
+
+
+@pytest.mark.parametrize(
+    ("last", "kind"),
+    [
+        (node("ArgMax", ["x"], ["y"], axis=1, keepdims=1), TensorProto.INT64),
+        (node("Cast", ["x"], ["y"], to=TensorProto.BOOL), TensorProto.BOOL),
+    ],
+    ids=["integers", "booleans"],
+)
+def test_model_without_a_floating_point_output_says_why_it_has_no_gradient_as_the_refusal_does(
+    serve: Callable[..., Loopback], tmp_path: Path, last: onnx.NodeProto, kind: int
+) -> None:
+    proto = onnx_graphs.model([last], [("x", ["batch", 3])], [("y", ["batch", "n"], kind)])
+    save(proto, tmp_path / "discrete" / "1")
+    stub = serve(models=tmp_path).stub
+
+    own = model(stub, "discrete")
+    refused = refusal(lambda: stub.Explain(request("discrete", {"x": np.ones((1, 3), np.float32)}), timeout=60))
+
+    (method,) = own.methods
+    assert not own.differentiable and not method.supported
+    assert method.reason == "no output is floating-point"
+    assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NOT_DIFFERENTIABLE")
+    assert method.reason in refused.message
 
 
 def test_model_without_a_floating_point_input_supports_no_gradient(stub: ExplainerServiceStub) -> None:

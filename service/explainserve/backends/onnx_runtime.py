@@ -134,8 +134,7 @@ class OnnxModel:
 
     @property
     def _has_gradient(self) -> bool:
-        outputs = [spec for spec in self.signature.outputs if np.issubdtype(spec.dtype, np.floating)]
-        return bool(outputs and self.signature.differentiable_inputs and not self.gaps)
+        return not (self.signature.undifferentiable_reason or self.gaps)
 
     def _function(self, function: Differentiation) -> _Function:
         if function not in self._functions:
@@ -149,8 +148,7 @@ class OnnxModel:
 
     def verify(self) -> None:
         """Gives up gradients where those of its device differ from those on the CPU."""
-        outputs = [spec.name for spec in self.signature.outputs if np.issubdtype(spec.dtype, np.floating)]
-        for output in outputs if self._has_gradient and self.device != "cpu" else ():
+        for output in self.signature.differentiable_outputs if self._has_gradient and self.device != "cpu" else ():
             function = Differentiation(output, ScoreHead.IDENTITY, self.signature.differentiable_inputs)
             try:
                 self._function(function)
@@ -175,7 +173,7 @@ class OnnxModel:
 
     def _gradient(self, function: Differentiation) -> _Function:
         if not self._has_gradient:
-            raise _not_differentiable(self.gaps)
+            raise _not_differentiable(self.gaps, self.signature.undifferentiable_reason)
         graph, score = self._with_head(function)
         result = self._cache.get(cache_key(graph, function.wrt, score), lambda: self._built(graph, function.wrt, score))
         if self.device == "cpu" and not self._options.share_weights:
@@ -348,12 +346,13 @@ def _work_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 def _gaps(graph: onnx.ModelProto, signature: Signature, weights: Weights) -> tuple[OperatorGap, ...]:
     """All that stands between any floating-point output and the floating-point inputs, each once."""
     wrt = signature.differentiable_inputs
-    outputs = [spec.name for spec in signature.outputs if np.issubdtype(spec.dtype, np.floating)]
-    if not wrt:
+    if signature.undifferentiable_reason:
         return ()
     arrays = weights.of(graph)
     try:
-        found = [gap for output in outputs for gap in find_gaps(graph, wrt, output, weights=arrays)]
+        found = [
+            gap for output in signature.differentiable_outputs for gap in find_gaps(graph, wrt, output, weights=arrays)
+        ]
     except ValueError as error:  # what onnxruntime evaluates need not be a graph by the rules
         return (OperatorGap("the graph", "", str(error), "check the file with onnx.checker.check_model"),)
     return tuple(dict.fromkeys(_operator_gaps(found)))
@@ -376,11 +375,11 @@ def _operator_gaps(gaps: Iterable[Gap]) -> tuple[OperatorGap, ...]:
     )
 
 
-def _not_differentiable(gaps: tuple[OperatorGap, ...]) -> Unsupported:
+def _not_differentiable(gaps: tuple[OperatorGap, ...], reason: str = "") -> Unsupported:
     first = "; ".join(f"{gap.operator} ({gap.node}): {gap.reason}" for gap in gaps[:NAMED_GAPS])
     return Unsupported(
         "NOT_DIFFERENTIABLE",
-        f"the model has no gradient: {first or 'no floating-point input or output'}",
+        f"the model has no gradient: {first or reason}",
         gaps=first,
         gap_count=len(gaps),
     )

@@ -170,7 +170,7 @@ def _output_rows(signature: Signature, instances: Sequence[Tensors]) -> Iterator
 
 def _gradient_comparisons(model: LoadedModel, instances: Sequence[Tensors]) -> Iterator[_Comparison]:
     """Comparisons of the outputs that have a gradient."""
-    if model.gaps or not model.signature.differentiable_inputs:
+    if model.gaps or model.signature.undifferentiable_reason:
         return
     for rows in gradient_rows(model.signature, instances):
         try:

@@ -17,7 +17,7 @@ def gradient_gaps(model: LoadedModel, captured_no_grad: bool) -> tuple[OperatorG
     Raises:
         ModelRefused: no gradient flows because the file switches it off (NO_GRADIENT).
     """
-    if not model.signature.differentiable_inputs:
+    if model.signature.undifferentiable_reason:
         return ()
     if _has_gradient(model) is not False:
         return ()

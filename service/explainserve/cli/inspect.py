@@ -64,6 +64,7 @@ def _comments(found: Inspection) -> list[str]:
         "format": found.format,
         "sha256": found.sha256,
         "gradients": found.gradient_mode,
+        "no gradient": found.undifferentiable_reason,
         "batch": "fixed: one row at a time" if found.fixed_batch else "",
         "operators": operators,
         "refused": "" if found.refusal is None else f"{found.refusal.reason}: {found.refusal.message}",
