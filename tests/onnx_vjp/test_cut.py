@@ -143,6 +143,16 @@ def test_layers_tell_which_of_them_are_bypassed() -> None:
     assert (found["stem"].operator, found["stem"].shape) == ("MatMul", ("n", 3))
 
 
+def test_a_tensor_whose_type_is_not_known_is_neither_offered_nor_cut() -> None:
+    graph = model([node("Exp", "x", "h"), node("Relu", "h", "r"), node("Neg", "r", "y")], {"x": [3]}, ["y"])
+    graph.graph.node[0].op_type, graph.graph.node[0].domain = "Own", "elsewhere"
+    graph.opset_import.append(helper.make_opsetid("elsewhere", 1))
+    del graph.graph.value_info[:]
+    assert layers(graph) == ()
+    with pytest.raises(ValueError, match="the type of tensor 'r' is not known"):
+        cut(graph, ["r"])
+
+
 def test_layers_that_a_runtime_has_fused_are_offered() -> None:
     weights = {"w": np.eye(3, dtype=np.float32)}
     nodes = [node("MatMul", "x w", "h"), node("Relu", "h", "r"), node("Neg", "r", "y")]

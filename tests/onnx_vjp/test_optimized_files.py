@@ -190,6 +190,45 @@ def test_layers_in_blocks_are_offered_as_they_are_cut(tmp_path: Path) -> None:
         assert bool(layer.bypassed) == bool(parts.bypasses)
 
 
+def fused_model() -> onnx.ModelProto:
+    """A convolution and a product that onnxruntime fuses with what activates them, and layers behind each."""
+    generator = np.random.default_rng(9)
+    constants = {
+        "kernel": generator.standard_normal((6, 3, 3, 3)).astype(np.float32),
+        "weights": generator.standard_normal((24, 5)).astype(np.float32),
+        "bias": generator.standard_normal(5).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "kernel"], ["conv"]),
+        helper.make_node("Relu", ["conv"], ["relu"]),
+        helper.make_node("MaxPool", ["relu"], ["pool"], kernel_shape=[3, 3], strides=[3, 3]),
+        helper.make_node("Flatten", ["pool"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "weights", "bias"], ["gemm"], alpha=0.1),
+        helper.make_node("Tanh", ["gemm"], ["tanh"]),
+        helper.make_node("Mul", ["tanh", "tanh"], ["square"]),
+        helper.make_node("Neg", ["square"], ["y"]),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 8, 8])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 5])
+    stored = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "fused", [x], [y], stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("level", ["extended", "all"])
+def test_every_layer_of_an_optimized_file_can_be_cut(tmp_path: Path, level: str) -> None:
+    file = optimized(fused_model(), level, tmp_path)
+    x = np.random.default_rng(3).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    expected = evaluate(file, {"x": x}, ["y"])[0]
+    offered = layers(file)
+    assert {"FusedGemm", "MaxPool", "Mul"} <= {layer.operator for layer in offered}
+    for layer in offered:
+        parts = cut(file, [layer.name])
+        (value,) = evaluate(parts.before, {"x": x}, [layer.name])
+        assert layer.shape == ("batch", *value.shape[1:])
+        np.testing.assert_allclose(evaluate(parts.after, {layer.name: value}, ["y"])[0], expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize("table", ["guided_backpropagation", "deconvnet"])
 def test_gradient_rules_reach_fused_rectifiers(tmp_path: Path, table: str) -> None:
     model = image_model()

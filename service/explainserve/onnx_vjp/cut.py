@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import onnx
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
-from explainserve.onnx_vjp.functions import lay_out_plainly
+from explainserve.onnx_vjp.functions import make_readable
 from explainserve.onnx_vjp.graph import Graph, consumed
 from explainserve.onnx_vjp.malformed import malformed_as_value_error
 from explainserve.onnx_vjp.opset import prepared
@@ -51,13 +51,13 @@ def cut(model: onnx.ModelProto, tensors: Sequence[str]) -> Cut:
     """Split `model` at intermediate tensors of any type; none of them may be an input.
 
     Raises ValueError for a malformed graph, for a tensor that does not exist or is an input, for one that no output
-    depends on, and for one that depends on another of `tensors`; UnsupportedOperators for nodes of old operator sets
-    that newer ones have no form of.
+    depends on or whose type is not known, and for one that depends on another of `tensors`; UnsupportedOperators for
+    nodes of old operator sets that newer ones have no form of.
     """
     plain = prepared(model)
     check_well_formed(plain)
     graph = Graph(plain)
-    lay_out_plainly(graph)
+    make_readable(graph)
     wanted = tuple(dict.fromkeys(tensors))
     outputs = [value.name for value in graph.proto.graph.output]
     reached = _checked(graph, wanted, outputs)
@@ -84,6 +84,8 @@ def _checked(graph: Graph, wanted: Sequence[str], outputs: Sequence[str]) -> lis
             raise ValueError(f"tensor '{min(others)}' depends on '{name}': only one of them can be cut")
         if not found.intersection(outputs):
             raise ValueError(f"no output depends on tensor '{name}'")
+        if graph.dtype(name) == TensorProto.UNDEFINED:
+            raise ValueError(f"the type of tensor '{name}' is not known: state it in the file")
         reached |= found
     return [name for name in outputs if name in reached]
 

@@ -100,25 +100,37 @@ def _counted_by_scalars(graph: Graph, node: NodeProto) -> list[NodeProto] | None
     return parts
 
 
-def lay_out_plainly(graph: Graph) -> None:
-    """Replace every node whose values are laid out otherwise than their shapes say, so that each tensor can be read by
-    itself. Raises ValueError where one cannot be.
+def make_readable(graph: Graph) -> None:
+    """Make each tensor one that can be read by itself: replace every node whose values are laid out otherwise than
+    their shapes say, and every composition of whose outputs shape inference does not find the types. Raises ValueError
+    where one cannot be laid out plainly; an output whose type nothing tells is left without.
     """
     nodes: list[NodeProto] = []
+    replaced = False
     for node in graph.nodes:
-        state = state_in(standard(), graph, node)
-        if isinstance(state, Composition) and state.everywhere:
-            try:
-                nodes += _composed(graph, node, state)
-            except Refusal as refusal:
-                raise ValueError(f"{node.op_type} '{node.output[0]}': {refusal.reason}; {refusal.remedy}") from refusal
-        else:
-            nodes.append(node)
-            if _is_opaque(graph, node):
-                graph.register(node)
-    if len(nodes) != len(graph.nodes):
+        parts = _readable(graph, node)
+        replaced |= parts is not None
+        nodes += [node] if parts is None else parts
+    if replaced:
         graph.rewrite(nodes)
         graph.infer_again()
+
+
+def _readable(graph: Graph, node: NodeProto) -> list[NodeProto] | None:
+    """What replaces a node of which an output could not be read by itself, or None."""
+    state = state_in(standard(), graph, node)
+    everywhere = isinstance(state, Composition) and state.everywhere
+    if not everywhere and _is_opaque(graph, node):
+        graph.register(node)  # what it reads may be known by now
+    untyped = any(name and graph.dtype(name) == TensorProto.UNDEFINED for name in node.output)
+    if not isinstance(state, Composition) or not (everywhere or untyped):
+        return None
+    try:
+        return _composed(graph, node, state)
+    except Refusal as refusal:
+        if everywhere:
+            raise ValueError(f"{node.op_type} '{node.output[0]}': {refusal.reason}; {refusal.remedy}") from refusal
+        return None
 
 
 def _replacement(graph: Graph, node: NodeProto, table: Table, refusals: dict[str, Refusal]) -> list[NodeProto] | None:

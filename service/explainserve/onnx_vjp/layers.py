@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import onnx
 from onnx import NodeProto
 
-from explainserve.onnx_vjp.functions import lay_out_plainly
-from explainserve.onnx_vjp.graph import Graph
+from explainserve.onnx_vjp.functions import make_readable
+from explainserve.onnx_vjp.graph import FLOATS, Graph
 from explainserve.onnx_vjp.malformed import malformed_as_value_error
 from explainserve.onnx_vjp.opset import prepared
 from explainserve.onnx_vjp.registry import canonical_domain
@@ -66,7 +66,7 @@ def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
     """
     graph = Graph(prepared(model))
     offered = list(_offered(graph))
-    lay_out_plainly(graph)
+    make_readable(graph)
     outputs = [value.name for value in graph.proto.graph.output]
     sources = [value.name for value in graph.proto.graph.input]
     reach = {source: dependents(graph.nodes, source) for source in sources}
@@ -80,7 +80,7 @@ def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
             tuple(source for source in sources if name in reach[source] and name not in narrow[source]),
         )
         for node, name in offered
-        if graph.is_float(name) and name not in outputs and any(name in reach[source] for source in sources)
+        if graph.dtype(name) in FLOATS and name not in outputs and any(name in reach[source] for source in sources)
     )
 
 
