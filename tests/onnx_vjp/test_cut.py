@@ -143,6 +143,52 @@ def test_layers_tell_which_of_them_are_bypassed() -> None:
     assert (found["stem"].operator, found["stem"].shape) == ("MatMul", ("n", 3))
 
 
+def with_two_outputs() -> onnx.ModelProto:
+    """'hidden' is all that 'y' depends on, and the other output reads 'stem' beside it."""
+    nodes = [
+        node("Relu", "x", "stem"),
+        node("Tanh", "stem", "hidden"),
+        node("Neg", "hidden", "y"),
+        node("Exp", "stem", "apart"),
+    ]
+    return model(nodes, {"x": ["n", 4]}, ["y", "apart"])
+
+
+def test_a_route_to_an_output_that_does_not_depend_on_a_layer_is_no_bypass() -> None:
+    graph = with_two_outputs()
+    assert {layer.name: layer.bypassed for layer in layers(graph)} == {"stem": (), "hidden": ()}
+    assert cut(graph, ["hidden"]).bypasses == ()
+
+
+def test_an_input_of_which_a_layer_reads_the_size_alone_does_not_bypass_it() -> None:
+    nodes = [node("Shape", "mask", "size"), node("Reshape", "x size", "r"), node("Relu", "r", "h")]
+    graph = model([*nodes, node("Mul", "h mask", "y")], {"x": [4], "mask": [2, 2]}, ["y"])
+    assert [(layer.name, layer.bypassed) for layer in layers(graph)] == [("h", ())]
+    assert cut(graph, ["h"]).bypasses == ()
+
+
+@pytest.mark.parametrize("used", ["states", "last"])
+def test_of_a_recurrent_layer_the_outputs_that_are_used_are_offered(used: str) -> None:
+    """Which of them is used, exporters and their versions decide differently."""
+    generator = np.random.default_rng(5)
+    weights = {
+        "w": generator.standard_normal((1, 9, 2)).astype(np.float32),
+        "r": generator.standard_normal((1, 9, 3)).astype(np.float32),
+    }
+    nodes = [node("GRU", "x w r", "states last", hidden_size=3), node("Exp", used, "y")]
+    graph = model(nodes, {"x": [5, "n", 2]}, ["y"], weights)
+    (layer,) = layers(graph)
+    assert (layer.name, layer.operator, layer.bypassed) == (used, "GRU", ())
+    parts, x = cut(graph, [used]), generator.standard_normal((5, 2, 2)).astype(np.float32)
+    (found,) = run(parts.before, {"x": x}, [used])
+    np.testing.assert_allclose(run(parts.after, {used: found}, ["y"])[0], run(graph, {"x": x}, ["y"])[0], rtol=1e-6)
+
+
+def test_what_no_output_depends_on_is_not_offered() -> None:
+    graph = model([node("Relu", "x", "dead"), node("Tanh", "x", "h"), node("Neg", "h", "y")], {"x": [3]}, ["y"])
+    assert [layer.name for layer in layers(graph)] == ["h"]
+
+
 def test_a_tensor_whose_type_is_not_known_is_neither_offered_nor_cut() -> None:
     graph = model([node("Exp", "x", "h"), node("Relu", "h", "r"), node("Neg", "r", "y")], {"x": [3]}, ["y"])
     graph.graph.node[0].op_type, graph.graph.node[0].domain = "Own", "elsewhere"
@@ -165,20 +211,19 @@ def test_layers_that_a_runtime_has_fused_are_offered() -> None:
 def test_bypassed_layers_are_those_whose_cut_has_a_bypass() -> None:
     """Two ways to the same answer: a sweep over all tensors at once, and a search per tensor."""
     generator = np.random.default_rng(11)
+    bypassed = []
     for _ in range(30):
-        names = ["x"]
+        names = ["a", "b"]
         nodes = []
         for index in range(8):
-            a, b = generator.choice(names, 2)
-            nodes.append(node("Add", f"{a} {b}", f"t{index}"))
+            nodes.append(node("Add", " ".join(generator.choice(names, 2)), f"t{index}"))
             names.append(f"t{index}")
-        graph = model(nodes, {"x": [2]}, ["t7"])
+        graph = model(nodes, {"a": [2], "b": [2]}, ["t6", "t7"])
         for layer in layers(graph):
-            try:
-                expected = cut(graph, [layer.name]).bypasses
-            except ValueError:
-                continue  # no output depends on it
-            assert bool(layer.bypassed) == bool(expected), (layer.name, graph)
+            expected = {bypass.input for bypass in cut(graph, [layer.name]).bypasses}
+            assert set(layer.bypassed) == expected, (layer.name, graph)
+            bypassed.append(len(expected))
+    assert set(bypassed) == {0, 1, 2}
 
 
 def test_a_module_path_is_read_from_the_exporters_metadata() -> None:

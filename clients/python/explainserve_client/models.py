@@ -224,7 +224,7 @@ class Layer:
     Attributes:
         operator, module: what computes it; "" where the file does not tell.
         axes: the batch axis included; empty where even their number is unknown.
-        bypassing_inputs: inputs whose values reach an output around this tensor too.
+        bypassing_inputs: inputs whose values reach this tensor, and around it too an output that depends on it.
         configured: the model's configuration names it.
     """
 

@@ -48,7 +48,7 @@ class Layer:
     Attributes:
         module: path of the module that computes it, "" where the exporter does not tell.
         axes: the batch axis included; empty where even their number is unknown.
-        bypassing_inputs: inputs whose values reach an output around this tensor too.
+        bypassing_inputs: inputs whose values reach this tensor, and around it too an output that depends on it.
     """
 
     name: str

@@ -109,7 +109,7 @@ class _Layer(Protocol):
 
 
 def layer_lines(layers: Sequence[_Layer]) -> list[str]:
-    """The layers that all of the model's values pass through, one a line, and how many others there are."""
+    """The layers that no route to an output of theirs bypasses, one a line, and how many others there are."""
     through = [layer for layer in layers if not layer.bypassing_inputs]
     lines = [" ".join(filter(None, (layer.name, layer.operator, layer.module))) for layer in through]
     others = len(layers) - len(through)

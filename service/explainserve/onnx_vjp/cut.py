@@ -66,7 +66,7 @@ def cut(model: onnx.ModelProto, tensors: Sequence[str]) -> Cut:
     return Cut(
         _part(graph, before, [], wanted),
         _part(graph, after, wanted, reached),
-        tuple(_bypasses(graph, before, wanted, reached)),
+        tuple(_bypasses(graph, wanted, reached)),
     )
 
 
@@ -119,8 +119,9 @@ def _part(graph: Graph, nodes: Sequence[NodeProto], given: Sequence[str], result
     return graph.part(nodes, inputs, [declared.get(name) or graph.value_info(name, name) for name in results])
 
 
-def _bypasses(graph: Graph, before: Sequence[NodeProto], wanted: Sequence[str], outputs: Sequence[str]) -> list[Bypass]:
-    read = {name for node in before for name in consumed(node)}
-    sources = [value.name for value in graph.proto.graph.input if value.name in read]
+def _bypasses(graph: Graph, wanted: Collection[str], outputs: Sequence[str]) -> list[Bypass]:
+    """One route around the cut for each input whose values reach a cut tensor, where there is one."""
+    inputs = (value.name for value in graph.proto.graph.input)
+    sources = (source for source in inputs if not dependents(graph.nodes, source).isdisjoint(wanted))
     routes = (around(graph.nodes, source, outputs, wanted) for source in sources)
     return [Bypass(route[0], route[-1], route) for route in routes if route]

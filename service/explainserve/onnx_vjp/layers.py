@@ -14,7 +14,7 @@ from explainserve.onnx_vjp.graph import FLOATS, Graph
 from explainserve.onnx_vjp.malformed import malformed_as_value_error
 from explainserve.onnx_vjp.opset import prepared
 from explainserve.onnx_vjp.registry import canonical_domain
-from explainserve.onnx_vjp.routes import bottlenecks, dependents
+from explainserve.onnx_vjp.routes import bypassed, dependents, outputs_reached
 from explainserve.onnx_vjp.shapes import Shape
 
 OPERATORS: Mapping[str, frozenset[str]] = {
@@ -47,7 +47,8 @@ class Layer:
     `module` is the path of the module that computes it, where the exporter tells (`layer1.0.conv1`), else empty.
     `shape` has an int, a symbol or None (unknown) per axis, or is None where even the rank is unknown; of a tensor that
     the file lays out in blocks it is that of `cut`, with the channels of zeros that fill up the last block. `bypassed`
-    names the inputs whose values reach an output around the tensor too, such as past a branch of a residual block.
+    names the inputs whose values reach the tensor, and around it too an output that depends on it, such as past a
+    branch of a residual block. They are those of the `bypasses` of its cut.
     """
 
     name: str
@@ -59,7 +60,8 @@ class Layer:
 
 @malformed_as_value_error()
 def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
-    """The tensors of a model that OPERATORS compute from its inputs, in topological order.
+    """The tensors that OPERATORS compute from a model's inputs and that an output depends on, in topological order: of
+    a recurrent layer, each of its outputs that is used.
 
     Raises ValueError for a malformed graph, and for one of which `cut` could not read the tensors; UnsupportedOperators
     for nodes of old operator sets that newer ones have no form of.
@@ -68,27 +70,30 @@ def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
     offered = list(_offered(graph))
     make_readable(graph)
     outputs = [value.name for value in graph.proto.graph.output]
+    reached = outputs_reached(graph.nodes, outputs)
     sources = [value.name for value in graph.proto.graph.input]
-    reach = {source: dependents(graph.nodes, source) for source in sources}
-    narrow = {source: bottlenecks(graph.nodes, source, outputs) for source in sources}
+    dependent = {source: dependents(graph.nodes, source) for source in sources}
+    around = {source: bypassed(graph.nodes, source, reached) for source in sources}
     return tuple(
         Layer(
             name,
             node.op_type,
             _module(node),
             graph.shape(name),
-            tuple(source for source in sources if name in reach[source] and name not in narrow[source]),
+            tuple(source for source in sources if name in around[source]),
         )
         for node, name in offered
-        if graph.dtype(name) in FLOATS and name not in outputs and any(name in reach[source] for source in sources)
+        if graph.dtype(name) in FLOATS
+        and name not in outputs
+        and reached.get(name)
+        and any(name in dependent[source] for source in sources)
     )
 
 
 def _offered(graph: Graph) -> Iterator[tuple[NodeProto, str]]:
     for node in graph.nodes:
-        name = node.output[0]
         if node.op_type in OPERATORS.get(canonical_domain(node.domain), ()):
-            yield node, name
+            yield from ((node, name) for name in node.output if name)
 
 
 def _module(node: NodeProto) -> str:

@@ -1,13 +1,13 @@
-"""By which routes the values of an input reach the outputs, and which tensors all of them pass through.
+"""By which routes the values of an input reach the outputs, and which tensors they lead around.
 
-A route follows every operator but those that read sizes or types alone. A tensor t is on every route from an input
-exactly when, in topological order, no other tensor that depends on the input is still to be read once t is there: an
-ancestor that is read later would lead around t.
+A route follows every operator but those that read sizes or types alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import reduce
 
 from onnx import NodeProto
 
@@ -27,26 +27,24 @@ def dependents(nodes: Sequence[NodeProto], source: str) -> set[str]:
     return found
 
 
-def bottlenecks(nodes: Sequence[NodeProto], source: str, outputs: Collection[str]) -> set[str]:
-    """The tensors that every route from `source` to any of `outputs` passes through; `source` is one of them."""
-    route = _on_route(nodes, dependents(nodes, source), outputs)
-    pending = dict.fromkeys(route, 0) | dict.fromkeys(route.intersection(outputs), 1)
-    for node in nodes:
-        for name in _read_on_route(node, route):
-            pending[name] += 1
-    found, waiting = ({source} if source in route else set()), {source} & route
-    for node in nodes:
-        written = route.intersection(node.output)
-        if not written:
-            continue
-        for name in _read_on_route(node, route):
-            pending[name] -= 1
-            if not pending[name]:
-                waiting.discard(name)
-        waiting |= written
-        if len(waiting) == 1:
-            found |= waiting
-    return found
+def outputs_reached(nodes: Sequence[NodeProto], outputs: Collection[str]) -> dict[str, set[str]]:
+    """The outputs that depend on the values of each tensor; no entry, or an empty one, where none does."""
+    reached = {name: {name} for name in outputs}
+    for node in reversed(nodes):
+        found = set().union(*(reached.get(name, ()) for name in node.output))
+        for name in values_read(node):
+            reached.setdefault(name, set()).update(found)
+    return reached
+
+
+def bypassed(nodes: Sequence[NodeProto], source: str, reached: Mapping[str, Collection[str]]) -> set[str]:
+    """The tensors that depend on `source`, while a route from it to one of the outputs that they reach leads around
+    them. `reached` is what `outputs_reached` finds.
+    """
+    dominators = _immediate_dominators(nodes, source)
+    ends = {name for names in reached.values() for name in names}.intersection(dominators)
+    dominated = Counter(name for end in ends for name in _back(dominators, end, source))
+    return {name for name in dominators if dominated[name] < len(reached.get(name, ()))}
 
 
 def around(nodes: Sequence[NodeProto], source: str, outputs: Collection[str], cut: Collection[str]) -> tuple[str, ...]:
@@ -66,20 +64,33 @@ def values_read(node: NodeProto) -> list[str]:
     return consumed(node)[:count]
 
 
-def _back(parents: dict[str, str], name: str, source: str) -> Iterator[str]:
+def _immediate_dominators(nodes: Sequence[NodeProto], source: str) -> dict[str, str]:
+    """For each tensor that depends on `source`, the last one before it that every route from `source` to it passes.
+
+    As Cooper, Harvey and Kennedy, "A Simple, Fast Dominance Algorithm" (2001), of which one sweep is enough where
+    nothing is cyclic.
+    """
+    dominators, depths = {source: source}, {source: 0}
+
+    def common(one: str, other: str) -> str:
+        while one != other:
+            if depths[one] < depths[other]:
+                one, other = other, one
+            one = dominators[one]
+        return one
+
+    for node in nodes:
+        read = [name for name in values_read(node) if name in depths]
+        if read:
+            last = reduce(common, read)
+            dominators.update((name, last) for name in node.output if name)
+            depths.update((name, depths[last] + 1) for name in node.output if name)
+    return dominators
+
+
+def _back(parents: Mapping[str, str], name: str, source: str) -> Iterator[str]:
+    """A tensor and its parents, up to `source`."""
     while name != source:
         yield name
         name = parents[name]
     yield source
-
-
-def _on_route(nodes: Sequence[NodeProto], dependent: set[str], outputs: Collection[str]) -> set[str]:
-    route = dependent.intersection(outputs)
-    for node in reversed(nodes):
-        if route.intersection(node.output):
-            route |= dependent.intersection(values_read(node))
-    return route
-
-
-def _read_on_route(node: NodeProto, route: set[str]) -> set[str]:
-    return route.intersection(values_read(node)) if route.intersection(node.output) else set()

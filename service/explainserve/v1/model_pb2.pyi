@@ -619,8 +619,8 @@ class Layer(_message.Message):
 
     @_builtins.property
     def bypassing_inputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Inputs whose values reach an output around this tensor too, such as past a branch of a residual block: what is found
-        of the tensor is then not all that these inputs do.
+        """Inputs whose values reach this tensor, and around it too an output that depends on it, such as past a branch of a
+        residual block: what is found of the tensor is then not all that these inputs do.
         """
 
     def __init__(
