@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import NodeProto, TensorProto
 
+from explainserve.onnx_vjp.arguments import check_model, tensor_names
 from explainserve.onnx_vjp.functions import make_readable
 from explainserve.onnx_vjp.graph import Graph, consumed
 from explainserve.onnx_vjp.malformed import malformed_as_value_error
@@ -46,19 +47,23 @@ class Cut:
     bypasses: tuple[Bypass, ...]
 
 
-@malformed_as_value_error()
 def cut(model: onnx.ModelProto, tensors: Sequence[str]) -> Cut:
     """Split `model` at intermediate tensors of any type; none of them may be an input.
 
     Raises ValueError for a malformed graph, for a tensor that does not exist or is an input, for one that no output
     depends on or whose type is not known, and for one that depends on another of `tensors`; UnsupportedOperators for
-    nodes of old operator sets that newer ones have no form of.
+    nodes of old operator sets that newer ones have no form of; TypeError for an argument of another type.
     """
+    check_model(model)
+    return _cut(model, tensor_names("tensors", tensors))
+
+
+@malformed_as_value_error()
+def _cut(model: onnx.ModelProto, wanted: tuple[str, ...]) -> Cut:
     plain = prepared(model)
     check_well_formed(plain)
     graph = Graph(plain)
     make_readable(graph)
-    wanted = tuple(dict.fromkeys(tensors))
     outputs = [value.name for value in graph.proto.graph.output]
     reached = _checked(graph, wanted, outputs)
     before = _needed(graph.nodes, wanted, ())

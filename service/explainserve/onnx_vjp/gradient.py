@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper
 
+from explainserve.onnx_vjp.arguments import check_model, check_type, tensor_names
 from explainserve.onnx_vjp.emitter import Emitter
 from explainserve.onnx_vjp.gaps import Gap, UnsupportedOperators
 from explainserve.onnx_vjp.graph import Graph, consumed
@@ -49,7 +50,6 @@ class GradientGraph:
         return name
 
 
-@malformed_as_value_error()
 def input_gradient(
     model: onnx.ModelProto,
     wrt: Sequence[str],
@@ -67,16 +67,16 @@ def input_gradient(
     them too.
 
     Raises ValueError for a malformed graph and for a tensor that does not exist or is not float, UnsupportedOperators
-    with every gap of the path, MemoryError, and nothing else. ONNX's own shape inference, which is native code, can
-    crash on a malformed graph: give files of strangers to a process that may.
+    with every gap of the path, MemoryError, TypeError for an argument of another type, and nothing else. ONNX's own
+    shape inference, which is native code, can crash on a malformed graph: give files of strangers to a process that
+    may.
     """
-    differentiation = _Differentiation(model, wrt, of, standard() if rules is None else rules, weights)
+    differentiation = _differentiation(model, wrt, of, rules, weights)
     if differentiation.gaps:
         raise UnsupportedOperators(differentiation.gaps)
     return differentiation.result()
 
 
-@malformed_as_value_error()
 def find_gaps(
     model: onnx.ModelProto,
     wrt: Sequence[str],
@@ -87,28 +87,46 @@ def find_gaps(
 ) -> list[Gap]:
     """Everything that `input_gradient` would refuse. An empty list means that the gradient exists.
 
-    Raises ValueError and MemoryError as `input_gradient` does.
+    Raises ValueError, TypeError and MemoryError as `input_gradient` does.
     """
     try:
-        return _Differentiation(model, wrt, of, standard() if rules is None else rules, weights).gaps
+        return _differentiation(model, wrt, of, rules, weights).gaps
     except UnsupportedOperators as error:
         return list(error.gaps)
 
 
+def _differentiation(
+    model: onnx.ModelProto,
+    wrt: Sequence[str],
+    of: str | Sequence[str],
+    rules: Table | None,
+    weights: Weights | None,
+) -> _Differentiation:
+    """Checks the arguments that callers gave, and reads the graph. Raises what `input_gradient` does."""
+    check_model(model)
+    sources = tensor_names("wrt", wrt)
+    targets = tensor_names("of", [of] if isinstance(of, str | bytes) else of)
+    table = standard() if rules is None else rules
+    check_type("rules", table, Table, "a Table, such as those of GRADIENT_RULES")
+    if weights is not None:
+        check_type("weights", weights, Mapping, "a mapping from names to arrays")
+    return _Differentiation(model, sources, targets, table, weights)
+
+
 class _Differentiation:
+    @malformed_as_value_error()
     def __init__(
         self,
         model: onnx.ModelProto,
-        wrt: Sequence[str],
-        of: str | Sequence[str],
+        wrt: tuple[str, ...],
+        of: tuple[str, ...],
         table: Table,
         weights: Weights | None,
     ) -> None:
         plain = prepared(model)
         check_well_formed(plain)
         self.graph = graph = Graph(plain, weights)
-        self.wrt = tuple(dict.fromkeys(wrt))
-        self.of = (of,) if isinstance(of, str) else tuple(dict.fromkeys(of))
+        self.wrt, self.of = wrt, of
         _check_tensors(graph, (*self.wrt, *self.of))
         walk = Walk(graph, self.wrt, self.of, table)
         compares = any(isinstance(state, Rule) and state.compares for state in table.values())
@@ -129,6 +147,7 @@ class _Differentiation:
         self.graph.shapes.assign(name, like)
         return name
 
+    @malformed_as_value_error()
     def result(self) -> GradientGraph:
         graph = self.graph
         names = {name: graph.fresh(f"gradient/{name}") for name in self.wrt}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import NodeProto
 
+from explainserve.onnx_vjp.arguments import check_model
 from explainserve.onnx_vjp.functions import make_readable
 from explainserve.onnx_vjp.graph import FLOATS, Graph
 from explainserve.onnx_vjp.malformed import malformed_as_value_error
@@ -58,14 +59,19 @@ class Layer:
     bypassed: tuple[str, ...]
 
 
-@malformed_as_value_error()
 def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
     """The tensors that OPERATORS compute from a model's inputs and that an output depends on, in topological order: of
     a recurrent layer, each of its outputs that is used.
 
     Raises ValueError for a malformed graph, and for one of which `cut` could not read the tensors; UnsupportedOperators
-    for nodes of old operator sets that newer ones have no form of.
+    for nodes of old operator sets that newer ones have no form of; TypeError for what is no model.
     """
+    check_model(model)
+    return _layers(model)
+
+
+@malformed_as_value_error()
+def _layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
     graph = Graph(prepared(model))
     offered = list(_offered(graph))
     make_readable(graph)
