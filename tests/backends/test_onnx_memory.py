@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 
 from explainserve.backends import gradient_cache, onnx_batch, onnx_runtime, onnx_session
 from explainserve.backends.contract import LoadOptions
@@ -102,6 +102,23 @@ def test_what_a_model_takes_is_told(tmp_path: Path, share_weights: bool) -> None
     expected = gradient(load(tmp_path))
     np.testing.assert_allclose(gradient(loaded), expected, rtol=1e-4, atol=1e-6)
     assert 0 < loaded.memory.gradient_bytes <= KERNEL.nbytes + MATRIX.nbytes
+
+
+def test_small_weights_count_too_those_of_branches_included(tmp_path: Path) -> None:
+    def branch(name: str, weight: np.ndarray) -> onnx.GraphProto:
+        result = helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3])
+        scaled = node("Mul", ["h", f"{name}_weight"], [name])
+        return helper.make_graph([scaled], name, [], [result], [numpy_helper.from_array(weight, f"{name}_weight")])
+
+    small, one, three = np.eye(3, dtype=np.float32), np.ones(1, np.float32), np.ones(3, np.float32)
+    branches = {"then_branch": branch("t", one), "else_branch": branch("e", three)}
+    nodes = [node("MatMul", ["x", "small"], ["h"]), node("If", ["on"], ["y"], **branches)]
+    weights = {"small": small, "on": np.array(True)}
+    proto = model(nodes, [("x", ["batch", 3])], [("y", ["batch", 3])], weights)
+    loaded = onnx_runtime.load(save(proto, tmp_path), ModelConfig(), LoadOptions())
+
+    assert loaded.memory.weight_bytes == small.nbytes + one.nbytes + three.nbytes + weights["on"].nbytes
+    assert loaded.memory.gradient_bytes == 0
 
 
 def test_sharing_weights_that_the_runtime_would_transpose_changes_no_value(tmp_path: Path) -> None:

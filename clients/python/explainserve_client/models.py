@@ -250,8 +250,8 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes that a loaded model takes: the weights of its file, constants that only gradients have, and by how much the
-    server grew when it opened sessions (about right; None where it could not be measured).
+    """Bytes that a loaded model takes: the weights of its file, larger constants that only gradients have, and by how
+    much the server grew when it opened sessions (about right; None where it could not be measured).
     """
 
     weight_bytes: int

@@ -63,8 +63,8 @@ class Memory:
     """Bytes that a loaded model takes.
 
     Attributes:
-        weight_bytes: the weights of the file, held once and shared by all graphs.
-        gradient_bytes: constants that only gradient graphs have, such as flipped kernels.
+        weight_bytes: the initializers of the file; those of 1 KiB and more are held once and shared by all graphs.
+        gradient_bytes: constants of 1 KiB and more that only gradient graphs have, such as flipped kernels.
         session_bytes: by how much the process grew when sessions were opened: weights packed for speed, and buffers.
             Measured, so only about right; None where it cannot be.
     """

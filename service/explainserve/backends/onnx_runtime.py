@@ -24,7 +24,7 @@ from explainserve.backends.onnx_blocks import state_block_size
 from explainserve.backends.onnx_session import QUIET, available_device, open_session, resident_bytes
 from explainserve.backends.onnx_subnormal import flush_subnormals
 from explainserve.backends.onnx_verification import LARGEST_DIFFERENCE, largest_difference
-from explainserve.backends.onnx_weights import Weights
+from explainserve.backends.onnx_weights import Weights, stored_bytes
 from explainserve.backends.probe import FreeExtents, free_extents, gradient_rows, sample_instances
 from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported, first_line, is_out_of_memory
 from explainserve.model_config import ModelConfig
@@ -108,7 +108,8 @@ class OnnxModel:
         }
         self._graph = graph
         self._weights = weights
-        self._file_bytes = weights.byte_count
+        self._held_bytes = weights.byte_count
+        self._file_bytes = self._held_bytes + stored_bytes(graph.graph)
         self._cache = GradientCache(options.cache and options.cache / "gradients")
         self._session_bytes: int | None = 0
         self._unbatched = unbatched
@@ -144,7 +145,7 @@ class OnnxModel:
     @property
     def memory(self) -> Memory:
         """See `contract.LoadedModel`."""
-        return Memory(self._file_bytes, self._weights.byte_count - self._file_bytes, self._session_bytes)
+        return Memory(self._file_bytes, self._weights.byte_count - self._held_bytes, self._session_bytes)
 
     def verify(self) -> None:
         """Gives up gradients where those of its device differ from those on the CPU."""

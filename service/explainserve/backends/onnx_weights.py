@@ -18,6 +18,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from explainserve.onnx_vjp.subgraphs import subgraphs
+
 Array = NDArray[np.generic]
 
 SMALLEST_BYTES = 1 << 10
@@ -88,6 +90,12 @@ class Weights:
 def byte_count(tensor: TensorProto) -> int:
     """Bytes of the elements of a tensor, as its shape and type say."""
     return math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def stored_bytes(graph: onnx.GraphProto) -> int:
+    """Bytes of the initializers whose content a graph and its subgraphs hold themselves."""
+    own = sum(byte_count(tensor) for tensor in graph.initializer if not is_reference(tensor))
+    return own + sum(stored_bytes(inner) for node in graph.node for inner in subgraphs(node))
 
 
 def is_reference(tensor: TensorProto) -> bool:

@@ -729,9 +729,11 @@ class Memory(_message.Message):
     GRADIENT_BYTES_FIELD_NUMBER: _builtins.int
     SESSION_BYTES_FIELD_NUMBER: _builtins.int
     weight_bytes: _builtins.int
-    """Weights of the file, held once and shared by all graphs."""
+    """Initializers of the file; those of 1 KiB and more are held once and shared by all graphs."""
     gradient_bytes: _builtins.int
-    """Constants that only gradient graphs have, such as flipped kernels. Grows when a new kind of gradient is first asked for."""
+    """Constants of 1 KiB and more that only gradient graphs have, such as flipped kernels. Grows when a new kind of gradient is
+    first asked for.
+    """
     session_bytes: _builtins.int
     """By how much the server's memory grew when sessions were opened: weights packed for speed, and buffers. Measured, so only
     about right; absent where the system does not tell.
