@@ -151,8 +151,8 @@ class ServedModel:
     def undifferentiable_reason(self) -> str:
         """Why no gradient can be taken, or ""."""
         if self.loaded.gaps:
-            first = "; ".join(f"{gap.operator} ({gap.node}): {gap.reason}" for gap in self.loaded.gaps[:3])
-            return f"{len(self.loaded.gaps)} operators have no gradient: {first}"
+            first, others = self.loaded.gaps[:3], len(self.loaded.gaps[3:])
+            return "; ".join([*map(str, first), *([f"and {others} more"] if others else [])])
         return self.signature.undifferentiable_reason
 
     def check_differentiable(self) -> None:
@@ -163,7 +163,7 @@ class ServedModel:
                 f"model {self.name!r} has no gradient: {self.undifferentiable_reason}",
                 model=self.name,
                 gap_count=len(self.loaded.gaps),
-                gaps="; ".join(f"{gap.operator} {gap.node}" for gap in self.loaded.gaps[:8]),
+                gaps="; ".join(f"{gap.operator} {gap.node}".strip() for gap in self.loaded.gaps[:8]),
             )
 
 

@@ -12,7 +12,6 @@ from onnx import TensorProto
 from explainserve.backends import LoadOptions, onnx_runtime, probe
 from explainserve.backends.onnx_runtime import OnnxModel
 from explainserve.backends.probe import LIKELIEST, free_extents, sample_instances
-from explainserve.errors import ModelRefused
 from explainserve.model_config import InputConfig, ModelConfig
 from explainserve.signature import Axis, InputSpec, Signature
 from onnx_graphs import linear, model, node, quantized_twice, save
@@ -148,14 +147,24 @@ def test_nothing_is_guessed_where_no_axis_is_free_and_nothing_huge_where_many_ar
         assert all(sample_instances(own, 1, guess)[0]["x"].size <= 1 << 22 for guess in guesses[1:])
 
 
-@pytest.mark.parametrize("extent", [5, 2**36, 2**62])
-def test_outputs_that_are_not_what_the_file_declares_are_refused(tmp_path: Path, extent: int) -> None:
-    """onnxruntime only warns."""
+def lying(shape: list[int | str], declared: list[int | str]) -> onnx.ModelProto:
+    """y, which has the shape of x and is declared to have another; onnxruntime only warns."""
     nodes = [node("Shape", ["x"], ["s"]), node("ConstantOfShape", ["s"], ["z"]), node("Add", ["x", "z"], ["h"])]
-    lying = model([*nodes, node("Reshape", ["h", "s"], ["y"])], [("x", ["batch", 2, 2])], [("y", ["batch", extent])])
+    return model([*nodes, node("Reshape", ["h", "s"], ["y"])], [("x", shape)], [("y", declared)])
 
-    with pytest.raises((ModelRefused, MemoryError)):
-        probe.check(load(tmp_path, lying))
+
+@pytest.mark.parametrize("extent", [5, 2**36, 2**62])
+def test_outputs_that_are_not_what_the_file_declares_have_no_gradient(tmp_path: Path, extent: int) -> None:
+    for name, declared in (("rank", ["batch", extent]), ("extent", ["batch", 2, extent])):
+        loaded = load(tmp_path / name, lying(["batch", 2, 2], declared))
+
+        (gap,) = loaded.gaps
+        assert gap.node == "y" and str(extent) in gap.reason
+        assert probe.check(loaded).noise_floor is None
+
+
+def test_outputs_of_other_extents_at_guesses_for_the_inputs_are_no_gap(tmp_path: Path) -> None:
+    assert load(tmp_path, lying(["batch", "n"], ["batch", 7])).gaps == ()
 
 
 def test_noise_is_absent_where_it_was_not_measured(tmp_path: Path) -> None:

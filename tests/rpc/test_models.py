@@ -189,6 +189,35 @@ def test_a_model_whose_gradient_needs_a_form_that_no_newer_operator_set_has_stil
 
 
 @pytest.mark.parametrize(
+    ("declared", "told"),
+    [
+        (["batch", 9, 9], "[9, 9]"),
+        (["batch", 9], "[9]"),
+        (["batch"], "[]"),
+        ([3], "[3]"),
+        (["batch", "n", "m"], "[any, any]"),
+    ],
+)
+def test_an_output_of_another_shape_than_declared_is_predicted_and_refused_for_gradients(
+    serve: Callable[..., Loopback], tmp_path: Path, declared: list[int | str], told: str
+) -> None:
+    proto = onnx_graphs.model([node("Relu", ["x"], ["y"])], [("x", ["batch", 3])], [("y", declared)])
+    save(proto, tmp_path / "misdeclared" / "1")
+    stub = serve(models=tmp_path).stub
+    x = {"x": np.array([[0.5, -2.0, 1.0]], np.float32)}
+
+    (gap,) = model(stub, "misdeclared").gaps
+    refused = refusal(lambda: stub.Explain(request("misdeclared", x), timeout=60))
+    asked = pb.PredictRequest(model=named("misdeclared"), inputs=request("", x).inputs, include_tensors=True)
+    (predicted,) = stub.Predict(asked, timeout=60).predictions
+
+    assert gap.node == "y" and f"{told}, differs from what the graph computes, [" in gap.reason
+    assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NOT_DIFFERENTIABLE")
+    assert gap.reason in refused.message
+    np.testing.assert_array_equal(array(predicted.tensor).ravel(), [0.5, 0.0, 1.0])
+
+
+@pytest.mark.parametrize(
     ("wrong", "reason"),
     [
         (node("Softmax", ["x"], ["y"], axis=9), r"\(y\) Op \(Softmax\).*axis"),

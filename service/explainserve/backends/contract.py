@@ -33,12 +33,22 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class OperatorGap:
-    """An operator on the way from an output to an input that has no gradient rule."""
+    """What keeps a model from having a gradient, mostly an operator between an output and an input without a rule.
+
+    Attributes:
+        operator: "" where it is none.
+        node: its name, or that of the output that has no gradient; "" where no output has one.
+    """
 
     operator: str
     node: str
     reason: str
     remedy: str
+
+    def __str__(self) -> str:
+        """Where the gradient ends, and why."""
+        place = f"{self.operator} ({self.node})" if self.operator else self.node
+        return f"{place}: {self.reason}" if place else self.reason
 
 
 @dataclass(frozen=True)

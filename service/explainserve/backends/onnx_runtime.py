@@ -25,7 +25,7 @@ from explainserve.backends.onnx_session import QUIET, available_device, open_ses
 from explainserve.backends.onnx_subnormal import flush_subnormals
 from explainserve.backends.onnx_verification import LARGEST_DIFFERENCE, largest_difference
 from explainserve.backends.onnx_weights import Weights, stored_bytes
-from explainserve.backends.probe import FreeExtents, free_extents, gradient_rows, sample_instances
+from explainserve.backends.probe import FreeExtents, free_extents, gradient_rows, has_free_axes, sample_instances
 from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported, first_line, is_out_of_memory
 from explainserve.model_config import ModelConfig
 from explainserve.onnx_vjp import Gap, GradientGraph, UnsupportedOperators, append_score_head, find_gaps, input_gradient
@@ -148,14 +148,52 @@ class OnnxModel:
         return Memory(self._file_bytes, self._weights.byte_count - self._held_bytes, self._session_bytes)
 
     def verify(self) -> None:
-        """Gives up gradients where those of its device differ from those on the CPU."""
-        for output in self.signature.differentiable_outputs if self._has_gradient and self.device != "cpu" else ():
-            function = Differentiation(output, ScoreHead.IDENTITY, self.signature.differentiable_inputs)
+        """Gives up gradients where the file declares another shape for an output than it computes, and where those of
+        its device differ from those on the CPU.
+        """
+        if not self._has_gradient:
+            return
+        wrt = self.signature.differentiable_inputs
+        functions = [Differentiation(name, ScoreHead.IDENTITY, wrt) for name in self.signature.differentiable_outputs]
+        gaps = [gap for function in functions for gap in self._misdeclared(function)]
+        if not gaps and self.device != "cpu":
+            gaps = [gap for function in functions for gap in self._unconfirmed(function)]
+        if gaps:
+            self.gaps, self.gradient_mode = tuple(gaps), "black_box"
+
+    def _misdeclared(self, function: Differentiation) -> Iterator[OperatorGap]:
+        """The gap of an output whose scores on a random row, where one runs, are not of the declared shape.
+
+        Extents count only where those of the inputs are known: an output may well be declared for others than guessed.
+        """
+        declared = [axis.size for axis in self.signature.output(function.output).axes[1:]]
+        found = self._random_shape(function)
+        if found is None:
+            return
+        guessed = has_free_axes(self.signature)
+        if len(found) != len(declared) or not (guessed or all(map(_agree, declared, found))):
+            stated = ", ".join("any" if size is None else str(size) for size in declared)
+            reason = (
+                f"the declared output shape of a row, [{stated}], differs from what the graph computes, {list(found)}"
+            )
+            yield OperatorGap("", function.output, reason, "declare the output as the graph computes it")
+
+    def _random_shape(self, function: Differentiation) -> tuple[int, ...] | None:
+        """Shape of a random row's scores at the first free extents that run; None where none do."""
+        for extents in free_extents(self.signature):
+            (instance,) = sample_instances(self.signature, 1, extents)
             try:
-                self._function(function)
-            except Unsupported as refusal:
-                gap = OperatorGap("gradient graph", output, refusal.message, "serve the model on the CPU")
-                self.gaps, self.gradient_mode = (*self.gaps, gap), "black_box"
+                return self._measured_shape(function, {name: value[None] for name, value in instance.items()})
+            except EvaluationFailed:
+                continue
+        return None
+
+    def _unconfirmed(self, function: Differentiation) -> Iterator[OperatorGap]:
+        """The gap of an output whose gradient does not run on the device as it does on the CPU."""
+        try:
+            self._function(function)
+        except Unsupported as refusal:
+            yield OperatorGap("gradient graph", function.output, refusal.message, "serve the model on the CPU")
 
     def _open(self, graph: onnx.ModelProto, outputs: Sequence[str]) -> onnxruntime.InferenceSession:
         if self.device == "cpu":
@@ -251,10 +289,14 @@ class OnnxModel:
             return extents
         key = (rows.function.output, *((name, block.shape[1:]) for name, block in blocks.items()))
         if key not in self._score_shapes:
-            forward = self._function(replace(rows.function, wrt=()))
-            first = {name: block[:1] for name, block in blocks.items()}
-            self._score_shapes[key] = self._run_at_once(forward, first, rows.function)[0].shape[1:]
+            self._score_shapes[key] = self._measured_shape(rows.function, blocks)
         return self._score_shapes[key]
+
+    def _measured_shape(self, function: Differentiation, blocks: Blocks) -> tuple[int, ...]:
+        """Shape of the first row's scores, from a forward pass of it."""
+        forward = self._function(replace(function, wrt=()))
+        first = {name: block[:1] for name, block in blocks.items()}
+        return self._run_at_once(forward, first, function)[0].shape[1:]
 
     def _run(self, function: _Function, blocks: Blocks, rows: Rows) -> list[Array]:
         """Scores and gradients, each with one leading entry per row."""
@@ -344,6 +386,10 @@ def _work_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.result_type(dtype, np.float32)
 
 
+def _agree(declared: int | None, found: int) -> bool:
+    return declared is None or declared == found
+
+
 def _gaps(graph: onnx.ModelProto, signature: Signature, weights: Weights) -> tuple[OperatorGap, ...]:
     """All that stands between any floating-point output and the floating-point inputs, each once."""
     wrt = signature.differentiable_inputs
@@ -377,7 +423,7 @@ def _operator_gaps(gaps: Iterable[Gap]) -> tuple[OperatorGap, ...]:
 
 
 def _not_differentiable(gaps: tuple[OperatorGap, ...], reason: str = "") -> Unsupported:
-    first = "; ".join(f"{gap.operator} ({gap.node}): {gap.reason}" for gap in gaps[:NAMED_GAPS])
+    first = "; ".join(map(str, gaps[:NAMED_GAPS]))
     return Unsupported(
         "NOT_DIFFERENTIABLE",
         f"the model has no gradient: {first or reason}",

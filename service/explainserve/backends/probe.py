@@ -83,7 +83,7 @@ def check(model: LoadedModel) -> ProbeResult:
 
 def free_extents(signature: Signature) -> tuple[FreeExtents, ...]:
     """Guesses for the free axes, the likeliest first; a single one where no axis is free. Huge ones are left out."""
-    if not _has_free_axes(signature):
+    if not has_free_axes(signature):
         return (LIKELIEST,)
     others = (guess for guess in _OTHER_GUESSES if _guessed_elements(signature, guess) <= _MAX_GUESSED_ELEMENTS)
     return (LIKELIEST, *others)
@@ -211,7 +211,8 @@ def _preprocessed(spec: InputSpec, values: NDArray[np.float64]) -> NDArray[np.fl
     return np.moveaxis(spec.model_value(np.moveaxis(values, spec.channel_axis, -1)), -1, spec.channel_axis)
 
 
-def _has_free_axes(signature: Signature) -> bool:
+def has_free_axes(signature: Signature) -> bool:
+    """Whether an input accepts several extents of another axis than the batch."""
     return any(axis.size is None for spec in signature.inputs for axis in spec.instance_axes)
 
 
@@ -254,7 +255,7 @@ def relative_difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> float
 
 def _not_compared(signature: Signature, error: EvaluationFailed) -> ProbeResult:
     """A model may well refuse every extent that was guessed for its free axes, but not its own."""
-    if not _has_free_axes(signature):
+    if not has_free_axes(signature):
         raise ModelRefused(
             "PROBE_FAILED", f"the model does not evaluate a random row of its own shape: {error.message}"
         ) from error
