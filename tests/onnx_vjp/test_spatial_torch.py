@@ -74,6 +74,21 @@ def test_pooling_agrees_with_torch_at_ties(
         _agree(averaged, lambda x, c=counted: F.avg_pool2d(x, kernel, stride, padding, count_include_pad=bool(c)))
 
 
+@pytest.mark.parametrize("version", [18, 21, 22])
+@pytest.mark.parametrize(("kernel", "stride"), [((1, 1), (2, 3)), ((3, 1), (2, 2)), ((2, 2), (3, 5)), ((3, 3), (2, 2))])
+@pytest.mark.parametrize("side", [7, 8])
+def test_windows_that_would_start_behind_the_input_are_left_out(
+    kernel: tuple[int, int], stride: tuple[int, int], side: int, version: int
+) -> None:
+    """ONNX's inference counts them below operator set 22."""
+    x, shape = _x(2, 3, side, side), {"kernel_shape": list(kernel), "strides": list(stride), "ceil_mode": 1}
+    pooled = single("MaxPool", {"x": x}, version=version, **shape)
+    _agree(pooled, lambda x: F.max_pool2d(x, kernel, stride, ceil_mode=True))
+    if version >= 19:
+        averaged = single("AveragePool", {"x": x}, version=version, **shape)
+        _agree(averaged, lambda x: F.avg_pool2d(x, kernel, stride, ceil_mode=True))
+
+
 def test_unpooling_takes_the_indices_of_a_pooling() -> None:
     nodes = [
         helper.make_node("MaxPool", ["x"], ["p", "i"], kernel_shape=[2, 2], strides=[2, 2]),

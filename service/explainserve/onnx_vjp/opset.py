@@ -20,6 +20,7 @@ from explainserve.onnx_vjp.graph import consumed
 from explainserve.onnx_vjp.inlining import inlined
 from explainserve.onnx_vjp.lists import unroll_lists
 from explainserve.onnx_vjp.registry import Refusal, canonical_domain
+from explainserve.onnx_vjp.rounded_pools import RIGHT_SINCE, round_pools_down
 from explainserve.onnx_vjp.subgraphs import make_names_unique, subgraphs
 
 FLOOR = 18
@@ -41,6 +42,8 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     _open_negative_extents(copy.graph)
     _lift_constants(copy.graph)
     _raise_opset(copy)
+    if (version_of(copy) or 0) < RIGHT_SINCE:
+        round_pools_down(copy.graph)
     make_names_unique(copy.graph)
     unroll_lists(copy.graph)
     import_domains(copy)
