@@ -687,7 +687,7 @@ def test_models_describes_one(server: Running) -> None:
     assert info["inputs"]["image"]["layout"] == "NCHW"
     assert info["sha256"] in text
     assert "integrated_gradients: supported" in text
-    assert " on cpu, rows together in batches\n" in text
+    assert re.search(r" on cpu, up to \d+ rows together, \S+ ms a row\n", text)
 
 
 def test_models_names_every_gap_of_one_and_what_to_do(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from explainserve import backends
 from explainserve.backends import LoadOptions
 from explainserve.errors import ModelRefused, NotFound, Unsupported
 from explainserve.repository import (
+    DEFAULT_BATCH_ROWS,
     NO_VERSION,
     ModelEntry,
     ModelFolder,
@@ -207,6 +208,15 @@ class TestOpen:
         (folder,) = discover(tmp_path)
 
         assert open_model(folder, OPTIONS, max_batch_rows=7).max_batch_rows == 7
+
+    def test_the_size_of_micro_batches_is_measured_where_there_is_time_to(self, tmp_path: Path) -> None:
+        put(tmp_path)
+        (folder,) = discover(tmp_path)
+        timed, untimed = open_model(folder, OPTIONS, warm_up_seconds=10.0), open_model(folder, OPTIONS)
+
+        assert timed.max_batch_rows <= DEFAULT_BATCH_ROWS
+        assert timed.seconds_per_row is not None and timed.seconds_per_row > 0
+        assert untimed.seconds_per_row is None
 
     def test_a_model_that_mixes_rows_is_evaluated_row_by_row(self, tmp_path: Path) -> None:
         nodes = [

@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainserve import backends
-from explainserve.backends import LOADERS, LoadedModel, LoadOptions, probe
+from explainserve.backends import LOADERS, LoadedModel, LoadOptions, batch_size, probe
+from explainserve.backends.batch_size import BatchSize
 from explainserve.backends.probe import ProbeResult
 from explainserve.backends.trial import TrialLimits, Trials
 from explainserve.backends.tried import Tried
@@ -34,7 +35,7 @@ from explainserve.signature import InputSpec, Signature
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "model.toml"
-DEFAULT_BATCH_ROWS = 16
+DEFAULT_BATCH_ROWS = 64
 NO_VERSION = 0
 """Stands in for the version of a model folder that has none."""
 
@@ -110,6 +111,7 @@ class ServedModel:
         sha256: of the model file followed by its external data files in the order of their names, hexadecimal.
         format: a value of FORMATS.
         max_batch_rows: rows that may share a micro-batch; 1 where the model sees its rows together.
+        seconds_per_row: of a full micro-batch, measured at load; None where it was not.
         default_target: position in the class axis of the first output, or None where argmax is explained.
         data_baselines: by name, for each input, float32 in MODEL space and in the shape of one instance.
     """
@@ -125,6 +127,7 @@ class ServedModel:
     max_batch_rows: int
     default_target: int | None = None
     data_baselines: Baselines = field(default_factory=dict)
+    seconds_per_row: float | None = None
 
     @property
     def signature(self) -> Signature:
@@ -133,8 +136,8 @@ class ServedModel:
 
     @property
     def row_by_row(self) -> bool:
-        """Whether rows are evaluated one at a time."""
-        return self.max_batch_rows == 1
+        """Whether rows cannot be evaluated together."""
+        return _row_by_row(self.loaded, self.probe)
 
     @property
     def default_baseline(self) -> InputBaseline:
@@ -214,12 +217,14 @@ def open_model(
     options: LoadOptions,
     max_batch_rows: int = DEFAULT_BATCH_ROWS,
     trials: Trials | None = None,
+    warm_up_seconds: float = 0.0,
 ) -> ServedModel:
-    """Reads, checks and probes one version.
+    """Reads, checks, probes and times one version.
 
     Args:
         max_batch_rows: where the model states no limit of its own.
         trials: try the model in another process before it is loaded in this one; None trusts it.
+        warm_up_seconds: to find the fastest size of micro-batches; see `batch_size.fastest`.
 
     Raises:
         ModelRefused: it cannot be served; the reason says why.
@@ -236,6 +241,7 @@ def open_model(
     loaded = backends.load(path, config, options)
     _check_default_baseline_inputs(config, loaded.signature)
     found = probe.check(loaded)
+    size = _batch_size(loaded, found, config.limits.max_batch_rows or max_batch_rows, warm_up_seconds)
     return ServedModel(
         name=folder.name,
         version=folder.version,
@@ -245,7 +251,8 @@ def open_model(
         config=config,
         loaded=loaded,
         probe=found,
-        max_batch_rows=_batch_rows(loaded, found, config.limits.max_batch_rows or max_batch_rows),
+        max_batch_rows=size.rows,
+        seconds_per_row=size.seconds_per_row,
         default_target=_default_target(config.default_target, loaded.signature),
         data_baselines={
             name: _data_baseline(name, table, folder, loaded.signature) for name, table in config.baselines.items()
@@ -303,9 +310,10 @@ class Repository:
 
     Args:
         root: the model folder.
-        max_batch_rows: rows of a micro-batch where a model states no limit of its own.
+        max_batch_rows: most rows of a micro-batch where a model states no limit of its own.
         trial_limits: of the process in which each model is tried before it is loaded in this one; None trusts all.
         tried: models that need no trial any more.
+        warm_up_seconds: in which the fastest size of a model's micro-batches is found; 0 does without.
     """
 
     def __init__(
@@ -315,12 +323,14 @@ class Repository:
         max_batch_rows: int = DEFAULT_BATCH_ROWS,
         trial_limits: TrialLimits | None = None,
         tried: Tried | None = None,
+        warm_up_seconds: float = 0.0,
     ) -> None:
         self._root = root
         self._options = options
         self._max_batch_rows = max_batch_rows
         self._trial_limits = trial_limits
         self._tried = tried or Tried()
+        self._warm_up_seconds = warm_up_seconds
         self._entries: dict[tuple[str, int], ModelEntry] = {}
 
     @property
@@ -373,7 +383,7 @@ class Repository:
 
     def _loaded(self, folder: ModelFolder, trials: Trials | None) -> ModelEntry:
         try:
-            served = open_model(folder, self._options, self._max_batch_rows, trials)
+            served = open_model(folder, self._options, self._max_batch_rows, trials, self._warm_up_seconds)
         except ExplainServeError as error:
             return _failed(folder, error.message, error.reason)
         except Exception as error:  # whatever a library raises on a bad file, the other models are served
@@ -459,9 +469,13 @@ def _check_default_baseline_inputs(config: ModelConfig, signature: Signature) ->
         )
 
 
-def _batch_rows(loaded: LoadedModel, found: ProbeResult, limit: int) -> int:
+def _batch_size(loaded: LoadedModel, found: ProbeResult, limit: int, seconds: float) -> BatchSize:
+    return batch_size.fastest(loaded, 1 if _row_by_row(loaded, found) else limit, seconds)
+
+
+def _row_by_row(loaded: LoadedModel, found: ProbeResult) -> bool:
     batched = all(spec.batched for spec in loaded.signature.inputs)
-    return limit if batched and found.rows_independent and not loaded.fixed_batch else 1
+    return not (batched and found.rows_independent) or loaded.fixed_batch
 
 
 def _default_target(stated: int | str | None, signature: Signature) -> int | None:

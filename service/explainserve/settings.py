@@ -25,7 +25,8 @@ class Settings(BaseSettings):
         allow_device_fallback: evaluate on the CPU where the device is missing, instead of refusing models.
         thread_count: threads of one evaluation; 0 means all cores.
         share_weights: hold the weights of an ONNX model once for all of its graphs, at some speed.
-        max_batch_rows: rows of one micro-batch where a model states no limit of its own.
+        max_batch_rows: most rows of one micro-batch where a model states no limit of its own.
+        warm_up_seconds: time in which the fastest size of a model's micro-batches is found at load; 0 does without.
         max_step_count: cap of gradient evaluations of one path.
         max_request_rows: cap of rows of one request.
         max_request_parts: cap of each kind of part of one request: targets, baselines, regions, groups, selectors.
@@ -51,7 +52,8 @@ class Settings(BaseSettings):
     allow_device_fallback: bool = False
     thread_count: Annotated[int, Field(ge=0)] = 0
     share_weights: bool = False
-    max_batch_rows: PositiveInt = 16
+    max_batch_rows: PositiveInt = 64
+    warm_up_seconds: Annotated[float, Field(ge=0)] = 10.0
     max_step_count: PositiveInt = 512
     max_request_rows: PositiveInt = 65_536
     max_request_parts: PositiveInt = 4096

@@ -110,6 +110,14 @@ def test_memory_is_told(stub: ExplainerServiceStub) -> None:
     assert memory.HasField("session_bytes")
 
 
+def test_the_size_and_time_of_micro_batches_are_told(stub: ExplainerServiceStub) -> None:
+    own, capped = model(stub, "image"), model(stub, "slow")
+
+    assert own.max_batch_rows >= 1
+    assert own.row_duration.ToNanoseconds() > 0
+    assert capped.max_batch_rows == 1
+
+
 def test_what_is_not_stated_is_absent(stub: ExplainerServiceStub) -> None:
     own = model(stub, "plain")
     (x,) = own.inputs

@@ -280,6 +280,8 @@ class ModelInfo:
         layers: intermediate tensors that can be picked, by name, in the order of the graph.
         noise_floor: relative L2 noise of the gradients; None where there is none.
         memory: what it takes in the server; None where the backend does not tell.
+        max_batch_rows: rows that are evaluated together at most, found to be fastest when the model was loaded.
+        seconds_per_row: of a micro-batch of that size, with gradients; None where it was not measured.
         default_target: class that is explained when a request names none; None means argmax.
     """
 
@@ -300,6 +302,8 @@ class ModelInfo:
     default_baseline: str
     differentiable: bool
     memory: Memory | None
+    max_batch_rows: int
+    seconds_per_row: float | None
 
     @property
     def name(self) -> str:
@@ -336,6 +340,8 @@ class ModelInfo:
             default_baseline=message.default_baseline,
             differentiable=message.differentiable,
             memory=Memory.from_proto(message.memory) if message.HasField("memory") else None,
+            max_batch_rows=message.max_batch_rows,
+            seconds_per_row=message.row_duration.ToNanoseconds() / 1e9 if message.HasField("row_duration") else None,
         )
 
     def require_ready(self) -> None:

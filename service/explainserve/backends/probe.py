@@ -102,7 +102,7 @@ def sample_instances(
 
 
 def _compared(model: LoadedModel, instances: Sequence[Tensors]) -> ProbeResult:
-    outputs = [_Comparison.of(model, rows) for rows in _output_rows(model.signature, instances)]
+    outputs = [_Comparison.of(model, rows) for rows in output_rows(model.signature, instances)]
     gradients = list(_gradient_comparisons(model, instances))
     if any(comparison.repeated > MIXING_THRESHOLD for comparison in [*outputs, *gradients]):
         raise ModelRefused(
@@ -125,6 +125,24 @@ def gradient_rows(signature: Signature, instances: Sequence[Tensors]) -> Iterato
             extents = [axis.size for axis in spec.axes[1:]]
             selector = _selector(math.prod(1 if size is None else size for size in extents))
             yield Rows(function, tuple(_one_row(signature, i, function, selector) for i in instances))
+
+
+def output_rows(signature: Signature, instances: Sequence[Tensors]) -> Iterator[Rows]:
+    """Per output, forward-only rows."""
+    for spec in signature.outputs:
+        function = Differentiation(spec.name, ScoreHead.IDENTITY)
+        yield Rows(function, tuple(_one_row(signature, instance, function, None) for instance in instances))
+
+
+def _gradient_comparisons(model: LoadedModel, instances: Sequence[Tensors]) -> Iterator[_Comparison]:
+    """Comparisons of the outputs that have a gradient."""
+    if model.gaps or model.signature.undifferentiable_reason:
+        return
+    for rows in gradient_rows(model.signature, instances):
+        try:
+            yield _Comparison.of(model, rows)
+        except Unsupported:
+            continue
 
 
 @dataclass(frozen=True)
@@ -160,23 +178,6 @@ class _Comparison:
     @property
     def vanishes(self) -> bool:
         return not any(value.any() for value in self.values)
-
-
-def _output_rows(signature: Signature, instances: Sequence[Tensors]) -> Iterator[Rows]:
-    for spec in signature.outputs:
-        function = Differentiation(spec.name, ScoreHead.IDENTITY)
-        yield Rows(function, tuple(_one_row(signature, instance, function, None) for instance in instances))
-
-
-def _gradient_comparisons(model: LoadedModel, instances: Sequence[Tensors]) -> Iterator[_Comparison]:
-    """Comparisons of the outputs that have a gradient."""
-    if model.gaps or model.signature.undifferentiable_reason:
-        return
-    for rows in gradient_rows(model.signature, instances):
-        try:
-            yield _Comparison.of(model, rows)
-        except Unsupported:
-            continue
 
 
 def _one_row(signature: Signature, instance: Tensors, function: Differentiation, selector: Selector | None) -> Segment:

@@ -61,8 +61,17 @@ def serve(
         _knob("share_weights", "Hold the weights of an ONNX model once for all of its graphs, at some speed."),
     ] = False,
     max_batch_rows: Annotated[
-        int, _knob("max_batch_rows", "Rows evaluated together, where a model states no limit of its own.", min=1)
-    ] = 16,
+        int, _knob("max_batch_rows", "Most rows evaluated together, where a model states no limit of its own.", min=1)
+    ] = 64,
+    warm_up_seconds: Annotated[
+        float,
+        _knob(
+            "warm_up_seconds",
+            "Seconds per model at load to find out how many rows together are fastest; 0 does without.",
+            "SECONDS",
+            min=0,
+        ),
+    ] = 10.0,
     max_step_count: Annotated[
         int, _knob("max_step_count", "Most gradient evaluations of one path that a request may ask for.", min=1)
     ] = 512,

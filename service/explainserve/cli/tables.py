@@ -10,8 +10,6 @@ if TYPE_CHECKING:
 
 Row = Sequence[str]
 
-_BATCHING = {"ROWS": "rows together in batches", "ROW_BY_ROW": "every row alone"}
-
 
 def columns(heading: Row, rows: Sequence[Row]) -> str:
     """Rows under a heading, columns padded and two spaces apart; numbers are on the right."""
@@ -68,7 +66,7 @@ def model(info: ModelInfo) -> str:
     rows = [
         ("model", f"{info.name} version {info.version}, {info.summary.state}"),
         ("file", f"{info.summary.format}, sha256 {info.sha256}"),
-        ("backend", f"{info.backend} on {info.device}, {_BATCHING[info.batching]}"),
+        ("backend", f"{info.backend} on {info.device}, {_batching(info)}"),
         *(("input", f"{spec.name} {spec.dtype} {_axes(spec.shape)} {spec.layout}") for spec in info.inputs.values()),
         *(
             (
@@ -88,6 +86,11 @@ def model(info: ModelInfo) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in rows)
+
+
+def _batching(info: ModelInfo) -> str:
+    together = "every row alone" if info.batching == "ROW_BY_ROW" else f"up to {info.max_batch_rows} rows together"
+    return together if info.seconds_per_row is None else f"{together}, {1e3 * info.seconds_per_row:.3g} ms a row"
 
 
 def _memory(memory: Memory) -> str:

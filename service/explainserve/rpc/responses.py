@@ -292,6 +292,8 @@ def model_message(entry: ModelEntry, model: ServedModel) -> model_pb2.Model:
         default_baseline=model.config.default_baseline,
         differentiable=model.differentiable,
         memory=_memory(model),
+        max_batch_rows=model.max_batch_rows,
+        row_duration=None if model.seconds_per_row is None else _duration(model.seconds_per_row),
     )
 
 

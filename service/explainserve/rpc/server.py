@@ -88,7 +88,9 @@ class Server:
         )
         limits = TrialLimits(settings.trial_seconds, settings.trial_memory_bytes) if settings.trial_seconds else None
         tried = Tried(settings.cache and settings.cache / "tried")
-        repository = Repository(settings.models, options, settings.max_batch_rows, limits, tried)
+        repository = Repository(
+            settings.models, options, settings.max_batch_rows, limits, tried, settings.warm_up_seconds
+        )
         self._engine = Engine(Scheduler(settings.max_waiting_rows), self._metrics)
         explainer = Explainer(self._engine, settings.row_limit, _MEMORY_PER_MESSAGE_BYTE * settings.max_message_bytes)
         self._health = health.aio.HealthServicer()

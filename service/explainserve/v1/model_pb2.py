@@ -23,57 +23,58 @@ _sym_db = _symbol_database.Default()
 
 
 from explainserve.v1 import tensor_pb2 as explainserve_dot_v1_dot_tensor__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xplainserve/v1/model.proto\x12\x0f\x65xplainserve.v1\x1a\x1c\x65xplainserve/v1/tensor.proto\"\xac\x01\n\x08ModelRef\x12,\n\x05named\x18\x01 \x01(\x0b\x32\x1b.explainserve.v1.NamedModelH\x00\x12\x36\n\nrandomized\x18\x02 \x01(\x0b\x32 .explainserve.v1.RandomizedModelH\x00\x12\x30\n\x07shifted\x18\x03 \x01(\x0b\x32\x1d.explainserve.v1.ShiftedModelH\x00\x42\x08\n\x06source\"<\n\nNamedModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\n\n\x08_version\"[\n\x0fRandomizedModel\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.explainserve.v1.NamedModel\x12\x0e\n\x06layers\x18\x02 \x03(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x03\"q\n\x0cShiftedModel\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.explainserve.v1.NamedModel\x12\r\n\x05input\x18\x02 \x01(\t\x12&\n\x05shift\x18\x03 \x01(\x0b\x32\x17.explainserve.v1.Tensor\"\'\n\nValueRange\x12\x0b\n\x03low\x18\x01 \x01(\x01\x12\x0c\n\x04high\x18\x02 \x01(\x01\"*\n\rPreprocessing\x12\x0c\n\x04mean\x18\x01 \x03(\x01\x12\x0b\n\x03std\x18\x02 \x03(\x01\"0\n\x04\x41xis\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\x04size\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x07\n\x05_size\"\xe8\x02\n\tInputSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\tdata_type\x18\x02 \x01(\x0e\x32\x19.explainserve.v1.DataType\x12#\n\x04\x61xes\x18\x03 \x03(\x0b\x32\x15.explainserve.v1.Axis\x12\x0e\n\x06layout\x18\x04 \x01(\t\x12\x17\n\nbatch_axis\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x19\n\x0c\x63hannel_axis\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x15\n\rchannel_order\x18\x07 \x01(\t\x12\x30\n\x0bvalue_range\x18\x08 \x01(\x0b\x32\x1b.explainserve.v1.ValueRange\x12\x35\n\rpreprocessing\x18\t \x01(\x0b\x32\x1e.explainserve.v1.Preprocessing\x12\x16\n\x0e\x64ifferentiable\x18\n \x01(\x08\x42\r\n\x0b_batch_axisB\x0f\n\r_channel_axis\"\x81\x02\n\nOutputSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\tdata_type\x18\x02 \x01(\x0e\x32\x19.explainserve.v1.DataType\x12#\n\x04\x61xes\x18\x03 \x03(\x0b\x32\x15.explainserve.v1.Axis\x12)\n\x04kind\x18\x04 \x01(\x0e\x32\x1b.explainserve.v1.OutputKind\x12/\n\nactivation\x18\x05 \x01(\x0e\x32\x1b.explainserve.v1.Activation\x12\x17\n\nclass_axis\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x0e\n\x06labels\x18\x07 \x03(\tB\r\n\x0b_class_axis\"\xad\x01\n\x0cModelSummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.explainserve.v1.ModelState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x14\n\x0c\x65rror_reason\x18\x05 \x01(\t\x12,\n\x06\x66ormat\x18\x06 \x01(\x0e\x32\x1c.explainserve.v1.ModelFormat\"M\n\x0bOperatorGap\x12\x10\n\x08operator\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\"\x8a\x01\n\x05Layer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08operator\x18\x02 \x01(\t\x12\x0e\n\x06module\x18\x03 \x01(\t\x12#\n\x04\x61xes\x18\x04 \x03(\x0b\x32\x15.explainserve.v1.Axis\x12\x18\n\x10\x62ypassing_inputs\x18\x05 \x03(\t\x12\x12\n\nconfigured\x18\x06 \x01(\x08\"x\n\rMethodSupport\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x11\n\tsupported\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x34\n\rreading_guide\x18\x04 \x01(\x0b\x32\x1d.explainserve.v1.ReadingGuide\"}\n\x0cReadingGuide\x12\x0e\n\x06\x66\x61mily\x18\x01 \x01(\t\x12\r\n\x05units\x18\x02 \x01(\t\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x16\n\x0eneeds_baseline\x18\x04 \x01(\x08\x12\x15\n\rdeterministic\x18\x05 \x01(\x08\x12\r\n\x05paper\x18\x06 \x01(\t\"d\n\x06Memory\x12\x14\n\x0cweight_bytes\x18\x01 \x01(\x03\x12\x16\n\x0egradient_bytes\x18\x02 \x01(\x03\x12\x1a\n\rsession_bytes\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\x10\n\x0e_session_bytes\"\xd3\x04\n\x05Model\x12.\n\x07summary\x18\x01 \x01(\x0b\x32\x1d.explainserve.v1.ModelSummary\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12*\n\x06inputs\x18\x03 \x03(\x0b\x32\x1a.explainserve.v1.InputSpec\x12,\n\x07outputs\x18\x04 \x03(\x0b\x32\x1b.explainserve.v1.OutputSpec\x12+\n\x08\x62\x61tching\x18\x05 \x01(\x0e\x32\x19.explainserve.v1.Batching\x12\x10\n\x08warnings\x18\x06 \x03(\t\x12/\n\x07methods\x18\x07 \x03(\x0b\x32\x1e.explainserve.v1.MethodSupport\x12*\n\x04gaps\x18\x08 \x03(\x0b\x32\x1c.explainserve.v1.OperatorGap\x12&\n\x06layers\x18\t \x03(\x0b\x32\x16.explainserve.v1.Layer\x12\x0f\n\x07\x62\x61\x63kend\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x18\n\x0bnoise_floor\x18\x0c \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0e\x64\x61ta_baselines\x18\r \x03(\t\x12\x1b\n\x0e\x64\x65\x66\x61ult_target\x18\x0e \x01(\x03H\x01\x88\x01\x01\x12\x18\n\x10\x64\x65\x66\x61ult_baseline\x18\x0f \x01(\t\x12\x16\n\x0e\x64ifferentiable\x18\x10 \x01(\x08\x12\'\n\x06memory\x18\x11 \x01(\x0b\x32\x17.explainserve.v1.MemoryB\x0e\n\x0c_noise_floorB\x11\n\x0f_default_target*@\n\x05Space\x12\x15\n\x11SPACE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSPACE_MODEL\x10\x01\x12\x0f\n\x0bSPACE_PIXEL\x10\x02*x\n\nOutputKind\x12\x1b\n\x17OUTPUT_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12OUTPUT_KIND_LOGITS\x10\x01\x12\x1d\n\x19OUTPUT_KIND_PROBABILITIES\x10\x02\x12\x16\n\x12OUTPUT_KIND_VALUES\x10\x03*m\n\nActivation\x12\x1a\n\x16\x41\x43TIVATION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41\x43TIVATION_SOFTMAX\x10\x01\x12\x16\n\x12\x41\x43TIVATION_SIGMOID\x10\x02\x12\x13\n\x0f\x41\x43TIVATION_NONE\x10\x03*q\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03*\x7f\n\x0bModelFormat\x12\x1c\n\x18MODEL_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11MODEL_FORMAT_ONNX\x10\x01\x12\x1d\n\x19MODEL_FORMAT_TORCH_EXPORT\x10\x02\x12\x1c\n\x18MODEL_FORMAT_TORCHSCRIPT\x10\x03*P\n\x08\x42\x61tching\x12\x18\n\x14\x42\x41TCHING_UNSPECIFIED\x10\x00\x12\x11\n\rBATCHING_ROWS\x10\x01\x12\x17\n\x13\x42\x41TCHING_ROW_BY_ROW\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xplainserve/v1/model.proto\x12\x0f\x65xplainserve.v1\x1a\x1c\x65xplainserve/v1/tensor.proto\x1a\x1egoogle/protobuf/duration.proto\"\xac\x01\n\x08ModelRef\x12,\n\x05named\x18\x01 \x01(\x0b\x32\x1b.explainserve.v1.NamedModelH\x00\x12\x36\n\nrandomized\x18\x02 \x01(\x0b\x32 .explainserve.v1.RandomizedModelH\x00\x12\x30\n\x07shifted\x18\x03 \x01(\x0b\x32\x1d.explainserve.v1.ShiftedModelH\x00\x42\x08\n\x06source\"<\n\nNamedModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\n\n\x08_version\"[\n\x0fRandomizedModel\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.explainserve.v1.NamedModel\x12\x0e\n\x06layers\x18\x02 \x03(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x03\"q\n\x0cShiftedModel\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.explainserve.v1.NamedModel\x12\r\n\x05input\x18\x02 \x01(\t\x12&\n\x05shift\x18\x03 \x01(\x0b\x32\x17.explainserve.v1.Tensor\"\'\n\nValueRange\x12\x0b\n\x03low\x18\x01 \x01(\x01\x12\x0c\n\x04high\x18\x02 \x01(\x01\"*\n\rPreprocessing\x12\x0c\n\x04mean\x18\x01 \x03(\x01\x12\x0b\n\x03std\x18\x02 \x03(\x01\"0\n\x04\x41xis\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\x04size\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x07\n\x05_size\"\xe8\x02\n\tInputSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\tdata_type\x18\x02 \x01(\x0e\x32\x19.explainserve.v1.DataType\x12#\n\x04\x61xes\x18\x03 \x03(\x0b\x32\x15.explainserve.v1.Axis\x12\x0e\n\x06layout\x18\x04 \x01(\t\x12\x17\n\nbatch_axis\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x19\n\x0c\x63hannel_axis\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x15\n\rchannel_order\x18\x07 \x01(\t\x12\x30\n\x0bvalue_range\x18\x08 \x01(\x0b\x32\x1b.explainserve.v1.ValueRange\x12\x35\n\rpreprocessing\x18\t \x01(\x0b\x32\x1e.explainserve.v1.Preprocessing\x12\x16\n\x0e\x64ifferentiable\x18\n \x01(\x08\x42\r\n\x0b_batch_axisB\x0f\n\r_channel_axis\"\x81\x02\n\nOutputSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\tdata_type\x18\x02 \x01(\x0e\x32\x19.explainserve.v1.DataType\x12#\n\x04\x61xes\x18\x03 \x03(\x0b\x32\x15.explainserve.v1.Axis\x12)\n\x04kind\x18\x04 \x01(\x0e\x32\x1b.explainserve.v1.OutputKind\x12/\n\nactivation\x18\x05 \x01(\x0e\x32\x1b.explainserve.v1.Activation\x12\x17\n\nclass_axis\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x0e\n\x06labels\x18\x07 \x03(\tB\r\n\x0b_class_axis\"\xad\x01\n\x0cModelSummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.explainserve.v1.ModelState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x14\n\x0c\x65rror_reason\x18\x05 \x01(\t\x12,\n\x06\x66ormat\x18\x06 \x01(\x0e\x32\x1c.explainserve.v1.ModelFormat\"M\n\x0bOperatorGap\x12\x10\n\x08operator\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\"\x8a\x01\n\x05Layer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08operator\x18\x02 \x01(\t\x12\x0e\n\x06module\x18\x03 \x01(\t\x12#\n\x04\x61xes\x18\x04 \x03(\x0b\x32\x15.explainserve.v1.Axis\x12\x18\n\x10\x62ypassing_inputs\x18\x05 \x03(\t\x12\x12\n\nconfigured\x18\x06 \x01(\x08\"x\n\rMethodSupport\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x11\n\tsupported\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x34\n\rreading_guide\x18\x04 \x01(\x0b\x32\x1d.explainserve.v1.ReadingGuide\"}\n\x0cReadingGuide\x12\x0e\n\x06\x66\x61mily\x18\x01 \x01(\t\x12\r\n\x05units\x18\x02 \x01(\t\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x16\n\x0eneeds_baseline\x18\x04 \x01(\x08\x12\x15\n\rdeterministic\x18\x05 \x01(\x08\x12\r\n\x05paper\x18\x06 \x01(\t\"d\n\x06Memory\x12\x14\n\x0cweight_bytes\x18\x01 \x01(\x03\x12\x16\n\x0egradient_bytes\x18\x02 \x01(\x03\x12\x1a\n\rsession_bytes\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\x10\n\x0e_session_bytes\"\x9c\x05\n\x05Model\x12.\n\x07summary\x18\x01 \x01(\x0b\x32\x1d.explainserve.v1.ModelSummary\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12*\n\x06inputs\x18\x03 \x03(\x0b\x32\x1a.explainserve.v1.InputSpec\x12,\n\x07outputs\x18\x04 \x03(\x0b\x32\x1b.explainserve.v1.OutputSpec\x12+\n\x08\x62\x61tching\x18\x05 \x01(\x0e\x32\x19.explainserve.v1.Batching\x12\x10\n\x08warnings\x18\x06 \x03(\t\x12/\n\x07methods\x18\x07 \x03(\x0b\x32\x1e.explainserve.v1.MethodSupport\x12*\n\x04gaps\x18\x08 \x03(\x0b\x32\x1c.explainserve.v1.OperatorGap\x12&\n\x06layers\x18\t \x03(\x0b\x32\x16.explainserve.v1.Layer\x12\x0f\n\x07\x62\x61\x63kend\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x18\n\x0bnoise_floor\x18\x0c \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0e\x64\x61ta_baselines\x18\r \x03(\t\x12\x1b\n\x0e\x64\x65\x66\x61ult_target\x18\x0e \x01(\x03H\x01\x88\x01\x01\x12\x18\n\x10\x64\x65\x66\x61ult_baseline\x18\x0f \x01(\t\x12\x16\n\x0e\x64ifferentiable\x18\x10 \x01(\x08\x12\'\n\x06memory\x18\x11 \x01(\x0b\x32\x17.explainserve.v1.Memory\x12\x16\n\x0emax_batch_rows\x18\x12 \x01(\x05\x12/\n\x0crow_duration\x18\x13 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0e\n\x0c_noise_floorB\x11\n\x0f_default_target*@\n\x05Space\x12\x15\n\x11SPACE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSPACE_MODEL\x10\x01\x12\x0f\n\x0bSPACE_PIXEL\x10\x02*x\n\nOutputKind\x12\x1b\n\x17OUTPUT_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12OUTPUT_KIND_LOGITS\x10\x01\x12\x1d\n\x19OUTPUT_KIND_PROBABILITIES\x10\x02\x12\x16\n\x12OUTPUT_KIND_VALUES\x10\x03*m\n\nActivation\x12\x1a\n\x16\x41\x43TIVATION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41\x43TIVATION_SOFTMAX\x10\x01\x12\x16\n\x12\x41\x43TIVATION_SIGMOID\x10\x02\x12\x13\n\x0f\x41\x43TIVATION_NONE\x10\x03*q\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03*\x7f\n\x0bModelFormat\x12\x1c\n\x18MODEL_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11MODEL_FORMAT_ONNX\x10\x01\x12\x1d\n\x19MODEL_FORMAT_TORCH_EXPORT\x10\x02\x12\x1c\n\x18MODEL_FORMAT_TORCHSCRIPT\x10\x03*P\n\x08\x42\x61tching\x12\x18\n\x14\x42\x41TCHING_UNSPECIFIED\x10\x00\x12\x11\n\rBATCHING_ROWS\x10\x01\x12\x17\n\x13\x42\x41TCHING_ROW_BY_ROW\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'explainserve.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SPACE']._serialized_start=2626
-  _globals['_SPACE']._serialized_end=2690
-  _globals['_OUTPUTKIND']._serialized_start=2692
-  _globals['_OUTPUTKIND']._serialized_end=2812
-  _globals['_ACTIVATION']._serialized_start=2814
-  _globals['_ACTIVATION']._serialized_end=2923
-  _globals['_MODELSTATE']._serialized_start=2925
-  _globals['_MODELSTATE']._serialized_end=3038
-  _globals['_MODELFORMAT']._serialized_start=3040
-  _globals['_MODELFORMAT']._serialized_end=3167
-  _globals['_BATCHING']._serialized_start=3169
-  _globals['_BATCHING']._serialized_end=3249
-  _globals['_MODELREF']._serialized_start=79
-  _globals['_MODELREF']._serialized_end=251
-  _globals['_NAMEDMODEL']._serialized_start=253
-  _globals['_NAMEDMODEL']._serialized_end=313
-  _globals['_RANDOMIZEDMODEL']._serialized_start=315
-  _globals['_RANDOMIZEDMODEL']._serialized_end=406
-  _globals['_SHIFTEDMODEL']._serialized_start=408
-  _globals['_SHIFTEDMODEL']._serialized_end=521
-  _globals['_VALUERANGE']._serialized_start=523
-  _globals['_VALUERANGE']._serialized_end=562
-  _globals['_PREPROCESSING']._serialized_start=564
-  _globals['_PREPROCESSING']._serialized_end=606
-  _globals['_AXIS']._serialized_start=608
-  _globals['_AXIS']._serialized_end=656
-  _globals['_INPUTSPEC']._serialized_start=659
-  _globals['_INPUTSPEC']._serialized_end=1019
-  _globals['_OUTPUTSPEC']._serialized_start=1022
-  _globals['_OUTPUTSPEC']._serialized_end=1279
-  _globals['_MODELSUMMARY']._serialized_start=1282
-  _globals['_MODELSUMMARY']._serialized_end=1455
-  _globals['_OPERATORGAP']._serialized_start=1457
-  _globals['_OPERATORGAP']._serialized_end=1534
-  _globals['_LAYER']._serialized_start=1537
-  _globals['_LAYER']._serialized_end=1675
-  _globals['_METHODSUPPORT']._serialized_start=1677
-  _globals['_METHODSUPPORT']._serialized_end=1797
-  _globals['_READINGGUIDE']._serialized_start=1799
-  _globals['_READINGGUIDE']._serialized_end=1924
-  _globals['_MEMORY']._serialized_start=1926
-  _globals['_MEMORY']._serialized_end=2026
-  _globals['_MODEL']._serialized_start=2029
-  _globals['_MODEL']._serialized_end=2624
+  _globals['_SPACE']._serialized_start=2731
+  _globals['_SPACE']._serialized_end=2795
+  _globals['_OUTPUTKIND']._serialized_start=2797
+  _globals['_OUTPUTKIND']._serialized_end=2917
+  _globals['_ACTIVATION']._serialized_start=2919
+  _globals['_ACTIVATION']._serialized_end=3028
+  _globals['_MODELSTATE']._serialized_start=3030
+  _globals['_MODELSTATE']._serialized_end=3143
+  _globals['_MODELFORMAT']._serialized_start=3145
+  _globals['_MODELFORMAT']._serialized_end=3272
+  _globals['_BATCHING']._serialized_start=3274
+  _globals['_BATCHING']._serialized_end=3354
+  _globals['_MODELREF']._serialized_start=111
+  _globals['_MODELREF']._serialized_end=283
+  _globals['_NAMEDMODEL']._serialized_start=285
+  _globals['_NAMEDMODEL']._serialized_end=345
+  _globals['_RANDOMIZEDMODEL']._serialized_start=347
+  _globals['_RANDOMIZEDMODEL']._serialized_end=438
+  _globals['_SHIFTEDMODEL']._serialized_start=440
+  _globals['_SHIFTEDMODEL']._serialized_end=553
+  _globals['_VALUERANGE']._serialized_start=555
+  _globals['_VALUERANGE']._serialized_end=594
+  _globals['_PREPROCESSING']._serialized_start=596
+  _globals['_PREPROCESSING']._serialized_end=638
+  _globals['_AXIS']._serialized_start=640
+  _globals['_AXIS']._serialized_end=688
+  _globals['_INPUTSPEC']._serialized_start=691
+  _globals['_INPUTSPEC']._serialized_end=1051
+  _globals['_OUTPUTSPEC']._serialized_start=1054
+  _globals['_OUTPUTSPEC']._serialized_end=1311
+  _globals['_MODELSUMMARY']._serialized_start=1314
+  _globals['_MODELSUMMARY']._serialized_end=1487
+  _globals['_OPERATORGAP']._serialized_start=1489
+  _globals['_OPERATORGAP']._serialized_end=1566
+  _globals['_LAYER']._serialized_start=1569
+  _globals['_LAYER']._serialized_end=1707
+  _globals['_METHODSUPPORT']._serialized_start=1709
+  _globals['_METHODSUPPORT']._serialized_end=1829
+  _globals['_READINGGUIDE']._serialized_start=1831
+  _globals['_READINGGUIDE']._serialized_end=1956
+  _globals['_MEMORY']._serialized_start=1958
+  _globals['_MEMORY']._serialized_end=2058
+  _globals['_MODEL']._serialized_start=2061
+  _globals['_MODEL']._serialized_end=2729
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from explainserve.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -778,6 +779,8 @@ class Model(_message.Message):
     DEFAULT_BASELINE_FIELD_NUMBER: _builtins.int
     DIFFERENTIABLE_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_ROWS_FIELD_NUMBER: _builtins.int
+    ROW_DURATION_FIELD_NUMBER: _builtins.int
     sha256: _builtins.str
     """SHA-256 of the model file, lower-case hexadecimal."""
     batching: Global___Batching.ValueType
@@ -796,6 +799,8 @@ class Model(_message.Message):
     """Kind of baseline used when a request names none, such as "zeros" or "gray"."""
     differentiable: _builtins.bool
     """Whether the model has a gradient graph or autograd; black-box methods need neither."""
+    max_batch_rows: _builtins.int
+    """Rows that are evaluated together at most, found to be fastest at load."""
     @_builtins.property
     def summary(self) -> Global___ModelSummary:
         """Name, version, state."""
@@ -832,6 +837,12 @@ class Model(_message.Message):
     def memory(self) -> Global___Memory:
         """What it takes; absent where the backend does not tell."""
 
+    @_builtins.property
+    def row_duration(self) -> _duration_pb2.Duration:
+        """Time of one row in a micro-batch of that size, with its gradient where the model has one, measured at load; absent where
+        it was not: free axes, or no warm-up.
+        """
+
     def __init__(
         self,
         *,
@@ -852,10 +863,12 @@ class Model(_message.Message):
         default_baseline: _builtins.str = ...,
         differentiable: _builtins.bool = ...,
         memory: Global___Memory | None = ...,
+        max_batch_rows: _builtins.int = ...,
+        row_duration: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "default_target", b"default_target", "memory", b"memory", "noise_floor", b"noise_floor", "summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "default_target", b"default_target", "memory", b"memory", "noise_floor", b"noise_floor", "row_duration", b"row_duration", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "backend", b"backend", "batching", b"batching", "data_baselines", b"data_baselines", "default_baseline", b"default_baseline", "default_target", b"default_target", "device", b"device", "differentiable", b"differentiable", "gaps", b"gaps", "inputs", b"inputs", "layers", b"layers", "memory", b"memory", "methods", b"methods", "noise_floor", b"noise_floor", "outputs", b"outputs", "sha256", b"sha256", "summary", b"summary", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "backend", b"backend", "batching", b"batching", "data_baselines", b"data_baselines", "default_baseline", b"default_baseline", "default_target", b"default_target", "device", b"device", "differentiable", b"differentiable", "gaps", b"gaps", "inputs", b"inputs", "layers", b"layers", "max_batch_rows", b"max_batch_rows", "memory", b"memory", "methods", b"methods", "noise_floor", b"noise_floor", "outputs", b"outputs", "row_duration", b"row_duration", "sha256", b"sha256", "summary", b"summary", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_target: _TypeAlias = _typing.Literal["default_target"]  # noqa: Y015
     _WhichOneofArgType__default_target: _TypeAlias = _typing.Literal["_default_target", b"_default_target"]  # noqa: Y015
