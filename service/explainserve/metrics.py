@@ -76,4 +76,13 @@ class Metrics:
         self.attributions = Counter(
             "explainserve_attributions", "Maps by stop reason.", ["model", "method", "stop_reason"], registry=registry
         )
+        self.response_cache_lookups = Counter(
+            "explainserve_response_cache_lookups",
+            "Explain requests by outcome in the response cache: hit or miss.",
+            ["model", "outcome"],
+            registry=registry,
+        )
+        self.response_cache_bytes = Gauge(
+            "explainserve_response_cache_bytes", "Memory of the answers that are kept.", registry=registry
+        )
         self.models = Gauge("explainserve_models", "Model versions by state.", ["state"], registry=registry)

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from explainserve.backends.trial import TrialLimits, Trials
 from explainserve.backends.tried import Tried
 from explainserve.baselines import NAMED, Data, InputBaseline
 from explainserve.errors import ExplainServeError, ModelRefused, NotFound, Unsupported
+from explainserve.fingerprint import fingerprint
 from explainserve.model_config import BaselineConfig, ModelConfig, read_model_config
 from explainserve.signature import InputSpec, Signature
 
@@ -133,6 +135,12 @@ class ServedModel:
     def signature(self) -> Signature:
         """Inputs and outputs."""
         return self.loaded.signature
+
+    @cached_property
+    def identity(self) -> bytes:
+        """Digest of all of it that decides answers: its files, its model.toml, and the files that one names."""
+        stated = self.config.model_dump_json()
+        return fingerprint((self.name, self.version, self.sha256, stated, self.signature, self.data_baselines))
 
     @property
     def row_by_row(self) -> bool:

@@ -197,6 +197,8 @@ class Provenance:
         effective_methods: with every effective parameter, defaults included.
         row_count, forward_count, backward_count, saved_row_count: model evaluations done, and saved by sharing.
         queue_seconds, compute_seconds, serialize_seconds: in the queue, on the device, for statistics and encoding.
+        from_cache: kept from an earlier, equal request; the counts are then those of the computation, the seconds those
+            of this request.
     """
 
     model_name: str
@@ -218,6 +220,7 @@ class Provenance:
     queue_seconds: float
     compute_seconds: float
     serialize_seconds: float
+    from_cache: bool
 
     @classmethod
     def from_proto(cls, message: attribution_pb2.Provenance) -> Provenance:
@@ -242,6 +245,7 @@ class Provenance:
             queue_seconds=message.queue_duration.ToTimedelta().total_seconds(),
             compute_seconds=message.compute_duration.ToTimedelta().total_seconds(),
             serialize_seconds=message.serialize_duration.ToTimedelta().total_seconds(),
+            from_cache=message.from_cache,
         )
 
 

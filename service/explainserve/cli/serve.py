@@ -86,6 +86,10 @@ def serve(
         int, _knob("max_message_bytes", "Largest request and largest reply, in bytes.", min=1)
     ] = 64 * 1024 * 1024,
     max_instances: Annotated[int, _knob("max_instances", "Most instances of one request.", min=1)] = 256,
+    response_cache_bytes: Annotated[
+        int,
+        _knob("response_cache_bytes", "Memory for answers that are kept for equal requests; 0 keeps none.", min=0),
+    ] = 0,
     grace_seconds: Annotated[
         float,
         _knob(

@@ -16,6 +16,7 @@ from explainserve.metrics import Metrics
 from explainserve.plan import Differentiation
 from explainserve.repository import Repository, ServedModel
 from explainserve.rpc import requests, responses
+from explainserve.rpc.response_cache import ResponseCache
 from explainserve.scheduling import Request
 from explainserve.settings import Settings
 from explainserve.signature import OutputSpec
@@ -35,10 +36,14 @@ class Servicer(ExplainerServiceServicer):
         self._explainer = explainer
         self._metrics = metrics
         self._settings = settings
+        self._cache = ResponseCache(settings.response_cache_bytes, metrics)
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
         """Raw attributions with all figures."""
         checked = await self._checked(request, context)
+        lookup = await self._cache.lookup(checked)
+        if lookup.response is not None:
+            return lookup.response
         prepared = await asyncio.to_thread(self._explainer.prepare, checked.query)
         self._admit_reply(
             await asyncio.to_thread(responses.reply_bytes, checked, prepared.cost, self._settings.row_limit)
@@ -50,6 +55,7 @@ class Servicer(ExplainerServiceServicer):
         responses.set_serialize_duration(response.provenance, seconds)
         self._metrics.serialize_seconds.labels(checked.query.model.name).observe(seconds)
         self._observe(response, checked.query.method_name)
+        await self._cache.keep(lookup, answer, response)
         return response
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
