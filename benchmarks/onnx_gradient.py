@@ -2,9 +2,10 @@
 
     python benchmarks/onnx_gradient.py [--networks ResNet-50 ...] [--rows 1 8 32] [--seconds 25] [--resume]
 
-Same machine, same threads, same process, contestants in turn. Ours is a session as the service opens it; torch is
-eager, with frozen parameters, in both of its memory formats, of which the faster counts. The floor of a gradient is
-twice the forward pass, plus the time to read once what the backward part needs of the forward activations. Exports and
+Same machine, same threads, same process, contestants in turn. Ours is the model as the service loads it, in
+micro-batches of the size that it finds fastest; torch is eager, with frozen parameters, in both of its memory formats,
+all rows at once and in the same micro-batches, of which the fastest counts. The floor of a gradient is twice the
+forward pass, plus the time to read once what the backward part needs of the forward activations. Exports and
 figures are kept in `benchmarks/cache`; with `--resume`, what is already there is not measured again. Writes
 `benchmarks/results/onnx_gradient.md` after every measurement.
 """
@@ -33,13 +34,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import networks
-from explainserve.backends import onnx_graph
-from explainserve.backends.contract import LoadOptions
+from explainserve import backends
+from explainserve.backends import batch_size, onnx_graph
+from explainserve.backends.batch_size import BatchSize
+from explainserve.backends.contract import LoadedModel, LoadOptions
 from explainserve.backends.onnx_session import open_session, resident_bytes
 from explainserve.backends.onnx_subnormal import flush_subnormals
 from explainserve.backends.onnx_weights import Weights
+from explainserve.model_config import ModelConfig
 from explainserve.onnx_vjp import GradientGraph, input_gradient
 from explainserve.onnx_vjp.blocked import keep_in_blocks
+from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector
+from explainserve.repository import DEFAULT_BATCH_ROWS
+from explainserve.signature import ScoreHead
 from serving import Occupation
 
 HERE = Path(__file__).parent
@@ -58,6 +65,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 AIMS = {"ResNet-50": 1.25, "VGG-16": 1.25, "MobileNetV2": 1.25, "ViT-S/16": 1.5, "Swin-T": 1.5}
 """Time of a gradient over the floor: 1.25 for convolutional networks, 1.5 for transformers."""
 LAYOUTS = {"torch": torch.contiguous_format, "torch, channels-last": torch.channels_last}
+WARM_UP_SECONDS = 30.0
 REST_SECONDS = 0.05
 """Between contestants, so that threads of one that still spin do not take the processor from the next."""
 
@@ -111,19 +119,22 @@ class Network:
         assert self.gradient
         return time.perf_counter() - started
 
-    def session(self, kind: str, pack: bool = True) -> Any:
-        """A session of the forward or the gradient graph, as the service opens it."""
-        model = self.forward if kind == "forward" else self.gradient.model
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model as the service loads it."""
+        return backends.load(self.path, ModelConfig(), self.options)
+
+    @cached_property
+    def batch_size(self) -> BatchSize:
+        """The size of micro-batches that the service chooses."""
+        return batch_size.fastest(self.loaded, DEFAULT_BATCH_ROWS, WARM_UP_SECONDS)
+
+    def gradient_session(self, pack: bool = True) -> Any:
+        """A session of the gradient graph, as the service opens it."""
+        model = self.gradient.model
         options = LoadOptions(thread_count=self.options.thread_count, share_weights=not pack)
         flush_subnormals(model, self.weights.of(model))
         return open_session(model, options, self.weights)
-
-    def batch(self, rows: int) -> dict[str, Array]:
-        """Noise, and the cotangent of one class."""
-        image = np.random.default_rng(0).standard_normal((rows, 3, SIDE, SIDE)).astype(np.float32)
-        cotangent = np.zeros((rows, CLASSES), np.float32)
-        cotangent[:, TARGET] = 1
-        return {"image": image, self.gradient.cotangent: cotangent}
 
     def saved_bytes(self, rows: int) -> int:
         """Bytes of the forward activations that the backward part reads."""
@@ -144,17 +155,58 @@ def _byte_count(kind: Any) -> int:
     return int(np.prod([dim.dim_value for dim in kind.shape.dim], dtype=np.int64)) * item
 
 
-def torch_gradient(net: nn.Module, batch: dict[str, Array], layout: torch.memory_format) -> Callable[[], Tensor]:
-    """Autograd's gradient of the batch in one memory format; parameters are frozen."""
-    moved = copy.deepcopy(net).to(memory_format=layout)
-    image, cotangent = (torch.from_numpy(array) for array in batch.values())
-    image = image.contiguous(memory_format=layout)
+def images(rows: int) -> Array:
+    """Noise, shape (rows, 3, SIDE, SIDE)."""
+    return np.random.default_rng(0).standard_normal((rows, 3, SIDE, SIDE)).astype(np.float32)
 
-    def gradient() -> Tensor:
-        x = image.detach().requires_grad_(True)
+
+def one_class(rows: int) -> Array:
+    """The cotangent of one class, shape (rows, CLASSES)."""
+    cotangent = np.zeros((rows, CLASSES), np.float32)
+    cotangent[:, TARGET] = 1
+    return cotangent
+
+
+def micro_batches(image: Array, rows_at_once: int, wrt: tuple[str, ...]) -> list[Rows]:
+    """Every image as a row of its own: of its score tensor, or of the gradient of one class."""
+    function = Differentiation("logits", ScoreHead.IDENTITY, wrt)
+    selector = Selector(np.array([TARGET], np.int64), np.ones(1, np.float32)) if wrt else None
+    points = [{"image": row} for row in image]
+    segments = [Segment(point, point, {}, function, np.ones(1), np.ones(1), selector) for point in points]
+    starts = range(0, len(segments), rows_at_once)
+    return [Rows(function, tuple(segments[start : start + rows_at_once])) for start in starts]
+
+
+def ours(network: Network, image: Array, *wrt: str) -> Callable[[], list[SegmentEvaluation]]:
+    """The image as the service evaluates it, forward-only or with its gradient."""
+    batches = micro_batches(image, network.batch_size.rows, wrt)
+    return lambda: [evaluation for rows in batches for evaluation in network.loaded.evaluate(rows)]
+
+
+def torch_gradient(
+    net: nn.Module, image: Array, layout: torch.memory_format, rows_at_once: int
+) -> Callable[[], list[Tensor]]:
+    """Autograd's gradients in one memory format; parameters are frozen."""
+    moved = copy.deepcopy(net).to(memory_format=layout)
+    parts = torch.from_numpy(image).contiguous(memory_format=layout).split(rows_at_once)
+    cotangents = torch.from_numpy(one_class(len(image))).split(rows_at_once)
+
+    def gradient(part: Tensor, cotangent: Tensor) -> Tensor:
+        x = part.detach().requires_grad_(True)
         return torch.autograd.grad(moved(x), x, cotangent)[0]
 
-    return gradient
+    return lambda: [gradient(part, cotangent) for part, cotangent in zip(parts, cotangents, strict=True)]
+
+
+def peers(network: Network, image: Array) -> dict[str, Callable[[], list[Tensor]]]:
+    """torch in both memory formats, all rows at once and in our micro-batches."""
+    rows, ours_at_once = len(image), network.batch_size.rows
+    sizes = {"": rows} if rows <= ours_at_once else {"": rows, f", {ours_at_once} at once": ours_at_once}
+    return {
+        name + told: torch_gradient(network.net, image, layout, size)
+        for name, layout in LAYOUTS.items()
+        for told, size in sizes.items()
+    }
 
 
 def read_rate(threads: int) -> float:
@@ -178,6 +230,7 @@ class Timing:
     """Wall seconds of one network and batch, per contestant.
 
     Attributes:
+        rows_at_once: of our micro-batches.
         saved_bytes: of forward activations that the backward part reads.
         read_seconds: how long reading them takes here.
         distance: relative L2 distance of our gradient to torch's.
@@ -186,6 +239,7 @@ class Timing:
 
     network: str
     rows: int
+    rows_at_once: int
     seconds: dict[str, list[float]]
     saved_bytes: int
     read_seconds: float
@@ -207,31 +261,31 @@ class Timing:
 
     @property
     def peer(self) -> str:
-        """The faster of torch's memory formats."""
-        return min(LAYOUTS, key=self.least)
+        """The fastest way of torch."""
+        return min((name for name in self.seconds if name.startswith("torch")), key=self.least)
 
 
 def timing(network: Network, rows: int, seconds: float, rate: float) -> Timing:
     """Runs the contestants in turn for about `seconds`, at least three times each, after one turn that does not
     count.
     """
-    batch, started = network.batch(rows), Occupation.now()
-    image = {"image": batch["image"]}
-    forward, gradient = network.session("forward"), network.session("gradient")
+    image, started = images(rows), Occupation.now()
     contestants: dict[str, Callable[[], Any]] = {
-        "forward": lambda: forward.run(None, image),
-        "gradient": lambda: gradient.run(None, batch),
+        "forward": ours(network, image),
+        "gradient": ours(network, image, "image"),
+        **peers(network, image),
     }
-    contestants.update({name: torch_gradient(network.net, batch, layout) for name, layout in LAYOUTS.items()})
-    ours, theirs = contestants["gradient"]()[1], contestants["torch"]().numpy()
+    found = np.stack([evaluation.gradient_sums["image"] for evaluation in contestants["gradient"]()])
+    expected = torch.cat(contestants["torch"]()).numpy()
     saved = network.saved_bytes(rows)
     return Timing(
         network.name,
         rows,
+        network.batch_size.rows,
         _in_turn(contestants, seconds),
         saved,
         saved / rate,
-        float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)),
+        float(np.linalg.norm(found - expected) / np.linalg.norm(expected)),
         Occupation.now().others_share(started),
     )
 
@@ -278,8 +332,8 @@ def measured_bytes(network: Network, seconds: float) -> Bytes:
     own.take(onnx.load(network.path))
     added = network.weights.byte_count - own.byte_count
     packed, unpacked = (_session_bytes(network, pack) for pack in (True, False))
-    batch = network.batch(8)
-    sessions = {str(pack): network.session("gradient", pack) for pack in (True, False)}
+    batch = {"image": images(8), network.gradient.cotangent: one_class(8)}
+    sessions = {str(pack): network.gradient_session(pack) for pack in (True, False)}
     times = _in_turn(
         {pack: lambda session=session: session.run(None, batch) for pack, session in sessions.items()}, seconds
     )
@@ -305,7 +359,7 @@ def print_session_bytes(network: Network, pack: bool) -> None:
     """What the child process does."""
     assert network.gradient
     before = resident_bytes() or 0
-    session = network.session("gradient", pack)
+    session = network.gradient_session(pack)
     print((resident_bytes() or 0) - before)
     del session
 
@@ -349,10 +403,11 @@ def _introduction(threads: int, timings: list[Timing]) -> Iterator[str]:
     yield "# The gradient graph beside torch and the forward pass"
     yield ""
     yield "Written by `benchmarks/onnx_gradient.py`. Random weights, 224x224, gradient of one class logit with respect"
-    yield "to the image, contestants in turn. Ours: a session as the service opens it. torch: eager, frozen parameters,"
-    yield "the faster of its two memory formats. Floor: twice the forward pass, plus reading once what the gradient"
-    yield "needs of the forward activations. Ratios are of the fastest runs. Distance: relative L2, to torch's gradient"
-    yield "in float32, which is no nearer to the exact one."
+    yield "to the image, contestants in turn. Ours, forward and gradient: the model as the service loads and evaluates"
+    yield "it, in micro-batches of the size that it finds fastest. torch: eager, frozen parameters, the fastest of its"
+    yield "two memory formats, with all rows at once or in our micro-batches. Floor: twice the forward pass, plus"
+    yield "reading once what the gradient needs of the forward activations. Ratios are of the fastest runs. Distance:"
+    yield "relative L2, to torch's gradient in float32, which is no nearer to the exact one."
     yield ""
     cores = len(os.sched_getaffinity(0))
     yield f"Machine: {cores} cores, {platform.machine()}, {memory:.0f} GiB; {threads} threads for everyone."
@@ -366,11 +421,18 @@ def _timing_table(timings: list[Timing]) -> Iterator[str]:
     yield ""
     yield "Milliseconds per batch: least (median)."
     yield ""
-    heads = ["network", "rows", "forward", "floor", "of it reading", "ours", "torch", "ours / floor", "aim"]
+    heads = ["network", "rows", "at once", "forward", "floor", "of it reading", "ours", "torch", "ours / floor", "aim"]
     yield from _head(*heads, "ours / torch", "distance")
     for t in timings:
         ours = t.least("gradient")
-        cells = [t.network, t.rows, _milliseconds(t, "forward"), f"{1e3 * t.floor:.0f}", f"{1e3 * t.read_seconds:.0f}"]
+        cells = [
+            t.network,
+            t.rows,
+            min(t.rows, t.rows_at_once),
+            _milliseconds(t, "forward"),
+            f"{1e3 * t.floor:.0f}",
+            f"{1e3 * t.read_seconds:.0f}",
+        ]
         cells += [_milliseconds(t, "gradient"), _milliseconds(t, t.peer) + t.peer.removeprefix("torch")]
         cells += [f"{ours / t.floor:.2f}", AIMS[t.network], f"{ours / t.least(t.peer):.2f}", f"{t.distance:.0e}"]
         yield "| " + " | ".join(str(cell) for cell in cells) + " |"

@@ -23,9 +23,12 @@ UNMEASURED_ROWS = 16
 AS_FAST = 1.03
 """Time per row, relative to the fastest, that counts as equally fast."""
 
-_RUNS = 2
+PROMISING = 1.2
+"""Time per row, relative to the fastest, up to which a size is timed again: what else the machine does disturbs."""
+
+_ROUNDS = 3
 _LEAST_SECONDS = 0.01
-"""A size is run at least `_RUNS` times, and until it has taken this long: short runs are noisy."""
+"""What is shorter is run more often: it is noisier."""
 
 
 @dataclass(frozen=True)
@@ -49,37 +52,75 @@ def fastest(
 
     Args:
         limit: most rows.
-        seconds: after which no larger size is begun; 0 times nothing. One size may take longer.
+        seconds: that this should take at most; 0 times nothing. One row is timed however long it takes.
 
     Returns:
         The smallest size that is as fast as the fastest; a size that does not run ends the search.
     """
     if seconds == 0 or has_free_axes(model.signature):
         return BatchSize(min(limit, UNMEASURED_ROWS))
+    timed = _Timed(model, clock)
     ends_at = clock() + seconds
-    times = dict(_climb(model, limit, lambda: clock() < ends_at, clock))
-    if not times:
-        return BatchSize(min(limit, UNMEASURED_ROWS))
-    rows = min(size for size, time_per_row in times.items() if time_per_row <= AS_FAST * min(times.values()))
-    return BatchSize(rows, times[rows])
+    timed.climb(limit, ends_at)
+    timed.repeat(ends_at)
+    return timed.fastest or BatchSize(min(limit, UNMEASURED_ROWS))
 
 
-def _climb(
-    model: LoadedModel, limit: int, time_is_left: Callable[[], bool], clock: Callable[[], float]
-) -> Iterator[tuple[int, float]]:
-    """Sizes with their seconds per row, ascending."""
-    row = _random_row(model)
-    best, useless = float("inf"), 0
-    for size in _sizes(limit):
-        try:
-            measured = _seconds(model, _repeated(row, size), clock) / size
-        except EvaluationFailed:
-            return
-        yield size, measured
-        useless = 0 if measured * AS_FAST < best else useless + 1
-        best = min(best, measured)
-        if useless == 2 or not time_is_left():
-            return
+class _Timed:
+    """Least seconds per row of the sizes that were timed so far."""
+
+    def __init__(self, model: LoadedModel, clock: Callable[[], float]) -> None:
+        self._model, self._clock = model, clock
+        self._row = _random_row(model)
+        self._times: dict[int, float] = {}
+
+    @property
+    def fastest(self) -> BatchSize | None:
+        """The smallest size that is as fast as the fastest; None where not even one row runs."""
+        rows = min(self._within(AS_FAST), default=None)
+        return None if rows is None else BatchSize(rows, self._times[rows])
+
+    def climb(self, limit: int, ends_at: float) -> None:
+        """Times ascending sizes until one does not run, two in a row bring nothing, or the time does not suffice."""
+        useless = 0
+        for size in _sizes(limit):
+            best = min(self._times.values(), default=0.0)
+            if self._clock() + 2 * size * best > ends_at:
+                return
+            try:
+                self._evaluate(size)  # may prepare what the timed runs use
+                self._time(size)
+            except EvaluationFailed:
+                return
+            useless = useless + 1 if self._times[size] * AS_FAST > best > 0 else 0
+            if useless == 2:
+                return
+
+    def repeat(self, ends_at: float) -> None:
+        """Times the promising sizes again, in turn."""
+        for _ in range(_ROUNDS):
+            for size in self._within(PROMISING):
+                if self._clock() + size * self._times[size] <= ends_at:
+                    self._time(size)
+
+    def _within(self, factor: float) -> list[int]:
+        best = min(self._times.values(), default=0.0)
+        return [size for size, seconds in self._times.items() if seconds <= factor * best]
+
+    def _time(self, size: int) -> None:
+        """Keeps the least time of one run, or of as many as fill `_LEAST_SECONDS`."""
+        began = self._clock()
+        while True:
+            started = self._clock()
+            self._evaluate(size)
+            ended = self._clock()
+            self._times[size] = min(self._times.get(size, float("inf")), (ended - started) / size)
+            if ended - began >= _LEAST_SECONDS:
+                return
+
+    def _evaluate(self, size: int) -> None:
+        segment = replace(self._row, alphas=np.ones(size), weights=np.ones(size))
+        self._model.evaluate(Rows(segment.function, (segment,)))
 
 
 def _sizes(limit: int) -> Iterator[int]:
@@ -102,19 +143,3 @@ def _random_row(model: LoadedModel) -> Segment:
             continue
         return rows.segments[0]
     return next(output_rows(model.signature, instances)).segments[0]
-
-
-def _repeated(row: Segment, count: int) -> Rows:
-    segment = replace(row, alphas=np.ones(count), weights=np.ones(count))
-    return Rows(row.function, (segment,))
-
-
-def _seconds(model: LoadedModel, rows: Rows, clock: Callable[[], float]) -> float:
-    """Least time of some evaluations, after one that may prepare what the others use."""
-    model.evaluate(rows)
-    times: list[float] = []
-    while len(times) < _RUNS or sum(times) < _LEAST_SECONDS:
-        started = clock()
-        model.evaluate(rows)
-        times.append(clock() - started)
-    return min(times)
