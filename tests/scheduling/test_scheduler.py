@@ -3,65 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import suppress
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from explainserve.errors import DeadlineExceeded, EvaluationFailed, LimitExceeded
-from explainserve.plan import Differentiation, Plan, Segment, SegmentEvaluation, Selector
-from explainserve.scheduling import Batch, Job, Request, Scheduler
-from explainserve.signature import ScoreHead
-
-GRADIENT = Differentiation("y", ScoreHead.IDENTITY, ("x",))
-FORWARD = Differentiation("y", ScoreHead.IDENTITY)
-SELECTOR = Selector(np.array([0]), np.ones(1, np.float32))
-
-
-def segment(
-    rows: int, value: float = 1.0, shape: tuple[int, ...] = (2,), function: Differentiation = GRADIENT
-) -> Segment:
-    point = {"x": np.full(shape, value, np.float32)}
-    weights = np.ones(rows) if function.wrt else np.zeros(rows)
-    selector = SELECTOR if function.wrt else None
-    return Segment(point, point, {}, function, np.arange(1, rows + 1) / rows, weights, selector)
-
-
-def job(*rows: int, model: str = "m", request: Request | None = None, batch: int = 8, **kwargs: object) -> Job:
-    segments = tuple(segment(count, **kwargs) for count in rows)  # type: ignore[arg-type]
-    return Job(model, Plan(segments), request or Request(), batch)
-
-
-def evaluate(batch: Batch) -> list[SegmentEvaluation]:
-    """A model F(x) = sum of x whose gradient sum tells which rows took part."""
-    parts = []
-    for piece in batch.rows.segments:
-        if piece.selector is None:
-            parts.append(SegmentEvaluation(np.empty(0), {}, np.outer(piece.alphas, piece.end["x"]).astype(np.float32)))
-        else:
-            total = np.float32((piece.alphas * piece.weights).sum()) * piece.end["x"]
-            parts.append(SegmentEvaluation(piece.alphas * float(piece.end["x"].sum()), {"x": total}))
-    return parts
-
-
-def run(scheduler: Scheduler, batch: Batch) -> list[Job]:
-    return scheduler.complete(batch, evaluate(batch), 1.0)
-
-
-def rows_by_job(batch: Batch) -> Counter[Job]:
-    counts: Counter[Job] = Counter()
-    for piece in batch.slices:
-        counts[piece.job] += piece.last - piece.first
-    return counts
-
-
-def drain(scheduler: Scheduler) -> list[Job]:
-    finished: list[Job] = []
-    while (batch := scheduler.next_batch(0.0)) is not None:
-        finished += run(scheduler, batch)
-    return finished
+from explainserve.scheduling import Job, Request, Scheduler
+from scheduling.fake_device import FORWARD, drain, evaluate, job, rows_by_job, run
 
 
 def test_rows_of_different_requests_share_a_batch() -> None:
@@ -72,7 +20,6 @@ def test_rows_of_different_requests_share_a_batch() -> None:
 
     batch = scheduler.next_batch(0.0)
 
-    assert batch is not None
     assert rows_by_job(batch) == {jobs[0]: 3, jobs[1]: 2, jobs[2]: 1}
     assert run(scheduler, batch) == jobs
 
@@ -101,37 +48,81 @@ def test_rows_that_differ_in_kind_never_share_a_batch(other: dict[str, object]) 
 
     first, second = scheduler.next_batch(0.0), scheduler.next_batch(0.0)
 
-    assert first is not None and second is not None
     assert len(rows_by_job(first)) == len(rows_by_job(second)) == 1
 
 
-@pytest.mark.parametrize("kind", [{}, {"model": "other"}], ids=["same model", "other model"])
-def test_a_one_row_request_behind_a_long_one_is_answered_within_two_batches(kind: dict[str, str]) -> None:
-    scheduler = Scheduler(100_000)
-    scheduler.submit(job(10_000), 0.0)
-    first = scheduler.next_batch(0.0)
-    assert first is not None
+@pytest.mark.parametrize("kind", [{}, {"model": "other"}, {"shape": (3,)}], ids=["same kind", "model", "shape"])
+@pytest.mark.parametrize("long_count", [1, 2, 20])
+@pytest.mark.parametrize("long_kinds", ["alike", "different"])
+@pytest.mark.parametrize("batches_before", [1, 2, 7])
+def test_a_one_row_request_behind_long_ones_is_answered_within_two_batches(
+    kind: dict[str, object], long_count: int, long_kinds: str, batches_before: int
+) -> None:
+    """Whatever the long ones are, and wherever they stand in their turns: one is on the device, two come after."""
+    scheduler = Scheduler(1_000_000)
+    for index in range(long_count):
+        scheduler.submit(job(10_000, model="m" if long_kinds == "alike" else f"m{index}"), 0.0)
+    for _ in range(batches_before):
+        on_device = scheduler.next_batch(0.0)
     short = job(1, **kind)  # type: ignore[arg-type]
     scheduler.submit(short, 0.0)
-    run(scheduler, first)
+    run(scheduler, on_device)
 
-    finished = [done for _ in range(2) for done in run(scheduler, scheduler.next_batch(0.0))]  # type: ignore[arg-type]
+    finished = [done for _ in range(2) for done in run(scheduler, scheduler.next_batch(0.0))]
 
     assert finished == [short]
 
 
-def test_a_stream_of_newcomers_does_not_starve_a_long_request() -> None:
+def test_equals_take_turns() -> None:
+    """Requests whose rows cannot share batches: each has one batch of every round."""
     scheduler = Scheduler(100_000)
-    long = job(64, model="long")
+    jobs = [job(100, model=f"m{index}") for index in range(5)]
+    for one in jobs:
+        scheduler.submit(one, 0.0)
+
+    rounds = [[next(iter(rows_by_job(scheduler.next_batch(0.0)))) for _ in jobs] for _ in range(3)]
+
+    assert rounds == [jobs, jobs, jobs]
+
+
+def test_more_equals_than_rows_of_a_batch_take_turns() -> None:
+    scheduler = Scheduler(100_000)
+    jobs = [job(50, batch=4) for _ in range(10)]
+    for one in jobs:
+        scheduler.submit(one, 0.0)
+
+    shares: Counter[Job] = Counter()
+    for _ in range(5):  # 20 rows for 10 requests
+        shares += rows_by_job(scheduler.next_batch(0.0))
+
+    assert shares == dict.fromkeys(jobs, 2)
+
+
+def test_short_requests_leave_half_of_the_batches_to_long_ones() -> None:
+    scheduler = Scheduler(100_000)
+    long = job(1000, model="long")
     scheduler.submit(long, 0.0)
 
-    for _ in range(40):
-        scheduler.submit(job(8, model="short"), 0.0)
-        batch = scheduler.next_batch(0.0)
-        assert batch is not None
-        run(scheduler, batch)
+    served: Counter[Job] = Counter()
+    for index in range(20):
+        scheduler.submit(job(8, model=f"short {index}"), 0.0)
+        served += rows_by_job(scheduler.next_batch(0.0))
 
-    assert long.done
+    assert served[long] == 10 * 8
+
+
+def test_short_requests_are_served_in_the_order_in_which_they_came() -> None:
+    """Those that come during one batch are equals, of which the earlier deadline goes first; later ones are not."""
+    scheduler = Scheduler(100_000)
+    scheduler.submit(job(8, model="first"), 0.0)
+    scheduler.next_batch(0.0)
+    late, early = (job(1, model=f"by {time}", request=Request(expires_at=time)) for time in (9.0, 8.0))
+    scheduler.submit(late, 0.0)
+    scheduler.submit(early, 0.0)
+    assert rows_by_job(scheduler.next_batch(0.0)) == {early: 1}
+    scheduler.submit(job(1, model="after", request=Request(expires_at=1.0)), 0.0)
+
+    assert rows_by_job(scheduler.next_batch(0.0)) == {late: 1}
 
 
 def test_jobs_of_one_request_take_one_turn() -> None:
@@ -144,7 +135,6 @@ def test_jobs_of_one_request_take_one_turn() -> None:
 
     batch = scheduler.next_batch(0.0)
 
-    assert batch is not None
     assert rows_by_job(batch) == {many[0]: 4, single: 4}
 
 
@@ -158,9 +148,31 @@ def test_priority_goes_first_and_the_earlier_deadline_between_equals() -> None:
     for one in (late, early, urgent):
         scheduler.submit(one, 0.0)
 
-    order = [next(iter(rows_by_job(scheduler.next_batch(0.0)))) for _ in range(3)]  # type: ignore[arg-type]
+    order = [next(iter(rows_by_job(scheduler.next_batch(0.0)))) for _ in range(3)]
 
     assert order == [urgent, early, late]
+
+
+def test_higher_priority_fills_the_batch_and_lower_takes_what_it_leaves() -> None:
+    scheduler = Scheduler(1000)
+    usual, urgent = job(100), job(13, request=Request(priority=1))
+    scheduler.submit(usual, 0.0)
+    scheduler.submit(urgent, 0.0)
+
+    shares = [rows_by_job(scheduler.next_batch(0.0)) for _ in range(3)]
+
+    assert shares == [{urgent: 8}, {urgent: 5, usual: 3}, {usual: 8}]
+
+
+def test_what_small_requests_leave_of_their_share_goes_to_the_others() -> None:
+    scheduler = Scheduler(1000)
+    jobs = [job(rows) for rows in (1, 100, 2, 100)]
+    for one in jobs:
+        scheduler.submit(one, 0.0)
+
+    shares = rows_by_job(scheduler.next_batch(0.0))
+
+    assert [shares[one] for one in jobs] == [1, 3, 2, 2]
 
 
 def test_cancelled_rows_are_gone_at_the_next_packing() -> None:
@@ -223,36 +235,6 @@ def test_a_full_queue_refuses_at_once_and_admits_again_later() -> None:
     scheduler.admit(Request(), 1)
 
 
-@given(data=st.data())
-def test_places_are_given_back_whatever_becomes_of_a_request(data: st.DataObject) -> None:
-    """No more rows wait than the limit while requests come, bring rows, lose them and go; in the end it is empty."""
-    scheduler = Scheduler(max_waiting_rows=30)
-    open_rows: dict[Request, int] = {}
-    for _ in range(data.draw(st.integers(1, 30))):
-        rows = data.draw(st.integers(1, 12))
-        with suppress(LimitExceeded):
-            scheduler.admit(request := Request(), rows)
-            open_rows[request] = rows
-        for own in data.draw(st.lists(st.sampled_from([*open_rows, None]), max_size=3)):
-            if own is not None and open_rows.get(own):
-                part = data.draw(st.integers(1, open_rows[own]))
-                scheduler.submit(one := job(part, request=own), 0.0)
-                open_rows[own] -= part
-                if data.draw(st.booleans()):
-                    scheduler.cancel(one)
-        assert scheduler.waiting_row_count <= 30
-        if data.draw(st.booleans()) and (batch := scheduler.next_batch(0.0)) is not None:
-            run(scheduler, batch)
-        if open_rows and data.draw(st.booleans()):
-            scheduler.release(gone := next(iter(open_rows)))
-            del open_rows[gone]
-            for one in [j for j in scheduler._jobs if j.request is gone]:
-                scheduler.cancel(one)
-    for request in open_rows:
-        scheduler.release(request)
-    scheduler.admit(Request(), 30)
-
-
 def test_waits_and_device_time_are_counted() -> None:
     scheduler = Scheduler(1000)
     one = job(10)
@@ -265,53 +247,6 @@ def test_waits_and_device_time_are_counted() -> None:
     scheduler.complete(second, evaluate(second), 0.5)
 
     assert (one.submitted_at, one.started_at, one.request.compute_seconds) == (3.0, 7.5, 2.5)
-
-
-def expected_sum(part: Segment) -> np.ndarray:
-    return (part.alphas * part.weights).sum() * part.end["x"].astype(np.float64)
-
-
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_no_row_is_lost_doubled_or_mixed_up(data: st.DataObject) -> None:
-    """Random submits, cancels, failures and interleaved completions leave every surviving job with exactly its own
-    rows."""
-    scheduler = Scheduler(10_000)
-    alive: list[Job] = []
-    failed: set[Job] = set()
-    flying: list[Batch] = []
-    counter = iter(range(1, 10_000))
-    for _ in range(data.draw(st.integers(1, 25))):
-        action = data.draw(st.sampled_from(["submit", "submit", "pack", "pack", "complete", "cancel", "fail"]))
-        if action == "submit":
-            rows = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
-            parts = tuple(segment(count, value=float(next(counter))) for count in rows)
-            model = data.draw(st.sampled_from(["a", "b"]))
-            alive.append(Job(model, Plan(parts), Request(data.draw(st.integers(-1, 1))), 5))
-            scheduler.submit(alive[-1], 0.0)
-        elif action == "pack" and (batch := scheduler.next_batch(0.0)) is not None:
-            flying.append(batch)
-        elif action == "complete" and flying:
-            run(scheduler, flying.pop(data.draw(st.integers(0, len(flying) - 1))))
-        elif action == "cancel" and alive:
-            gone = alive.pop(data.draw(st.integers(0, len(alive) - 1)))
-            scheduler.cancel(gone)
-        elif action == "fail" and flying:
-            failed |= set(scheduler.fail(flying.pop(), EvaluationFailed("MODEL_RAISED", "boom")))
-    for batch in flying:
-        run(scheduler, batch)
-    drain(scheduler)
-
-    assert scheduler.waiting_row_count == 0
-    assert scheduler.next_batch(0.0) is None
-    for one in alive:
-        if one in failed:
-            assert one.error is not None
-            continue
-        assert one.done
-        for part, answer in zip(one.plan.segments, one.evaluation.segments, strict=True):
-            np.testing.assert_allclose(answer.gradient_sums["x"], expected_sum(part), rtol=1e-5)
-            np.testing.assert_allclose(answer.scores, part.alphas * part.end["x"].astype(np.float64).sum(), rtol=1e-12)
 
 
 def test_forward_outputs_come_back_in_the_order_of_the_rows() -> None:

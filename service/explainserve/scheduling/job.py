@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -18,16 +19,26 @@ class Request:
     Attributes:
         priority: higher goes first.
         expires_at: time after which its rows are dropped; infinity where there is none.
-        last_turn: number of the last turn it took; smaller waits longer.
         compute_seconds: time of the batches that held rows of any of its jobs, each batch once.
-        reserved_rows: rows that it may still bring to the device, those that wait included; set by the scheduler.
+
+    The scheduler keeps the rest:
+        reserved_rows: rows that it may still bring to the device, those that wait included.
+        arrival: its place among all requests that came.
+        waits_since: number of the turn since which it waits.
+        short: whether all rows that wait fit into one batch.
+        jobs: those that have not ended.
+        waiting: rows that were not packed yet, by batch key, the key that waits longest first.
     """
 
     priority: int = 0
     expires_at: float = float("inf")
-    last_turn: int = 0
     compute_seconds: float = 0.0
     reserved_rows: int = 0
+    arrival: int = 0
+    waits_since: int = 0
+    short: bool = True
+    jobs: set[Job] = field(default_factory=set)
+    waiting: dict[Hashable, WaitingRows] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +51,57 @@ class Slice:
     last: int
 
     @property
+    def row_count(self) -> int:
+        """Number of rows."""
+        return self.last - self.first
+
+    @property
     def segment(self) -> Segment:
         """The segment with these rows only."""
         whole = self.job.plan.segments[self.segment_index]
-        if self.last - self.first == whole.row_count:
+        if self.row_count == whole.row_count:
             return whole
         rows = slice(self.first, self.last)
         return replace(whole, alphas=whole.alphas[rows], weights=whole.weights[rows])
+
+    def split(self, row_count: int) -> tuple[Slice, Slice]:
+        """The first rows, and the rest."""
+        middle = self.first + row_count
+        return replace(self, last=middle), replace(self, first=middle)
+
+
+class WaitingRows:
+    """Rows of one request that share a batch key, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._slices: deque[Slice] = deque()
+        self.row_count = 0
+
+    @property
+    def first(self) -> Slice:
+        """What goes next."""
+        return self._slices[0]
+
+    def append(self, piece: Slice) -> None:
+        """Adds rows at the end."""
+        self._slices.append(piece)
+        self.row_count += piece.row_count
+
+    def take(self, row_count: int) -> Iterator[Slice]:
+        """Removes the first `row_count` rows."""
+        self.row_count -= row_count
+        while row_count > 0:
+            piece = self._slices.popleft()
+            if piece.row_count > row_count:
+                piece, rest = piece.split(row_count)
+                self._slices.appendleft(rest)
+            row_count -= piece.row_count
+            yield piece
+
+    def drop(self, job: Job) -> None:
+        """Forgets the rows of a job."""
+        self._slices = deque(piece for piece in self._slices if piece.job is not job)
+        self.row_count = sum(piece.row_count for piece in self._slices)
 
 
 @dataclass(eq=False)
@@ -67,28 +122,18 @@ class Job:
     submitted_at: float = 0.0
     started_at: float | None = None
     error: Exception | None = None
-    _waiting: dict[Hashable, list[list[int]]] = field(init=False)
     _sums: list[_SegmentSum] = field(init=False)
     _open_rows: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self._waiting = {}
-        for index, segment in enumerate(self.plan.segments):
-            self._waiting.setdefault((self.model, *batch_key(segment)), []).append([index, 0])
         self._sums = [_SegmentSum(segment) for segment in self.plan.segments]
         self._open_rows = self.plan.row_count
 
     @property
-    def waiting_row_count(self) -> int:
-        """Rows that were not packed yet."""
-        return sum(
-            self.plan.segments[index].row_count - first for queue in self._waiting.values() for index, first in queue
-        )
-
-    @property
-    def keys(self) -> Iterator[Hashable]:
-        """Batch keys of the rows that wait, the oldest first."""
-        return iter(self._waiting)
+    def slices(self) -> Iterator[tuple[Hashable, Slice]]:
+        """All of its rows, segment by segment, each with its batch key."""
+        for index, segment in enumerate(self.plan.segments):
+            yield (self.model, *batch_key(segment)), Slice(self, index, 0, segment.row_count)
 
     @property
     def done(self) -> bool:
@@ -100,28 +145,10 @@ class Job:
         """What came back."""
         return Evaluation(tuple(segment_sum.evaluation() for segment_sum in self._sums))
 
-    def take(self, key: Hashable, row_count: int) -> Iterator[Slice]:
-        """Removes up to `row_count` waiting rows of a key, in the order of the plan."""
-        queue = self._waiting.get(key, [])
-        while queue and row_count > 0:
-            index, first = queue[0]
-            last = min(first + row_count, self.plan.segments[index].row_count)
-            row_count -= last - first
-            queue[0][1] = last
-            if last == self.plan.segments[index].row_count:
-                queue.pop(0)
-            yield Slice(self, index, first, last)
-        if not queue:
-            self._waiting.pop(key, None)
-
     def put(self, piece: Slice, part: SegmentEvaluation) -> None:
         """Adds what came back for some rows."""
         self._sums[piece.segment_index].add(piece.first, piece.last, part)
-        self._open_rows -= piece.last - piece.first
-
-    def drop(self) -> None:
-        """Forgets the rows that wait."""
-        self._waiting.clear()
+        self._open_rows -= piece.row_count
 
 
 def batch_key(segment: Segment) -> tuple[Hashable, ...]:

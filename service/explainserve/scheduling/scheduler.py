@@ -1,10 +1,17 @@
 """The scheduler: which rows go to the device next.
 
-The device thread *pulls* the next batch, so batches form while the device is busy and no timer waits. Requests take
-turns: the one that waited longest leads and decides which rows can join (same model, function and shapes); every
-request with such rows gets an equal share of the batch, and what is left is filled in the same order. Priority goes
-before turns, the earlier deadline before the later one between equals. A newcomer queues behind those that wait, and
-before anyone who was served since. Cancelled and expired jobs fall out when a batch is packed.
+The device thread *pulls* the next batch, so batches form while the device is busy and no timer waits.
+
+Requests take turns. Of those with the highest priority the one that waits longest leads, and between equals the one
+with the earlier deadline. Every second turn goes to a short request, all of whose rows fit into one batch, and the
+others to long ones, as long as there are both. So a short request waits for one batch of long ones at most, however
+many they are, and a stream of short ones takes no more than half of the device from them.
+
+The leader decides which rows can join: those of the same model, function and shapes. Requests of one priority that
+have such rows get equal shares of the batch; what some leave goes to the others in their order, and what all leave to
+the next lower priority.
+
+Cancelled and expired jobs lose their rows before the next batch is packed.
 
 The queue is bounded where requests come in: one is admitted only if all rows that it may ever need fit beside those
 that admitted requests still may. So whoever is admitted is never refused on the way, and no more rows than the limit
@@ -16,11 +23,14 @@ A plain value: times come in as arguments, and whoever shares it between threads
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby, islice, takewhile
 
 from explainserve.errors import DeadlineExceeded, LimitExceeded
 from explainserve.plan import Rows, SegmentEvaluation
-from explainserve.scheduling.job import Job, Request, Slice
+from explainserve.scheduling.job import Job, Request, Slice, WaitingRows
+from explainserve.scheduling.line import Line, SortedRequests, deadline
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +56,12 @@ class Scheduler:
 
     def __init__(self, max_waiting_rows: int) -> None:
         self._max_waiting_rows = max_waiting_rows
-        self._jobs: list[Job] = []
-        self._last_turn = 0
+        self._line = Line()
+        self._lines: dict[Hashable, Line] = {}
+        self._deadlines = SortedRequests(deadline)
+        self._arrivals = 0
+        self._turn = 0
+        self._short_first = True
         self._waiting_rows = 0
         self._reserved_rows = 0
 
@@ -79,40 +93,43 @@ class Scheduler:
 
     def submit(self, job: Job, now: float) -> None:
         """Takes a job of an admitted request."""
-        rows = job.plan.row_count
         job.submitted_at = now
-        if all(job.request is not other.request for other in self._jobs):
-            job.request.last_turn = max(job.request.last_turn, self._last_turn)
-        self._waiting_rows += rows
-        self._jobs.append(job)
+        request = job.request
+        if not request.jobs:
+            self._enter(request)
+        request.jobs.add(job)
+        with self._changing(request):
+            if not request.waiting:
+                request.waits_since = self._turn
+            for key, piece in job.slices:
+                request.waiting.setdefault(key, WaitingRows()).append(piece)
 
     def cancel(self, job: Job) -> None:
         """Drops the rows of a job that still wait; what is on the device is ignored when it comes back."""
-        if job in self._jobs:
+        if job in job.request.jobs:
             self._remove(job)
 
     def expire(self, now: float) -> list[Job]:
         """Drops jobs whose time has run out and returns them, each with its error."""
-        expired = [job for job in self._jobs if job.request.expires_at <= now]
+        late = list(takewhile(lambda request: request.expires_at <= now, self._deadlines))
+        expired = [job for request in late for job in request.jobs]
         for job in expired:
             self._end(job, DeadlineExceeded("DEADLINE_EXCEEDED", "time ran out before all rows were evaluated"))
         return expired
 
     def next_batch(self, now: float) -> Batch | None:
         """Packs the next batch, or None where no row waits."""
-        waiting = [job for job in self._jobs if job.waiting_row_count]
-        if not waiting:
+        leader = next(self._line.order(short_first=self._short_first), None)
+        if leader is None:
             return None
-        leader = min(waiting, key=_precedence)
-        key = next(leader.keys)
-        slices = tuple(self._pack(key, leader.max_batch_rows, [job for job in waiting if key in job.keys]))
-        for piece in slices:
-            self._waiting_rows -= piece.last - piece.first
-            self._reserve(piece.job.request, -min(piece.last - piece.first, piece.job.request.reserved_rows))
-            if piece.job.started_at is None:
-                piece.job.started_at = now
+        key, waiting = next(iter(leader.waiting.items()))
+        first = waiting.first.job
+        order = self._lines[key].order(short_first=self._short_first)
+        shares = list(_shares(order, key, first.max_batch_rows))
+        slices = tuple(piece for request, share in shares for piece in self._take(request, key, share, now))
+        self._short_first = not self._short_first
         segments = tuple(piece.segment for piece in slices)
-        return Batch(leader.model, Rows(segments[0].function, segments), slices)
+        return Batch(first.model, Rows(segments[0].function, segments), slices)
 
     def complete(self, batch: Batch, parts: Sequence[SegmentEvaluation], seconds: float) -> list[Job]:
         """Hands results to the jobs.
@@ -126,7 +143,7 @@ class Scheduler:
         """
         for piece, part in zip(batch.slices, parts, strict=True):
             piece.job.put(piece, part)
-        jobs = self._present(batch)
+        jobs = _open_jobs(batch)
         for request in {job.request for job in jobs}:
             request.compute_seconds += seconds
         done = [job for job in jobs if job.done]
@@ -140,7 +157,7 @@ class Scheduler:
         Returns:
             Those jobs, each with the error.
         """
-        failed = self._present(batch)
+        failed = _open_jobs(batch)
         for job in failed:
             self._end(job, error)
         return failed
@@ -149,48 +166,89 @@ class Scheduler:
         request.reserved_rows += row_count
         self._reserved_rows += row_count
 
-    def _pack(self, key: Hashable, budget: int, jobs: list[Job]) -> Iterator[Slice]:
-        """Equal shares for all requests first, then what is left in the same order."""
-        requests = _by_request(sorted(jobs, key=_precedence))
-        share = -(-budget // len(requests))
-        for row_limit in (share, budget):
-            for request, members in requests:
-                taken = list(_take(key, min(row_limit, budget), members))
-                if taken:
-                    self._last_turn += 1
-                    request.last_turn = self._last_turn
-                budget -= sum(piece.last - piece.first for piece in taken)
-                yield from taken
+    def _take(self, request: Request, key: Hashable, row_count: int, now: float) -> list[Slice]:
+        """Lets a request have its turn: these rows go to the device."""
+        self._turn += 1
+        with self._changing(request):
+            taken = list(request.waiting[key].take(row_count))
+            request.waits_since = self._turn
+        self._reserve(request, -min(row_count, request.reserved_rows))
+        for piece in taken:
+            if piece.job.started_at is None:
+                piece.job.started_at = now
+        return taken
 
-    def _present(self, batch: Batch) -> list[Job]:
-        """Jobs of the batch that were not cancelled meanwhile, each once."""
-        jobs = dict.fromkeys(piece.job for piece in batch.slices)
-        return [job for job in jobs if job in self._jobs]
+    def _enter(self, request: Request) -> None:
+        self._arrivals += 1
+        request.arrival = self._arrivals
+        self._deadlines.add(request)
 
     def _end(self, job: Job, error: Exception) -> None:
         job.error = error
         self._remove(job)
 
     def _remove(self, job: Job) -> None:
-        self._waiting_rows -= job.waiting_row_count
-        job.drop()
-        self._jobs.remove(job)
+        request = job.request
+        with self._changing(request):
+            for waiting in request.waiting.values():
+                waiting.drop(job)
+        request.jobs.remove(job)
+        if not request.jobs:
+            self._deadlines.remove(request)
+
+    @contextmanager
+    def _changing(self, request: Request) -> Iterator[None]:
+        """Out of all lines while its rows or its turn change, and back in those where it has rows afterwards."""
+        self._leave(request)
+        yield
+        request.waiting = {key: waiting for key, waiting in request.waiting.items() if waiting.row_count}
+        self._join(request)
+
+    def _leave(self, request: Request) -> None:
+        if request.waiting:
+            self._line.remove(request)
+        for key, waiting in request.waiting.items():
+            self._waiting_rows -= waiting.row_count
+            self._lines[key].remove(request)
+            if not len(self._lines[key]):
+                del self._lines[key]
+
+    def _join(self, request: Request) -> None:
+        if request.waiting:
+            request.short = _fits_into_one_batch(request)
+            self._line.add(request)
+        for key, waiting in request.waiting.items():
+            self._waiting_rows += waiting.row_count
+            self._lines.setdefault(key, Line()).add(request)
 
 
-def _precedence(job: Job) -> tuple[float, ...]:
-    request = job.request
-    return -request.priority, request.last_turn, request.expires_at, job.submitted_at
+def _shares(order: Iterator[Request], key: Hashable, budget: int) -> Iterator[tuple[Request, int]]:
+    """How many rows of a key each request brings to a batch of at most `budget` rows; none of those without any."""
+    for _, members in groupby(islice(order, budget), key=lambda request: request.priority):
+        equals = list(members)
+        shares = _equal_shares(budget, [request.waiting[key].row_count for request in equals])
+        budget -= sum(shares)
+        yield from ((request, share) for request, share in zip(equals, shares, strict=True) if share)
 
 
-def _by_request(jobs: list[Job]) -> list[tuple[Request, list[Job]]]:
-    groups: dict[Request, list[Job]] = {}
-    for job in jobs:
-        groups.setdefault(job.request, []).append(job)
-    return list(groups.items())
+def _equal_shares(budget: int, wanted: Sequence[int]) -> list[int]:
+    """Equal shares first, then what is left in the same order."""
+    share = -(-budget // len(wanted))
+    shares = [0] * len(wanted)
+    for limit in (share, budget):
+        for index, own in enumerate(wanted):
+            more = min(own, limit, shares[index] + budget) - shares[index]
+            shares[index] += more
+            budget -= more
+    return shares
 
 
-def _take(key: Hashable, row_count: int, jobs: list[Job]) -> Iterator[Slice]:
-    for job in jobs:
-        for piece in job.take(key, row_count):
-            row_count -= piece.last - piece.first
-            yield piece
+def _open_jobs(batch: Batch) -> list[Job]:
+    """Jobs of the batch that have not ended meanwhile, each once."""
+    jobs = dict.fromkeys(piece.job for piece in batch.slices)
+    return [job for job in jobs if job in job.request.jobs]
+
+
+def _fits_into_one_batch(request: Request) -> bool:
+    limit = min(waiting.first.job.max_batch_rows for waiting in request.waiting.values())
+    return len(request.waiting) == 1 and sum(waiting.row_count for waiting in request.waiting.values()) <= limit
