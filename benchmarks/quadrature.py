@@ -135,8 +135,7 @@ class Model:
         """All rows of the plan, 64 at a time."""
         rows = torch.cat([_rows(segment) for segment in plan.segments])
         first = plan.segments[0]
-        assert first.selector is not None
-        index, head = int(first.selector.indices[0]), first.function.head
+        index, head = int(first.selectors[0].indices[0]), first.function.head
         values, gradients = zip(
             *(self._values_and_gradients(part, index, head) for part in rows.split(64)), strict=True
         )
@@ -250,7 +249,7 @@ def _composite(model: Model, question: Question, counts: list[int]) -> Vector:
 
 def _segment(question: Question, alphas: Vector, weights: Vector) -> Segment:
     start, end = question.baseline.moving, question.instance.moving
-    return Segment(start, end, {}, question.gradient, alphas, weights, question.target.selector)
+    return Segment(start, end, {}, question.gradient, alphas, weights, (question.target.selector,))
 
 
 def _product(question: Question, evaluation: SegmentEvaluation) -> Vector:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class ClosedForm:
     Attributes:
         batches: rows of each evaluation so far.
         seen: alphas of each evaluation so far.
+        selector_counts: selectors of the segments of each evaluation so far.
         failure: raised by the next evaluations where it is set.
         spoiled: value that replaces the scores where it is set.
         holds_after: gradient rows after which further ones wait for `gate`; None: they never do.
@@ -48,12 +49,14 @@ class ClosedForm:
     def __init__(self) -> None:
         self.batches: list[int] = []
         self.seen: list[list[float]] = []
+        self.selector_counts: list[int] = []
         self.failure: Exception | None = None
         self.spoiled: float | None = None
         self.holds_after: int | None = None
         self.gate = threading.Event()
         self.entered = threading.Event()
         self.gradient_rows = 0
+        self.backward_count = 0
         self.forward_rows = 0
 
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
@@ -62,26 +65,29 @@ class ClosedForm:
             assert self.gate.wait(PATIENCE), "nobody opened the gate"
         self.batches.append(rows.row_count)
         self.seen.append([float(a) for segment in rows.segments for a in segment.alphas])
+        self.selector_counts.append(len(rows.passes))
         if rows.function.wrt:
             self.gradient_rows += rows.row_count
+            self.backward_count += sum(segment.backward_count for segment in rows.segments)
         else:
             self.forward_rows += rows.row_count
         if self.failure is not None:
             raise self.failure
-        return tuple(self._segment(segment) for segment in rows.segments)
+        return tuple(part for segment in rows.segments for part in self._parts(segment))
 
-    def _segment(self, segment: Segment) -> SegmentEvaluation:
+    def _parts(self, segment: Segment) -> Iterator[SegmentEvaluation]:
         start, end = (np.asarray(side["x"], np.float64) for side in (segment.start, segment.end))
         alphas = segment.alphas[:, None]
         y = value((1 - alphas) * start + alphas * end)
         if self.spoiled is not None:
             y = np.full_like(y, self.spoiled)
-        if segment.selector is None:
-            return SegmentEvaluation(np.empty(0), outputs=y.astype(np.float32))
-        weights = np.zeros(2)
-        np.add.at(weights, segment.selector.indices, segment.selector.weights)
-        gradients = ((1 - y**2) * weights) @ WEIGHTS.T
-        return SegmentEvaluation(y @ weights, {"x": (segment.weights @ gradients).astype(np.float32)})
+        if not segment.selectors:
+            yield SegmentEvaluation(np.empty(0), outputs=y.astype(np.float32))
+        for selector in segment.selectors:
+            weights = np.zeros(2)
+            np.add.at(weights, selector.indices, selector.weights)
+            gradients = ((1 - y**2) * weights) @ WEIGHTS.T
+            yield SegmentEvaluation(y @ weights, {"x": (segment.weights @ gradients).astype(np.float32)})
 
 
 def value(x: NDArray[Any]) -> NDArray[np.float64]:
@@ -116,4 +122,4 @@ def path(row_count: int, *, index: int = 0, offset: float = 0.0) -> Segment:
     alphas = (np.arange(row_count) + 0.5 + offset) / row_count
     ends = {"x": np.zeros(3, np.float32)}, {"x": np.ones(3, np.float32)}
     selector = Selector(np.array([index], np.int64), np.ones(1, np.float32))
-    return Segment(*ends, {}, GRADIENT, alphas, np.full(row_count, 1 / row_count), selector)
+    return Segment(*ends, {}, GRADIENT, alphas, np.full(row_count, 1 / row_count), (selector,))

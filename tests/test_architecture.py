@@ -34,11 +34,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "baselines": NOUNS,
     "methods": NOUNS,
     "scheduling": NOUNS,
+    "sharing": {"plan"},
     "backends": NOUNS | {"containment", "model_config", "onnx_vjp"},
     "repository": NOUNS | {"backends", "baselines", "fingerprint", "model_config"},
     "inspection": NOUNS | {"backends", "model_config", "onnx_vjp", "repository"},
     "engine": NOUNS | {"scheduling", "repository", "metrics"},
-    "explainer": NOUNS | {"engine", "methods", "scheduling", "repository", "targets", "baselines"},
+    "explainer": NOUNS | {"engine", "methods", "scheduling", "sharing", "repository", "targets", "baselines"},
     "figures": NOUNS | FIGURES | {"explainer"},
     "v1": set(),
     "rpc": NOUNS

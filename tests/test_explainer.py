@@ -19,7 +19,14 @@ from closed_form import PATIENCE, ClosedForm, exact_attribution, served, value
 from explainserve.baselines import BaselineSpec, Constant, GaussianNoise, Zeros
 from explainserve.engine import Engine
 from explainserve.errors import DeadlineExceeded, EvaluationFailed, ExplainServeError, InvalidRequest, LimitExceeded
-from explainserve.explainer import CONCURRENT_QUESTIONS, FIRST_ROUND_ARRAYS, Answer, Explainer, Query
+from explainserve.explainer import (
+    CONCURRENT_QUESTIONS,
+    FIRST_ROUND_ARRAYS,
+    MAX_SHARING_TARGETS,
+    Answer,
+    Explainer,
+    Query,
+)
 from explainserve.explanation import Instance, StopReason
 from explainserve.methods import IntegratedGradients
 from explainserve.metrics import Metrics
@@ -27,7 +34,7 @@ from explainserve.plan import Differentiation
 from explainserve.repository import ServedModel
 from explainserve.scheduling import Scheduler
 from explainserve.signature import Score, ScoreHead
-from explainserve.targets import Argmax, Element, Margin, TargetSpec, TopK
+from explainserve.targets import Argmax, Element, Margin, TargetSpec, TopK, Weights
 
 X = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
 ZERO = BaselineSpec(Zeros())
@@ -114,8 +121,77 @@ async def test_end_points_are_evaluated_once(explainer: Explainer, model: Served
     answer = await explainer.explain(prepared)
 
     assert loaded.forward_rows == prepared.cost.end_point_rows == answer.usage.forward_rows == 3
-    assert loaded.gradient_rows == prepared.cost.max_gradient_rows == answer.usage.gradient_rows == 12 * 64
-    assert answer.usage.saved_rows == 2 * 12 - 3
+    assert loaded.gradient_rows == prepared.cost.max_gradient_rows == answer.usage.gradient_rows == 6 * 64
+    assert loaded.backward_count == prepared.cost.max_backward_count == answer.usage.backward_count == 12 * 64
+    assert answer.usage.saved_rows == (2 * 12 - 3) + 6 * 64
+
+
+async def test_targets_of_one_path_share_its_rows(explainer: Explainer, model: ServedModel, loaded: ClosedForm) -> None:
+    """Each as it would be alone; what is asked twice is computed once."""
+    margin = TargetSpec("y", Score.OUTPUT, Margin(Element((0,)), Element((1,))))
+    targets = (target(0), target(1), target(1), margin)
+    answer = await explain(explainer, query(model, X[:1], targets=targets))
+
+    assert (loaded.gradient_rows, loaded.backward_count) == (64, 3 * 64)
+    alone = [(await explain(explainer, query(model, X[:1], targets=(one,)))).explanations[0] for one in targets]
+    for found, own in zip(answer.explanations, alone, strict=True):
+        np.testing.assert_allclose(found.attribution.tensors["x"], own.attribution.tensors["x"], rtol=1e-5)
+        np.testing.assert_allclose(found.attribution.scores, own.attribution.scores, rtol=1e-6)
+
+
+@pytest.mark.parametrize("budget", [None, 60.0])
+async def test_adaptive_targets_share_what_is_the_same_for_them(
+    explainer: Explainer, model: ServedModel, loaded: ClosedForm, budget: float | None
+) -> None:
+    """Where they diverge, each goes its own way: the rows of another target never change its choice."""
+    method = IntegratedGradients(tolerance=0.01)
+    targets = (target(0), target(1))
+    ends = None if budget is None else soon(budget)
+    prepared = explainer.prepare(query(model, 8 * X[:1], targets=targets, method=method, budget_ends_at=ends))
+    answer = await explainer.explain(prepared)
+    rows = loaded.gradient_rows
+    alone = [
+        (await explain(explainer, query(model, 8 * X[:1], targets=(one,), method=method))).explanations[0]
+        for one in targets
+    ]
+
+    for found, own in zip(answer.explanations, alone, strict=True):
+        np.testing.assert_array_equal(found.attribution.alphas, own.attribution.alphas)
+        np.testing.assert_allclose(found.attribution.tensors["x"], own.attribution.tensors["x"], rtol=1e-5)
+        assert found.attribution.stop_reason is own.attribution.stop_reason
+    steps = [own.attribution.step_count for own in alone]
+    assert steps[0] != steps[1], "this instance should have the targets diverge"
+    assert max(steps) <= rows < sum(steps)
+    assert answer.usage.backward_count == sum(steps)
+    assert answer.usage.saved_rows == sum(steps) - rows + 2
+    assert prepared.cost.min_gradient_rows <= rows <= prepared.cost.max_gradient_rows
+
+
+async def test_a_target_that_is_done_leaves_the_others_to_go_on(explainer: Explainer, model: ServedModel) -> None:
+    """The second has no gradient, and is done after its first rounds."""
+    nothing = TargetSpec("y", Score.OUTPUT, Margin(Element((0,)), Element((0,))))
+    answer = await explain(explainer, query(model, X[:1], targets=(target(0), nothing), method=ENDLESS))
+    first, second = (own.attribution for own in answer.explanations)
+
+    assert first.step_count > second.step_count
+    assert not second.tensors["x"].any()
+
+
+@pytest.mark.parametrize("method", [IntegratedGradients(step_count=2), ENDLESS])
+async def test_many_targets_go_in_several_groups(
+    explainer: Explainer, model: ServedModel, loaded: ClosedForm, method: IntegratedGradients
+) -> None:
+    """More than may go together, and more than are in flight; no group waits for another for ever."""
+    method = replace(method, max_step_count=32)
+    weights = np.random.default_rng(5).standard_normal((3 * CONCURRENT_QUESTIONS + 1, 2))
+    targets = tuple(TargetSpec("y", Score.OUTPUT, Weights(own)) for own in weights)
+    prepared = explainer.prepare(query(model, X[:1], targets=targets, method=method))
+    answer = await asyncio.wait_for(explainer.explain(prepared), PATIENCE)
+
+    assert len(answer.explanations) == len(targets)
+    assert max(loaded.selector_counts) == MAX_SHARING_TARGETS
+    assert prepared.cost.min_gradient_rows <= answer.usage.gradient_rows <= prepared.cost.max_gradient_rows
+    assert prepared.cost.min_backward_count <= answer.usage.backward_count <= prepared.cost.max_backward_count
 
 
 @given(
@@ -139,7 +215,10 @@ def test_cost_counts_questions(
     target_counts = [1 + sum(own in (None, i) for own in own_targets) for i in range(instances)]
 
     assert cost.question_count == sum(target_counts) * sum(draws)
-    assert cost.min_gradient_rows == cost.max_gradient_rows == cost.question_count * step_count
+    assert cost.min_gradient_rows == cost.max_gradient_rows == instances * sum(draws) * step_count  # targets share them
+    assert cost.max_backward_count == cost.question_count * step_count
+    distinct_counts = [min(count, 2) for count in target_counts]
+    assert cost.min_backward_count == sum(distinct_counts) * sum(draws) * step_count
     assert cost.end_point_rows == instances + sum(draws)  # instances share their draws
     assert asked.held_bytes == 12 * (cost.question_count + instances * sum(draws))
 

@@ -133,6 +133,7 @@ class Engine:
         self._metrics.compute_seconds.labels(model.name).observe(seconds)
         self._metrics.batch_rows.labels(model.name).observe(batch.rows.row_count)
         self._metrics.rows.labels(model.name, kind).inc(batch.rows.row_count)
+        self._metrics.backward_evaluations.labels(model.name).inc(batch.rows.backward_count)
 
     def _settle(self, jobs: list[Job]) -> None:
         """Tells the coroutines that wait for these jobs."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,7 +20,8 @@ from explainserve.methods import Method
 from explainserve.plan import Differentiation, Evaluation, Plan, Segment, SegmentEvaluation, Tensors
 from explainserve.repository import ServedModel
 from explainserve.scheduling import Request
-from explainserve.targets import TargetSpec
+from explainserve.sharing import shared
+from explainserve.targets import TargetSpec, certain_target_count
 
 T = TypeVar("T")
 
@@ -28,6 +30,9 @@ Place = tuple[int, int, int]
 
 CONCURRENT_QUESTIONS = 32
 """Questions of one query whose rounds are in flight together: enough to fill batches, few enough to bound memory."""
+
+MAX_SHARING_TARGETS = 16
+"""Targets whose rows share a forward pass: more would save little, and a micro-batch takes longer with each."""
 
 FIRST_ROUND_ARRAYS = 12
 """Arrays of the size of its inputs that a path keeps after its first round, at most."""
@@ -108,17 +113,28 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Cost:
-    """Rows of a query on an idle server.
+    """Rows and backward passes of a query on an idle server.
 
     Attributes:
         question_count: attributions before baselines are folded.
         end_point_rows: forward-only rows.
+        min_gradient_rows: if targets that may share rows share all of them.
+        max_gradient_rows: if they share only those that are the same for every target.
+        min_backward_count: if targets that may turn out to be the same one do.
+        max_backward_count: if they do not.
     """
 
     question_count: int
     end_point_rows: int
     min_gradient_rows: int
     max_gradient_rows: int
+    min_backward_count: int
+    max_backward_count: int
+
+    @property
+    def min_rows(self) -> int:
+        """Fewest rows, each with one forward pass."""
+        return self.end_point_rows + self.min_gradient_rows
 
     @property
     def max_rows(self) -> int:
@@ -128,19 +144,33 @@ class Cost:
 
 @dataclass(eq=False)
 class Usage:
-    """What a query used, summed over its rounds."""
+    """What a query used, summed over its rounds.
+
+    Attributes:
+        forward_rows: rows without a gradient.
+        gradient_rows: rows with one, for any number of targets.
+        backward_count: backward passes of rows, one for each target.
+        saved_rows: rows, and so forward passes, that sharing made unnecessary.
+    """
 
     forward_rows: int = 0
     gradient_rows: int = 0
+    backward_count: int = 0
     saved_rows: int = 0
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
+
+    @property
+    def row_count(self) -> int:
+        """Rows, each with one forward pass."""
+        return self.forward_rows + self.gradient_rows
 
     def add(self, plan: Plan, queue_seconds: float) -> None:
         """Counts one evaluated plan."""
         gradient_rows = sum(segment.row_count for segment in plan.segments if segment.function.wrt)
         self.gradient_rows += gradient_rows
         self.forward_rows += plan.row_count - gradient_rows
+        self.backward_count += plan.backward_count
         self.queue_seconds += queue_seconds
 
 
@@ -290,48 +320,45 @@ class Explainer:
         self, query: Query, questions: Sequence[tuple[Place, Question]], usage: Usage
     ) -> tuple[Explanation, ...]:
         """With a time budget the first round of all questions comes first, so that each has a map when it ends."""
-        gate = asyncio.Semaphore(CONCURRENT_QUESTIONS)
-        begun = [_Inquiry(question) for _, question in questions]
+        inquiries = [_Inquiry(place, question) for place, question in questions]
+        groups, gate = _sharing_groups(inquiries), _Gate(CONCURRENT_QUESTIONS)
         if query.budget_ends_at is not None:
-            await _all([self._begin(query, inquiry, usage, gate) for inquiry in begun])
-        attributions = await _all([self._answer(query, inquiry, usage, gate) for inquiry in begun])
-        return tuple(
-            Explanation(*place, question, attribution)
-            for (place, question), attribution in zip(questions, attributions, strict=True)
-        )
+            await _all([self._begin(query, group, usage, gate) for group in groups])
+        await _all([self._answer(query, group, usage, gate) for group in groups])
+        return tuple(inquiry.explanation for inquiry in inquiries)
 
-    async def _begin(self, query: Query, inquiry: _Inquiry, usage: Usage, gate: asyncio.Semaphore) -> None:
-        async with gate:
-            await self._first_round(query, inquiry, usage)
+    async def _begin(self, query: Query, group: _Group, usage: Usage, gate: _Gate) -> None:
+        async with gate.places(len(group)):
+            await self._first_round(query, group, usage)
 
-    async def _answer(self, query: Query, inquiry: _Inquiry, usage: Usage, gate: asyncio.Semaphore) -> Attribution:
-        """Evaluates rounds until the method answers or the time budget ends."""
-        async with gate:
-            if inquiry.outcome is None:
-                await self._first_round(query, inquiry, usage)
-            while isinstance(inquiry.outcome, Plan):
-                if not await self._round(query, inquiry, inquiry.outcome, usage):
-                    inquiry.outcome = await asyncio.to_thread(inquiry.best, query.method)
-        assert inquiry.outcome is not None
-        inquiry.evaluated = None  # frees what the rounds kept
-        return inquiry.outcome
+    async def _answer(self, query: Query, group: _Group, usage: Usage, gate: _Gate) -> None:
+        """Evaluates rounds until the method answers every question or the time budget ends."""
+        async with gate.places(len(group)):
+            if group[0].outcome is None:
+                await self._first_round(query, group, usage)
+            while upcoming := [(one, one.outcome) for one in group if isinstance(one.outcome, Plan)]:
+                if not await self._round(query, upcoming, usage):
+                    await _all([asyncio.to_thread(inquiry.end, query.method) for inquiry, _ in upcoming])
 
-    async def _first_round(self, query: Query, inquiry: _Inquiry, usage: Usage) -> None:
-        plan = await asyncio.to_thread(query.method.plan, inquiry.question)
-        if not await self._round(query, inquiry, plan, usage):
+    async def _first_round(self, query: Query, group: _Group, usage: Usage) -> None:
+        plans = await _all([asyncio.to_thread(query.method.plan, inquiry.question) for inquiry in group])
+        if not await self._round(query, list(zip(group, plans, strict=True)), usage):
             raise _too_short()
 
-    async def _round(self, query: Query, inquiry: _Inquiry, plan: Plan, usage: Usage) -> bool:
-        """Evaluates a plan and lets the method judge; False where the time budget ends before."""
+    async def _round(self, query: Query, upcoming: Sequence[tuple[_Inquiry, Plan]], usage: Usage) -> bool:
+        """Evaluates a plan per question, equal rows once, and lets the method judge; False where the time budget ends
+        before."""
+        plans = [plan for _, plan in upcoming]
+        together = shared(plans)
         try:
             async with asyncio.timeout_at(query.budget_ends_at):
-                evaluation = await self._evaluate(query.model, plan, query.request, usage)
+                evaluation = await self._evaluate(query.model, together.plan, query.request, usage)
         except TimeoutError:
             return False
-        inquiry.evaluated = plan, evaluation
-        inquiry.outcome = await asyncio.to_thread(
-            query.method.attribution, inquiry.question, plan, evaluation, final=False
-        )
+        usage.saved_rows += sum(plan.row_count for plan in plans) - together.plan.row_count
+        evaluations = together.dealt(evaluation)
+        arrived = [(inquiry, plan, own) for (inquiry, plan), own in zip(upcoming, evaluations, strict=True)]
+        await _all([asyncio.to_thread(i.judge, query.method, plan, own) for i, plan, own in arrived])
         return True
 
     async def _evaluate(self, model: ServedModel, plan: Plan, request: Request, usage: Usage) -> Evaluation:
@@ -346,22 +373,52 @@ class _Inquiry:
     """A question on its way to an answer.
 
     Attributes:
-        evaluated: the last round with what came back for it.
+        evaluated: the last round with what came back for it, as long as there may be another.
         outcome: what the method made of it: the answer or the next round; None before the first.
     """
 
+    place: Place
     question: Question
     evaluated: tuple[Plan, Evaluation] | None = None
     outcome: Attribution | Plan | None = None
 
-    def best(self, method: Method) -> Attribution:
-        """The answer from what there is."""
+    def judge(self, method: Method, plan: Plan, evaluation: Evaluation) -> None:
+        """Lets the method say what follows from a round."""
+        self.outcome = method.attribution(self.question, plan, evaluation, final=False)
+        self.evaluated = (plan, evaluation) if isinstance(self.outcome, Plan) else None
+
+    def end(self, method: Method) -> None:
+        """Answers from what there is."""
         assert self.evaluated is not None
-        attribution = method.attribution(self.question, *self.evaluated, final=True)
-        assert isinstance(attribution, Attribution), (
-            "A method asked for more rows after its final round. This is a bug."
-        )
-        return attribution
+        self.outcome = method.attribution(self.question, *self.evaluated, final=True)
+        self.evaluated = None
+
+    @property
+    def explanation(self) -> Explanation:
+        """The answer."""
+        assert isinstance(self.outcome, Attribution), "A method asked for rows after its final round. This is a bug."
+        return Explanation(*self.place, self.question, self.outcome)
+
+
+_Group = Sequence[_Inquiry]
+"""Questions that go round by round together, and share the rows that are the same for them."""
+
+
+class _Gate:
+    """A number of places, taken by groups in the order in which they come."""
+
+    def __init__(self, place_count: int) -> None:
+        self._free = asyncio.Semaphore(place_count)
+        self._entrance = asyncio.Lock()
+
+    @asynccontextmanager
+    async def places(self, count: int) -> AsyncIterator[None]:
+        """Waits for that many places; one group at a time, or two could hold what each other waits for."""
+        async with AsyncExitStack() as taken:
+            async with self._entrance:
+                for _ in range(count):
+                    await taken.enter_async_context(self._free)
+            yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -432,15 +489,61 @@ def _end_point_bound(query: Query) -> int:
     )
 
 
+def _sharing_groups(inquiries: Sequence[_Inquiry]) -> list[_Group]:
+    """Questions of the same instance, baseline and function, at most MAX_SHARING_TARGETS together."""
+    groups: dict[tuple[int, int, Differentiation], list[_Inquiry]] = {}
+    for inquiry in inquiries:
+        instance_index, _, baseline_index = inquiry.place
+        groups.setdefault((instance_index, baseline_index, inquiry.question.gradient), []).append(inquiry)
+    return [part for group in groups.values() for part in _parts(group)]
+
+
+def _parts(group: list[_Inquiry]) -> Iterator[list[_Inquiry]]:
+    for first in range(0, len(group), MAX_SHARING_TARGETS):
+        yield group[first : first + MAX_SHARING_TARGETS]
+
+
 def _cost(query: Query, end_point_rows: int) -> Cost:
-    per_question = query.method.cost()
-    questions = query.question_count
+    of_one = query.method.cost()
+    paths = [path for index in range(len(query.instances)) for path in _paths(query, index)]
+    apart = of_one.max_gradient_rows - of_one.common_gradient_rows
     return Cost(
-        questions,
-        end_point_rows,
-        questions * per_question.min_gradient_rows,
-        questions * per_question.max_gradient_rows,
+        question_count=query.question_count,
+        end_point_rows=end_point_rows,
+        min_gradient_rows=of_one.min_gradient_rows * sum(p.count * p.groups for p in paths),
+        max_gradient_rows=of_one.common_gradient_rows * sum(p.count * p.groups for p in paths)
+        + apart * sum(p.count * p.targets for p in paths),
+        min_backward_count=of_one.min_gradient_rows * sum(p.count * p.certain_targets for p in paths),
+        max_backward_count=of_one.max_gradient_rows * sum(p.count * p.targets for p in paths),
     )
+
+
+@dataclass(frozen=True)
+class _Paths:
+    """Paths from the baselines of one instance to it, under one function.
+
+    Attributes:
+        count: number of baselines.
+        targets: number of targets, of which `certain_targets` certainly differ.
+    """
+
+    count: int
+    targets: int
+    certain_targets: int
+
+    @property
+    def groups(self) -> int:
+        """Groups of targets that share rows."""
+        return -(-self.targets // MAX_SHARING_TARGETS)
+
+
+def _paths(query: Query, instance_index: int) -> Iterator[_Paths]:
+    specs: dict[Differentiation, list[TargetSpec]] = {}
+    for spec in query.targets_of(instance_index):
+        specs.setdefault(spec.function(query.model.signature), []).append(spec)
+    for own in specs.values():
+        target_count = sum(spec.target_count for spec in own)
+        yield _Paths(query.baseline_count(instance_index), target_count, certain_target_count(own))
 
 
 async def _all(coroutines: Sequence[Coroutine[object, object, T]]) -> tuple[T, ...]:

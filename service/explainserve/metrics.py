@@ -46,7 +46,16 @@ class Metrics:
             registry=registry,
         )
         self.rows = Counter(
-            "explainserve_rows", "Model evaluations by kind: forward or gradient.", ["model", "kind"], registry=registry
+            "explainserve_rows",
+            "Rows, each with one forward evaluation, by kind: forward or gradient.",
+            ["model", "kind"],
+            registry=registry,
+        )
+        self.backward_evaluations = Counter(
+            "explainserve_backward_evaluations",
+            "Backward evaluations of gradient rows, one for each target that shares them.",
+            ["model"],
+            registry=registry,
         )
         self.batch_rows = Histogram(
             "explainserve_batch_rows", "Rows per micro-batch.", ["model"], buckets=_ROWS, registry=registry

@@ -5,8 +5,9 @@ This is where methods, scheduling and backends meet; none of them knows another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +65,8 @@ class Segment:
         function: what is evaluated; forward-only where its `wrt` is empty.
         alphas: float64, shape (rows,), each in [0, 1].
         weights: of the gradients in the sum, float64, shape (rows,); rows of weight 0 are left out of it.
-        selector: which score is differentiated; None for forward-only segments, which return the whole score tensor.
+        selectors: the scores that are computed, and differentiated where the function has a `wrt`: one backward pass
+            each, after one forward pass for all. () only where it has none: whole score tensors come back.
     """
 
     start: Tensors
@@ -73,12 +75,22 @@ class Segment:
     function: Differentiation
     alphas: NDArray[np.float64]
     weights: NDArray[np.float64]
-    selector: Selector | None = None
+    selectors: tuple[Selector, ...] = ()
 
     @property
     def row_count(self) -> int:
-        """Number of rows."""
+        """Number of rows, each with one forward pass."""
         return len(self.alphas)
+
+    @property
+    def backward_count(self) -> int:
+        """Number of backward passes of rows."""
+        return self.row_count * len(self.selectors) if self.function.wrt else 0
+
+    @property
+    def evaluation_count(self) -> int:
+        """Number of `SegmentEvaluation`s that come back: one per selector, or one with the score tensors."""
+        return max(1, len(self.selectors))
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,15 +104,20 @@ class Plan:
         """Number of rows of all segments."""
         return sum(segment.row_count for segment in self.segments)
 
+    @property
+    def backward_count(self) -> int:
+        """Number of backward passes of all rows."""
+        return sum(segment.backward_count for segment in self.segments)
+
 
 @dataclass(frozen=True, eq=False)
 class SegmentEvaluation:
-    """What came back for one segment, or for consecutive rows of it.
+    """What came back for one selector of a segment, or of consecutive rows of it; or for a segment without one.
 
     Attributes:
-        scores: of each row at the segment's selector, float64, shape (rows,); empty for forward-only segments.
+        scores: of each row at the selector, float64, shape (rows,); empty without a selector.
         gradient_sums: per differentiated input the sum over rows of weight x gradient, in the input's shape.
-        outputs: score tensors of forward-only rows, shape (rows, *score shape); None otherwise.
+        outputs: score tensors of rows without a selector, shape (rows, *score shape); None otherwise.
     """
 
     scores: NDArray[np.float64]
@@ -110,14 +127,14 @@ class SegmentEvaluation:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Evaluations of a plan's segments, in order."""
+    """Evaluations of a plan's segments, in order; those of one segment in the order of its selectors."""
 
     segments: tuple[SegmentEvaluation, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """One micro-batch: slices of segments that share function and shapes.
+    """One micro-batch: slices of segments that share function, shapes and number of selectors.
 
     Attributes:
         function: what is evaluated.
@@ -131,3 +148,29 @@ class Rows:
     def row_count(self) -> int:
         """Number of rows."""
         return sum(segment.row_count for segment in self.segments)
+
+    @property
+    def backward_count(self) -> int:
+        """Number of backward passes of all rows."""
+        return sum(segment.backward_count for segment in self.segments)
+
+    @property
+    def passes(self) -> list[tuple[Selector, ...]]:
+        """The selectors of each backward pass, one per segment."""
+        return list(zip(*(segment.selectors for segment in self.segments), strict=True))
+
+
+def by_segment(
+    segments: Sequence[Segment], evaluations: Sequence[SegmentEvaluation]
+) -> Iterator[tuple[SegmentEvaluation, ...]]:
+    """Groups evaluations, which come one per selector, by segment.
+
+    Raises:
+        ValueError: there are too many or too few.
+    """
+    expected = sum(segment.evaluation_count for segment in segments)
+    if len(evaluations) != expected:
+        raise ValueError(f"{len(evaluations)} evaluations came back, expected {expected}")
+    arrived = iter(evaluations)
+    for segment in segments:
+        yield tuple(islice(arrived, segment.evaluation_count))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,11 @@ class Element:
 
     index: tuple[int, ...] = ()
     label: str | None = None
+
+    @property
+    def by_label(self) -> bool:
+        """Whether a label names it."""
+        return self.label is not None
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,11 @@ class Margin:
 
     positive: Element
     negative: Element
+
+    @property
+    def by_label(self) -> bool:
+        """Whether labels name its elements."""
+        return self.positive.by_label or self.negative.by_label
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +108,13 @@ class TargetSpec:
         """
         output = signature.output(self.output)
         return list(_Resolution(self, output, scores).targets())
+
+
+def certain_target_count(specs: Sequence[TargetSpec]) -> int:
+    """How many targets of one output and score differ whatever the scores and labels are."""
+    named = {spec.selection for spec in specs if isinstance(spec.selection, Element | Margin)}
+    by_label = sum(selection.by_label for selection in named)
+    return max(by_label, len(named) - by_label, *(spec.target_count for spec in specs))
 
 
 @dataclass(frozen=True, eq=False)

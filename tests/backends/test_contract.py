@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def segment(
     seed: int,
     alphas: Any = (0.0, 0.3, 1.0),
     weights: Any = (0.2, 0.5, 0.3),
-    selector: Selector | None = None,
+    selectors: Sequence[Selector] = (),
 ) -> Segment:
     """A path from one random instance to another."""
     start, end = case.instance(seed), case.instance(seed + 1000)
@@ -48,7 +49,7 @@ def segment(
         function,
         np.asarray(alphas, np.float64),
         np.asarray(weights, np.float64),
-        selector,
+        tuple(selectors),
     )
 
 
@@ -78,8 +79,8 @@ def torch_oracle(case: ModelCase, part: Segment) -> tuple[list[float], dict[str,
             inputs[name].requires_grad_()
         outputs = module(*(inputs[port.name] for port in case.inputs))
         value = (outputs if isinstance(outputs, tuple) else (outputs,))[output]
-        picked = _headed(value, part.function.head).flatten()[part.selector.indices]
-        score = (picked * torch.tensor(part.selector.weights)).sum()
+        picked = _headed(value, part.function.head).flatten()[part.selectors[0].indices]
+        score = (picked * torch.tensor(part.selectors[0].weights)).sum()
         scores.append(score.item())
         gradients = torch.autograd.grad(score, [inputs[name] for name in part.function.wrt])
         sums = {name: sums[name] + weight * g[0].numpy() for name, g in zip(sums, gradients, strict=True)}
@@ -117,7 +118,7 @@ def test_states_its_signature(load: Load, file_format: str, name: str) -> None:
 @pytest.mark.parametrize("name", CLOSED)
 def test_equals_the_closed_form(load: Load, file_format: str, name: str) -> None:
     case = MODELS[name]
-    part = segment(case, differentiation(case), 1, selector=one_hot(0, 2.0))
+    part = segment(case, differentiation(case), 1, selectors=[one_hot(0, 2.0)])
     (found,) = load(name, file_format).evaluate(Rows(part.function, (part,)))
     points = [point(part, alpha) for alpha in part.alphas]
     cotangent = np.zeros(case.outputs[0].shape)
@@ -139,7 +140,7 @@ def test_equals_torch_in_float64(load: Load, file_format: str, name: str) -> Non
     case = MODELS[name]
     count = int(np.prod(case.outputs[0].shape))
     margin = Selector(np.unique([0, count - 1]), np.array([1.0, -1.0], np.float32)[: min(count, 2)])
-    part = segment(case, differentiation(case), 2, selector=margin)
+    part = segment(case, differentiation(case), 2, selectors=[margin])
     scores, sums = torch_oracle(case, part)
     (found,) = load(name, file_format).evaluate(Rows(part.function, (part,)))
     np.testing.assert_allclose(found.scores, scores, rtol=1e-4, atol=1e-5)
@@ -150,7 +151,7 @@ def test_equals_torch_in_float64(load: Load, file_format: str, name: str) -> Non
 @pytest.mark.parametrize("name", INDEPENDENT)
 def test_formats_agree(load: Load, name: str) -> None:
     case = MODELS[name]
-    part = segment(case, differentiation(case), 3, selector=one_hot(0))
+    part = segment(case, differentiation(case), 3, selectors=[one_hot(0)])
     found = [load(name, f).evaluate(Rows(part.function, (part,)))[0].gradient_sums for f in FORMATS]
     for wrt in part.function.wrt:
         for other in found[1:]:
@@ -164,9 +165,9 @@ def test_segments_that_share_a_batch_equal_each_alone(load: Load, file_format: s
     function = differentiation(case)
     last = int(np.prod(case.outputs[0].shape)) - 1
     parts = (
-        segment(case, function, 4, selector=one_hot(0)),
-        segment(case, function, 5, (0.5,), (1.0,), one_hot(last, -3.0)),
-        segment(case, function, 6, (0.1, 0.9), (-1.0, 2.0), one_hot(last)),
+        segment(case, function, 4, selectors=[one_hot(0)]),
+        segment(case, function, 5, (0.5,), (1.0,), [one_hot(last, -3.0)]),
+        segment(case, function, 6, (0.1, 0.9), (-1.0, 2.0), [one_hot(last)]),
     )
     together = model.evaluate(Rows(function, parts))
     assert len(together) == len(parts)
@@ -175,6 +176,39 @@ def test_segments_that_share_a_batch_equal_each_alone(load: Load, file_format: s
         np.testing.assert_allclose(found.scores, alone.scores, rtol=1e-5, atol=1e-6)
         for wrt in function.wrt:
             assert relative(found.gradient_sums[wrt], alone.gradient_sums[wrt].astype(np.float64)) < 1e-5
+
+
+@every_format
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_several_selectors_equal_each_alone(load: Load, file_format: str, name: str) -> None:
+    case, model = MODELS[name], load(name, file_format)
+    function = differentiation(case)
+    last = int(np.prod(case.outputs[0].shape)) - 1
+    selectors = one_hot(0), one_hot(last, -3.0), one_hot(last)
+    parts = (
+        segment(case, function, 4, selectors=selectors),
+        segment(case, function, 5, (0.1, 0.9), (0.0, 2.0), selectors[::-1]),
+    )
+    together = model.evaluate(Rows(function, parts))
+    assert len(together) == 6
+    alone = [replace(part, selectors=(selector,)) for part in parts for selector in part.selectors]
+    for part, found in zip(alone, together, strict=True):
+        (expected,) = model.evaluate(Rows(function, (part,)))
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5, atol=1e-6)
+        for wrt in function.wrt:
+            assert relative(found.gradient_sums[wrt], expected.gradient_sums[wrt].astype(np.float64)) < 1e-5
+
+
+@every_format
+def test_forward_only_rows_with_selectors_return_their_scores(load: Load, file_format: str) -> None:
+    case, model = MODELS["classifier"], load("classifier", file_format)
+    function = Differentiation(case.outputs[0].name, ScoreHead.SOFTMAX)
+    part = segment(case, function, 7, selectors=[one_hot(0), one_hot(2, -1.0)])
+    first, second = model.evaluate(Rows(function, (part,)))
+    (tensors,) = model.evaluate(Rows(function, (replace(part, selectors=()),)))
+    assert tensors.outputs is not None and first.outputs is None and not first.gradient_sums
+    np.testing.assert_allclose(first.scores, tensors.outputs[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(second.scores, -tensors.outputs[:, 2], rtol=1e-6)
 
 
 @every_format
@@ -212,7 +246,7 @@ def test_end_points_are_exact(load: Load, file_format: str) -> None:
 @pytest.mark.parametrize("head", [head for head in ScoreHead if head is not ScoreHead.LOG])
 def test_heads_are_differentiated_with_the_model(load: Load, file_format: str, name: str, head: ScoreHead) -> None:
     case = MODELS[name]
-    part = segment(case, differentiation(case, head), 9, selector=one_hot(2))
+    part = segment(case, differentiation(case, head), 9, selectors=[one_hot(2)])
     scores, sums = torch_oracle(case, part)
     (found,) = load(name, file_format).evaluate(Rows(part.function, (part,)))
     np.testing.assert_allclose(found.scores, scores, rtol=1e-5, atol=1e-6)
@@ -222,7 +256,7 @@ def test_heads_are_differentiated_with_the_model(load: Load, file_format: str, n
 @every_format
 def test_log_of_probabilities(load: Load, file_format: str) -> None:
     case = MODELS["probabilities"]
-    part = segment(case, differentiation(case, ScoreHead.LOG), 10, selector=one_hot(1))
+    part = segment(case, differentiation(case, ScoreHead.LOG), 10, selectors=[one_hot(1)])
     scores, sums = torch_oracle(case, part)
     (found,) = load("probabilities", file_format).evaluate(Rows(part.function, (part,)))
     np.testing.assert_allclose(found.scores, scores, rtol=1e-5, atol=1e-6)
@@ -235,7 +269,7 @@ def test_heads_stay_finite_on_large_logits(load: Load, file_format: str, head: S
     case = MODELS["classifier"]
     function = differentiation(case, head)
     x = np.full(4, 300.0, np.float32)
-    part = Segment({"x": -x}, {"x": x}, {}, function, np.array([0.0, 1.0]), np.ones(2), one_hot(0))
+    part = Segment({"x": -x}, {"x": x}, {}, function, np.array([0.0, 1.0]), np.ones(2), (one_hot(0),))
     (found,) = load("classifier", file_format).evaluate(Rows(function, (part,)))
     assert np.isfinite(found.scores).all()
     assert np.isfinite(found.gradient_sums["x"]).all()
@@ -247,7 +281,7 @@ def test_rows_of_weight_zero_are_left_out(load: Load, file_format: str) -> None:
     function = differentiation(case)
     negative, positive = np.full(4, -1.0, np.float32), np.full(4, 4.0, np.float32)
     part = Segment(
-        {"x": negative}, {"x": positive}, {}, function, np.array([0.0, 1.0]), np.array([0.0, 3.0]), one_hot(0)
+        {"x": negative}, {"x": positive}, {}, function, np.array([0.0, 1.0]), np.array([0.0, 3.0]), (one_hot(0),)
     )
     (found,) = load("root", file_format).evaluate(Rows(function, (part,)))
     np.testing.assert_allclose(found.gradient_sums["x"], [0.75, 0.0, 0.0, 0.0], rtol=1e-6)
@@ -258,7 +292,7 @@ def test_rows_of_weight_zero_are_left_out(load: Load, file_format: str) -> None:
 @every_format
 def test_a_sum_of_no_rows_is_zero(load: Load, file_format: str) -> None:
     case = MODELS["linear"]
-    part = segment(case, differentiation(case), 11, weights=(0.0, 0.0, 0.0), selector=one_hot(0))
+    part = segment(case, differentiation(case), 11, weights=(0.0, 0.0, 0.0), selectors=[one_hot(0)])
     (found,) = load("linear", file_format).evaluate(Rows(part.function, (part,)))
     np.testing.assert_array_equal(found.gradient_sums["x"], np.zeros(4))
     assert found.scores.shape == (3,)
@@ -268,7 +302,7 @@ def test_a_sum_of_no_rows_is_zero(load: Load, file_format: str) -> None:
 def test_one_of_two_moving_inputs_may_be_differentiated(load: Load, file_format: str) -> None:
     case = MODELS["product"]
     function = Differentiation("z", ScoreHead.IDENTITY, ("y",))
-    part = segment(case, function, 12, selector=one_hot(0))
+    part = segment(case, function, 12, selectors=[one_hot(0)])
     (found,) = load("product", file_format).evaluate(Rows(function, (part,)))
     assert set(found.gradient_sums) == {"y"}
     expected = sum(w * point(part, a)["x"] for a, w in zip(part.alphas, part.weights, strict=True))
@@ -278,7 +312,7 @@ def test_one_of_two_moving_inputs_may_be_differentiated(load: Load, file_format:
 @every_format
 def test_inputs_that_may_not_be_written_to_stay_as_they_are(load: Load, file_format: str) -> None:
     case = MODELS["multi_input"]
-    part = segment(case, differentiation(case), 13, selector=one_hot(0))
+    part = segment(case, differentiation(case), 13, selectors=[one_hot(0)])
     arrays = [*part.start.values(), *part.end.values(), *part.fixed.values()]
     before = [array.copy() for array in arrays]
     for array in arrays:
@@ -292,7 +326,7 @@ def test_inputs_that_may_not_be_written_to_stay_as_they_are(load: Load, file_for
 def test_a_model_without_a_gradient_says_so_and_still_evaluates(load: Load, file_format: str) -> None:
     """In ONNX a comparison has a gradient of zero; in torch it has none."""
     case, model = MODELS["step"], load("step", file_format)
-    part = segment(case, differentiation(case), 14, selector=one_hot(0))
+    part = segment(case, differentiation(case), 14, selectors=[one_hot(0)])
     if model.gaps:
         with pytest.raises(Unsupported) as refusal:
             model.evaluate(Rows(part.function, (part,)))
@@ -305,7 +339,7 @@ def test_a_model_without_a_gradient_says_so_and_still_evaluates(load: Load, file
 @every_format
 def test_a_second_output(load: Load, file_format: str) -> None:
     case = MODELS["multi_output"]
-    part = segment(case, differentiation(case, output=1), 15, selector=one_hot(0))
+    part = segment(case, differentiation(case, output=1), 15, selectors=[one_hot(0)])
     (found,) = load("multi_output", file_format).evaluate(Rows(part.function, (part,)))
     points = [point(part, alpha)["x"] for alpha in part.alphas]
     np.testing.assert_allclose(found.scores, [x @ x for x in points], rtol=1e-5)

@@ -53,7 +53,7 @@ def selector(index: int) -> Selector:
 
 def gradient(loaded: OnnxModel) -> np.ndarray:
     x = np.random.default_rng(0).standard_normal((4, 6, 6)).astype(np.float32)
-    segment = Segment({"x": 0 * x}, {"x": x}, {}, FUNCTION, np.array([0.5, 1.0]), np.ones(2), selector(7))
+    segment = Segment({"x": 0 * x}, {"x": x}, {}, FUNCTION, np.array([0.5, 1.0]), np.ones(2), (selector(7),))
     (found,) = loaded.evaluate(Rows(FUNCTION, (segment,)))
     return np.asarray(found.gradient_sums["x"])
 
@@ -134,7 +134,7 @@ def test_sharing_weights_that_the_runtime_would_transpose_changes_no_value(tmp_p
     constants = {"shift": shift, "axes": np.array([1])}
     path = save(model(nodes, [("x", ["batch", 16, 16])], [("y", ["batch", 16])], constants), tmp_path)
     x = random.standard_normal((16, 16)).astype(np.float32)
-    rows = Rows(FUNCTION, (Segment({"x": 0 * x}, {"x": x}, {}, FUNCTION, np.ones(1), np.ones(1), selector(3)),))
+    rows = Rows(FUNCTION, (Segment({"x": 0 * x}, {"x": x}, {}, FUNCTION, np.ones(1), np.ones(1), (selector(3),)),))
     for share_weights in (True, False):
         loaded = onnx_runtime.load(path, ModelConfig(), LoadOptions(share_weights=share_weights))
         (found,) = loaded.evaluate(rows)

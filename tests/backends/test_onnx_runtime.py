@@ -57,7 +57,8 @@ def along(
 ) -> Segment:
     """A segment; without weights they are equal and sum to 1."""
     shares = [1.0 / len(alphas)] * len(alphas) if weights is None else weights
-    return Segment(start, end, fixed or {}, function, np.array(alphas), np.array(shares), target)
+    selectors = () if target is None else (target,)
+    return Segment(start, end, fixed or {}, function, np.array(alphas), np.array(shares), selectors)
 
 
 def evaluate(loaded_model: OnnxModel, *segments: Segment) -> tuple[SegmentEvaluation, ...]:

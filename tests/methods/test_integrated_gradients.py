@@ -58,7 +58,10 @@ def test_bad_options_are_refused(options, reason):
 def test_cost():
     assert IntegratedGradients(step_count=9).cost().min_gradient_rows == 9
     assert IntegratedGradients(step_count=9).cost().max_gradient_rows == 9
+    assert IntegratedGradients(step_count=9).cost().common_gradient_rows == 9
     assert IntegratedGradients(max_step_count=200).cost().max_gradient_rows == 200
+    pilot = IntegratedGradients().plan(question(linear([1.0]), [1.0], [0.0]))
+    assert IntegratedGradients().cost().common_gradient_rows == pilot.row_count
     assert METHODS["integrated_gradients"] is IntegratedGradients
 
 
@@ -71,7 +74,7 @@ def test_a_fixed_rule_is_one_segment_from_baseline_to_instance(options):
     asked = question(function, [3.0, 1.0], [1.0, 0.0])
     (segment,) = IntegratedGradients(**options).plan(asked).segments
     assert segment.start is asked.baseline.moving and segment.end is asked.instance.moving
-    assert segment.selector is asked.target.selector and segment.function == asked.gradient
+    assert segment.selectors == (asked.target.selector,) and segment.function == asked.gradient
     nodes, weights = RULES[options["quadrature"]].nodes_and_weights(options["step_count"])
     assert segment.alphas.tolist() == nodes.tolist() and segment.weights.tolist() == weights.tolist()
 

@@ -3,6 +3,8 @@ the truth."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
@@ -14,6 +16,9 @@ from scheduling.fake_device import FORWARD, GRADIENT, assert_own_rows_exactly_on
 
 MAX_WAITING_ROWS = 60
 BATCH_ROWS = {"a": 5, "b": 3}
+
+Kind = dict[str, Any]
+KINDS: list[Kind] = [{"function": FORWARD}, {"function": GRADIENT}, {"function": GRADIENT, "scales": (1.0, 3.0, -2.0)}]
 
 Row = tuple[Job, int, int]
 """Job, segment, position in the segment."""
@@ -61,13 +66,13 @@ class Scheduling(RuleBasedStateMachine):
         target=jobs,
         request=requests,
         model=st.sampled_from(list(BATCH_ROWS)),
-        parts=st.lists(st.tuples(st.integers(1, 8), st.sampled_from([FORWARD, GRADIENT])), min_size=1, max_size=3),
+        parts=st.lists(st.tuples(st.integers(1, 8), st.sampled_from(KINDS)), min_size=1, max_size=3),
     )
-    def submit(self, request: Request, model: str, parts: list[tuple[int, object]]) -> object:
+    def submit(self, request: Request, model: str, parts: list[tuple[int, Kind]]) -> object:
         rows = sum(count for count, _ in parts)
         if self.places.get(request, 0) < rows + len(self._waiting_rows_of(request)):
             return multiple()  # it was not admitted for so many, or has gone
-        segments = tuple(segment(count, self._own_value(), function=function) for count, function in parts)  # type: ignore[arg-type]
+        segments = tuple(segment(count, self._own_value(), **kind) for count, kind in parts)
         job = Job(model, Plan(segments), request, BATCH_ROWS[model])
         self.all_jobs.append(job)
         self.waiting |= {(job, index, row) for index, (count, _) in enumerate(parts) for row in range(count)}
@@ -156,6 +161,7 @@ class Scheduling(RuleBasedStateMachine):
         assert len(set(rows)) == len(rows) and set(rows) <= self.waiting
         assert {job.model for job, _, _ in rows} == {batch.model}
         assert {piece.function for piece in batch.rows.segments} == {batch.rows.function}
+        assert len({len(piece.selectors) for piece in batch.rows.segments}) == 1
         self.waiting -= set(rows)
         for job, _, _ in rows:
             self.places[job.request] -= 1

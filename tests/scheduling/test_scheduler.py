@@ -38,8 +38,8 @@ def test_a_batch_never_exceeds_the_models_limit() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"model": "other"}, {"shape": (3,)}, {"function": FORWARD}],
-    ids=["model", "shape", "function"],
+    [{"model": "other"}, {"shape": (3,)}, {"function": FORWARD}, {"scales": (1.0, 2.0)}],
+    ids=["model", "shape", "function", "selectors"],
 )
 def test_rows_that_differ_in_kind_never_share_a_batch(other: dict[str, object]) -> None:
     scheduler = Scheduler(1000)

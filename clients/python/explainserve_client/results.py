@@ -195,7 +195,9 @@ class Provenance:
             pass.
         noise_floor: relative L2 noise of the gradients; None where not measured.
         effective_methods: with every effective parameter, defaults included.
-        row_count, forward_count, backward_count, saved_row_count: model evaluations done, and saved by sharing.
+        row_count, forward_count, backward_count: rows, and evaluations of them. A row that several targets share has
+            one forward evaluation, and a backward one for each target.
+        saved_row_count: rows that sharing made unnecessary.
         queue_seconds, compute_seconds, serialize_seconds: in the queue, on the device, for statistics and encoding.
         from_cache: kept from an earlier, equal request; the counts are then those of the computation, the seconds those
             of this request.

@@ -113,12 +113,13 @@ class LoadedModel(Protocol):
         ...
 
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
-        """Interpolates the rows, runs them in one batch, and sums weighted gradients per segment.
+        """Interpolates the rows, runs them forward in one batch and backward once per selector, and sums weighted
+        gradients per segment.
 
         Returns:
-            One evaluation per segment of `rows`, in order: scores and gradient sums where the segment has a
-            selector, score tensors otherwise. Rows of weight 0 are selected out of sums, never multiplied by zero.
-            Sums are accumulated in float32 or better.
+            One evaluation per segment of `rows` and selector of it, in order: scores, and gradient sums where the
+            function is differentiated; score tensors of segments without selectors. Rows of weight 0 are selected out
+            of sums, never multiplied by zero. Sums are accumulated in float32 or better.
 
         Raises:
             EvaluationFailed: the model raised.

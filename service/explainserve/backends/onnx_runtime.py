@@ -124,14 +124,26 @@ class OnnxModel:
         """See `contract.LoadedModel`. Rows are interpolated on the host, which onnxruntime reads or copies once."""
         function = self._function(rows.function)
         blocks = {spec.name: _block(spec, rows) for spec in self.signature.inputs}
-        if rows.function.wrt:
-            blocks[function.cotangent] = self._cotangents(rows, blocks)
-        scores, *gradients = self._run(function, blocks, rows)
+        if not rows.function.wrt:
+            (scores,) = self._run(function, blocks, rows)
+            return tuple(part for segment, piece in _pieces(rows) for part in _forward_parts(segment, scores[piece]))
+        found = [self._backward(rows, selectors, function, blocks) for selectors in rows.passes]
+        return tuple(part for parts in zip(*found, strict=True) for part in parts)
+
+    def _backward(
+        self, rows: Rows, selectors: Sequence[Selector], function: _Function, blocks: Blocks
+    ) -> list[SegmentEvaluation]:
+        """What comes back for each segment at one selector of it."""
+        cotangents = self._cotangents(rows, selectors, blocks)
+        scores, *gradients = self._run(function, {**blocks, function.cotangent: cotangents}, rows)
         by_input = dict(zip(rows.function.wrt, gradients, strict=True))
-        return tuple(
-            _evaluation(segment, scores[piece], {name: array[piece] for name, array in by_input.items()})
-            for segment, piece in _pieces(rows)
-        )
+        return [
+            SegmentEvaluation(
+                _selected(scores[piece], selector),
+                {name: _weighted_sum(segment.weights, array[piece]) for name, array in by_input.items()},
+            )
+            for selector, (segment, piece) in zip(selectors, _pieces(rows), strict=True)
+        ]
 
     @property
     def _has_gradient(self) -> bool:
@@ -257,7 +269,8 @@ class OnnxModel:
 
     def _difference(self, gradient: _Function, reference: _Function, rows: Rows) -> float:
         blocks = {spec.name: _block(spec, rows) for spec in self.signature.inputs}
-        blocks[gradient.cotangent] = self._cotangents(rows, blocks)
+        (selectors,) = rows.passes
+        blocks[gradient.cotangent] = self._cotangents(rows, selectors, blocks)
         return largest_difference(*(self._run(function, blocks, rows) for function in (gradient, reference)))
 
     def _random_rows(self, function: Differentiation, extents: FreeExtents) -> Rows:
@@ -272,13 +285,13 @@ class OnnxModel:
         lacking = output.name in self._unbatched
         return append_score_head(self._graph, output.name, function.head.value, axis - lacking)
 
-    def _cotangents(self, rows: Rows, blocks: Blocks) -> Array:
-        """The selectors as dense rows, shape (rows, *score shape)."""
+    def _cotangents(self, rows: Rows, selectors: Sequence[Selector], blocks: Blocks) -> Array:
+        """Each segment's selector as dense rows, shape (rows, *score shape)."""
         output = self.signature.output(rows.function.output)
         shape = self._score_shape(rows, blocks)
         dense = np.zeros((rows.row_count, element_count(shape)), output.dtype)
-        for segment, piece in _pieces(rows):
-            dense[piece] = _dense(segment.selector, dense.shape[1], output.dtype)
+        for selector, (_, piece) in zip(selectors, _pieces(rows), strict=True):
+            dense[piece] = _dense(selector, dense.shape[1], output.dtype)
         return dense.reshape(rows.row_count, *shape)
 
     def _score_shape(self, rows: Rows, blocks: Blocks) -> tuple[int, ...]:
@@ -352,15 +365,21 @@ def _pieces(rows: Rows) -> Iterator[tuple[Segment, slice]]:
         first += segment.row_count
 
 
-def _evaluation(segment: Segment, scores: Array, gradients: Mapping[str, Array]) -> SegmentEvaluation:
-    if segment.selector is None:
-        return SegmentEvaluation(np.empty(0, np.float64), {}, scores)
+def _forward_parts(segment: Segment, scores: Array) -> Iterator[SegmentEvaluation]:
+    """Scores at each selector of forward-only rows, or their score tensors where there is none."""
+    if not segment.selectors:
+        yield SegmentEvaluation(np.empty(0, np.float64), outputs=scores)
+    for selector in segment.selectors:
+        yield SegmentEvaluation(_selected(scores, selector))
+
+
+def _selected(scores: Array, selector: Selector) -> NDArray[np.float64]:
+    """The score of each row at a selector."""
     flat = scores.reshape(len(scores), element_count(scores.shape[1:]))
-    if segment.selector.indices.max(initial=-1) >= flat.shape[1]:
+    if selector.indices.max(initial=-1) >= flat.shape[1]:
         raise EvaluationFailed("MODEL_RAISED", f"the model returned {flat.shape[1]} scores, fewer than it declares")
-    picked = flat[:, segment.selector.indices].astype(np.float64)
-    values = picked @ segment.selector.weights.astype(np.float64)
-    return SegmentEvaluation(values, {name: _weighted_sum(segment.weights, array) for name, array in gradients.items()})
+    values: NDArray[np.float64] = flat[:, selector.indices].astype(np.float64) @ selector.weights.astype(np.float64)
+    return values
 
 
 def _weighted_sum(weights: NDArray[np.float64], gradients: Array) -> NDArray[np.floating]:
@@ -375,10 +394,9 @@ def _weighted_sum(weights: NDArray[np.float64], gradients: Array) -> NDArray[np.
     return total
 
 
-def _dense(selector: Selector | None, size: int, dtype: DTypeLike) -> Array:
+def _dense(selector: Selector, size: int, dtype: DTypeLike) -> Array:
     row = np.zeros(size, dtype)
-    if selector is not None:
-        np.add.at(row, selector.indices, selector.weights.astype(dtype))
+    np.add.at(row, selector.indices, selector.weights.astype(dtype))
     return row
 
 

@@ -131,7 +131,7 @@ def output_rows(signature: Signature, instances: Sequence[Tensors]) -> Iterator[
     """Per output, forward-only rows."""
     for spec in signature.outputs:
         function = Differentiation(spec.name, ScoreHead.IDENTITY)
-        yield Rows(function, tuple(_one_row(signature, instance, function, None) for instance in instances))
+        yield Rows(function, tuple(_one_row(signature, instance, function) for instance in instances))
 
 
 def _gradient_comparisons(model: LoadedModel, instances: Sequence[Tensors]) -> Iterator[_Comparison]:
@@ -180,10 +180,10 @@ class _Comparison:
         return not any(value.any() for value in self.values)
 
 
-def _one_row(signature: Signature, instance: Tensors, function: Differentiation, selector: Selector | None) -> Segment:
+def _one_row(signature: Signature, instance: Tensors, function: Differentiation, *selectors: Selector) -> Segment:
     moving = {name: instance[name] for name in signature.differentiable_inputs}
     fixed = {name: value for name, value in instance.items() if name not in moving}
-    return Segment(moving, moving, fixed, function, np.ones(1), np.ones(1), selector)
+    return Segment(moving, moving, fixed, function, np.ones(1), np.ones(1), selectors)
 
 
 def _selector(element_count: int) -> Selector:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -61,7 +62,8 @@ class TorchModel:
         self._device = device
 
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
-        """See `contract.LoadedModel.evaluate`; one forward and one backward pass of all rows."""
+        """See `contract.LoadedModel.evaluate`; one forward pass of all rows, and a backward pass per
+        selector."""
         evaluation = self._gradients if rows.function.wrt else self._scores
         return _guarded(lambda: evaluation(rows))
 
@@ -69,12 +71,8 @@ class TorchModel:
         with torch.inference_mode():
             scores = self._score_tensor(rows.function, self._points(rows))
             host = scores.to("cpu").numpy()
-        return tuple(
-            SegmentEvaluation(np.empty(0), outputs=host[span])
-            if segment.selector is None
-            else SegmentEvaluation(np.array([segment.selector.value(row) for row in host[span]], np.float64))
-            for segment, span in zip(rows.segments, _spans(rows), strict=True)
-        )
+        pairs = zip(rows.segments, _spans(rows), strict=True)
+        return tuple(part for segment, span in pairs for part in _forward_parts(segment, host[span]))
 
     def _gradients(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
         if self.gaps:
@@ -89,12 +87,22 @@ class TorchModel:
                 f"output {rows.function.output!r} has no gradient with respect to {', '.join(wrt)}",
                 output=rows.function.output,
             )
-        cotangent = self._cotangent(rows, scores.detach())
+        last = len(rows.passes) - 1
+        found = [self._backward(rows, s, scores, wrt, keep=k < last) for k, s in enumerate(rows.passes)]
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return tuple(arriving.evaluation() for parts in zip(*found, strict=True) for arriving in parts)
+
+    def _backward(
+        self, rows: Rows, selectors: Sequence[Selector], scores: Tensor, wrt: Mapping[str, Tensor], *, keep: bool
+    ) -> list[_Arriving]:
+        """One backward pass with a selector per segment; `keep` leaves the graph to further ones."""
+        cotangent = self._cotangent(rows, selectors, scores.detach())
         gradients = torch.autograd.grad(
-            scores, list(wrt.values()), cotangent, allow_unused=True, materialize_grads=True
+            scores, list(wrt.values()), cotangent, retain_graph=keep, allow_unused=True, materialize_grads=True
         )
         with torch.no_grad():
-            return self._reduced(rows, scores.detach(), dict(zip(wrt, gradients, strict=True)))
+            return self._reduced(rows, selectors, scores.detach(), dict(zip(wrt, gradients, strict=True)))
 
     def _score_tensor(self, function: Differentiation, points: Mapping[str, Tensor]) -> Tensor:
         """The scores of all rows, shape (rows, *score shape)."""
@@ -142,36 +150,32 @@ class TorchModel:
         copy.numpy()[...] = array
         return copy.to(self._device, non_blocking=True)
 
-    def _cotangent(self, rows: Rows, scores: Tensor) -> Tensor:
-        """The selectors of all rows, shape (rows, elements of a score tensor)."""
+    def _cotangent(self, rows: Rows, selectors: Sequence[Selector], scores: Tensor) -> Tensor:
+        """Each segment's selector on its rows, shape (rows, elements of a score tensor)."""
         cotangent = torch.zeros_like(scores)
-        for segment, span in zip(rows.segments, _spans(rows), strict=True):
-            if segment.selector is not None:
-                indices, weights = self._selector(segment.selector, scores.dtype)
-                part = cotangent[span]
-                part.index_add_(1, indices, weights.expand(len(part), -1))
+        for selector, span in zip(selectors, _spans(rows), strict=True):
+            indices, weights = self._selector(selector, scores.dtype)
+            part = cotangent[span]
+            part.index_add_(1, indices, weights.expand(len(part), -1))
         return cotangent
 
     def _selector(self, selector: Selector, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self._upload(selector.indices), self._upload(selector.weights).to(dtype)
 
-    def _reduced(self, rows: Rows, scores: Tensor, gradients: Mapping[str, Tensor]) -> tuple[SegmentEvaluation, ...]:
-        """Scores and weighted sums per segment, brought to the host with one synchronisation."""
-        host = [
-            (
-                self._download(self._selected(scores[span], segment.selector)),
+    def _reduced(
+        self, rows: Rows, selectors: Sequence[Selector], scores: Tensor, gradients: Mapping[str, Tensor]
+    ) -> list[_Arriving]:
+        """Scores and weighted sums per segment."""
+        return [
+            _Arriving(
+                self._download(self._selected(scores[span], selector)),
                 {name: self._download(self._weighted_sum(g[span], segment)) for name, g in gradients.items()},
             )
-            for segment, span in zip(rows.segments, _spans(rows), strict=True)
+            for segment, selector, span in zip(rows.segments, selectors, _spans(rows), strict=True)
         ]
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return tuple(SegmentEvaluation(s.numpy(), {name: t.numpy() for name, t in sums.items()}) for s, sums in host)
 
-    def _selected(self, scores: Tensor, selector: Selector | None) -> Tensor:
+    def _selected(self, scores: Tensor, selector: Selector) -> Tensor:
         """Score of each row at the selector, float64."""
-        if selector is None:
-            return scores.new_empty(0, dtype=torch.float64)
         indices, weights = self._selector(selector, torch.float64)
         return scores[:, indices].double() @ weights
 
@@ -187,6 +191,17 @@ class TorchModel:
 
     def _download(self, tensor: Tensor) -> Tensor:
         return tensor.to("cpu", non_blocking=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Arriving:
+    """Tensors on their way to the host, which hold their values once the device is synchronised."""
+
+    scores: Tensor
+    gradient_sums: Mapping[str, Tensor]
+
+    def evaluation(self) -> SegmentEvaluation:
+        return SegmentEvaluation(self.scores.numpy(), {name: sums.numpy() for name, sums in self.gradient_sums.items()})
 
 
 def resolve_device(options: LoadOptions) -> torch.device:
@@ -239,6 +254,14 @@ def _spans(rows: Rows) -> list[slice]:
     """Where each segment's rows lie in the batch."""
     ends = np.cumsum([segment.row_count for segment in rows.segments]).tolist()
     return [slice(end - segment.row_count, end) for segment, end in zip(rows.segments, ends, strict=True)]
+
+
+def _forward_parts(segment: Segment, scores: NDArray[np.generic]) -> Iterator[SegmentEvaluation]:
+    """Scores at each selector of forward-only rows, or their score tensors where there is none."""
+    if not segment.selectors:
+        yield SegmentEvaluation(np.empty(0), outputs=scores)
+    for selector in segment.selectors:
+        yield SegmentEvaluation(np.array([selector.value(row) for row in scores], np.float64))
 
 
 def _with_head(output: Tensor, head: ScoreHead, spec: OutputSpec) -> Tensor:

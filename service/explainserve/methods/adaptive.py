@@ -559,7 +559,7 @@ def _segment(question: Question, alphas: Sequence[float]) -> Segment:
         function=question.gradient,
         alphas=np.array(alphas, np.float64),
         weights=np.ones(len(alphas)),
-        selector=question.target.selector,
+        selectors=(question.target.selector,),
     )
 
 

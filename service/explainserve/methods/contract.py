@@ -33,10 +33,12 @@ class Cost:
 
     Attributes:
         min_gradient_rows, max_gradient_rows: rows with one forward and one backward evaluation each.
+        common_gradient_rows: those among them that are the same for every target of an instance and a baseline.
     """
 
     min_gradient_rows: int
     max_gradient_rows: int
+    common_gradient_rows: int
 
 
 class Method(Protocol):

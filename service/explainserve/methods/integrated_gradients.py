@@ -13,6 +13,7 @@ from explainserve.errors import InvalidRequest
 from explainserve.explanation import Attribution, Question, StopReason
 from explainserve.methods.adaptive import (
     MIN_STEP_COUNT,
+    PILOT_COUNT,
     AdaptivePlan,
     Displacement,
     Path,
@@ -82,7 +83,7 @@ class IntegratedGradients:
             function=question.gradient,
             alphas=alphas,
             weights=weights,
-            selector=question.target.selector,
+            selectors=(question.target.selector,),
         )
         return Plan((segment,))
 
@@ -103,8 +104,8 @@ class IntegratedGradients:
     def cost(self) -> Cost:
         """Rows of one path."""
         if self.step_count is None:
-            return Cost(MIN_STEP_COUNT, self.max_step_count)
-        return Cost(self.step_count, self.step_count)
+            return Cost(MIN_STEP_COUNT, self.max_step_count, PILOT_COUNT)
+        return Cost(self.step_count, self.step_count, self.step_count)
 
     @property
     def _rule_name(self) -> str:

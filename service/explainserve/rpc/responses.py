@@ -113,9 +113,9 @@ def provenance(model: ServedModel, usage: Usage, methods: Sequence[Method]) -> a
         precision=_precision(model),
         noise_floor=_noise_floor(model),
         effective_methods=[METHOD_WRITERS[type(method)](method) for method in methods],
-        row_count=usage.forward_rows + usage.gradient_rows,
-        forward_count=usage.forward_rows + usage.gradient_rows,
-        backward_count=usage.gradient_rows,
+        row_count=usage.row_count,
+        forward_count=usage.row_count,
+        backward_count=usage.backward_count,
         saved_row_count=usage.saved_rows,
         server_version=__version__,
         library_versions={**_COMMON_VERSIONS, **loaded.library_versions},
@@ -137,14 +137,13 @@ def cost_response(
     Raises:
         InvalidRequest: as `reply_bytes`.
     """
-    lowest, highest = cost.min_gradient_rows, cost.max_gradient_rows
     figures = {
-        "min_row_count": cost.end_point_rows + lowest,
-        "max_row_count": cost.end_point_rows + highest,
-        "min_forward_count": cost.end_point_rows + lowest,
-        "max_forward_count": cost.end_point_rows + highest,
-        "min_backward_count": lowest,
-        "max_backward_count": highest,
+        "min_row_count": cost.min_rows,
+        "max_row_count": cost.max_rows,
+        "min_forward_count": cost.min_rows,
+        "max_forward_count": cost.max_rows,
+        "min_backward_count": cost.min_backward_count,
+        "max_backward_count": cost.max_backward_count,
         "reply_bytes": reply_bytes(request, cost, row_limit),
         "attribution_count": _map_count(request, cost),
         "row_limit": row_limit,

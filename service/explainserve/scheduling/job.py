@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -122,11 +122,11 @@ class Job:
     submitted_at: float = 0.0
     started_at: float | None = None
     error: Exception | None = None
-    _sums: list[_SegmentSum] = field(init=False)
+    _sums: list[list[_SelectorSum]] = field(init=False)
     _open_rows: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self._sums = [_SegmentSum(segment) for segment in self.plan.segments]
+        self._sums = [[_SelectorSum(s) for _ in range(s.evaluation_count)] for s in self.plan.segments]
         self._open_rows = self.plan.row_count
 
     @property
@@ -143,27 +143,29 @@ class Job:
     @property
     def evaluation(self) -> Evaluation:
         """What came back."""
-        return Evaluation(tuple(segment_sum.evaluation() for segment_sum in self._sums))
+        return Evaluation(tuple(own.evaluation() for sums in self._sums for own in sums))
 
-    def put(self, piece: Slice, part: SegmentEvaluation) -> None:
-        """Adds what came back for some rows."""
-        self._sums[piece.segment_index].add(piece.first, piece.last, part)
+    def put(self, piece: Slice, parts: Sequence[SegmentEvaluation]) -> None:
+        """Adds what came back for some rows, one part per selector."""
+        for own, part in zip(self._sums[piece.segment_index], parts, strict=True):
+            own.add(piece.first, piece.last, part)
         self._open_rows -= piece.row_count
 
 
 def batch_key(segment: Segment) -> tuple[Hashable, ...]:
-    """Rows of one model share a batch exactly when these are equal: function, and names, types and shapes of all
-    inputs."""
+    """Rows of one model share a batch exactly when these are equal: function, number of selectors, and names, types and
+    shapes of all inputs. So every row of a batch has as many backward passes as any other."""
     inputs = {**segment.end, **segment.fixed}
-    return segment.function, tuple((name, array.dtype.str, array.shape) for name, array in sorted(inputs.items()))
+    shapes = tuple((name, array.dtype.str, array.shape) for name, array in sorted(inputs.items()))
+    return segment.function, len(segment.selectors), shapes
 
 
-class _SegmentSum:
-    """Scores, sums and outputs of one segment while its rows come back in pieces, in any order."""
+class _SelectorSum:
+    """Scores, sums and outputs of one segment at one selector while its rows come back in pieces, in any order."""
 
     def __init__(self, segment: Segment) -> None:
         self._row_count = segment.row_count
-        self._scores = np.empty(0 if segment.selector is None else segment.row_count, np.float64)
+        self._scores = np.empty(segment.row_count if segment.selectors else 0, np.float64)
         self._sums: dict[str, NDArray[np.floating]] = {}
         self._outputs: dict[int, NDArray[np.generic]] = {}
 

@@ -7,9 +7,9 @@ with the earlier deadline. Every second turn goes to a short request, all of who
 others to long ones, as long as there are both. So a short request waits for one batch of long ones at most, however
 many they are, and a stream of short ones takes no more than half of the device from them.
 
-The leader decides which rows can join: those of the same model, function and shapes. Requests of one priority that
-have such rows get equal shares of the batch; what some leave goes to the others in their order, and what all leave to
-the next lower priority.
+The leader decides which rows can join: those of the same model, function, number of selectors and shapes. Requests of
+one priority that have such rows get equal shares of the batch; what some leave goes to the others in their order, and
+what all leave to the next lower priority.
 
 Cancelled and expired jobs lose their rows before the next batch is packed.
 
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from itertools import groupby, islice, takewhile
 
 from explainserve.errors import DeadlineExceeded, LimitExceeded
-from explainserve.plan import Rows, SegmentEvaluation
+from explainserve.plan import Rows, SegmentEvaluation, by_segment
 from explainserve.scheduling.job import Job, Request, Slice, WaitingRows
 from explainserve.scheduling.line import Line, SortedRequests, deadline
 
@@ -135,14 +135,14 @@ class Scheduler:
         """Hands results to the jobs.
 
         Args:
-            parts: one per segment of the batch.
+            parts: one per segment of the batch and selector of it.
             seconds: time of the batch on the device.
 
         Returns:
             The jobs that are done now.
         """
-        for piece, part in zip(batch.slices, parts, strict=True):
-            piece.job.put(piece, part)
+        for piece, own in zip(batch.slices, by_segment(batch.rows.segments, parts), strict=True):
+            piece.job.put(piece, own)
         jobs = _open_jobs(batch)
         for request in {job.request for job in jobs}:
             request.compute_seconds += seconds

@@ -452,13 +452,15 @@ class Provenance(_message.Message):
     noise_floor: _builtins.float
     """Relative L2 noise of the model's gradients, measured at load; absent where not measured."""
     row_count: _builtins.int
-    """Rows evaluated."""
+    """Rows evaluated: points, each for all targets that share it."""
     forward_count: _builtins.int
-    """Forward evaluations of rows."""
+    """Forward evaluations of rows, one for each row."""
     backward_count: _builtins.int
-    """Backward evaluations of rows."""
+    """Backward evaluations of rows, one for each target of a row. Targets that are the same count once."""
     saved_row_count: _builtins.int
-    """Row evaluations that sharing between targets, baselines and methods saved."""
+    """Rows, and so forward evaluations, that sharing saved: equal end points are evaluated once, and so are the points that
+    targets of the same output and score have in common on the path from one baseline to one instance.
+    """
     server_version: _builtins.str
     """Version of the server."""
     from_cache: _builtins.bool

@@ -1000,17 +1000,21 @@ class EstimateCostResponse(_message.Message):
     ROW_LIMIT_FIELD_NUMBER: _builtins.int
     REPLY_BYTES_LIMIT_FIELD_NUMBER: _builtins.int
     min_row_count: _builtins.int
-    """Fewest rows (model evaluations) of an answer that ends by its tolerances; a time budget that ends, or a score that is not
-    finite, can end the adaptive rule earlier, after its first 8 rows.
+    """Fewest rows of an answer that ends by its tolerances; a time budget that ends, or a score that is not finite, can end the
+    adaptive rule earlier, after its first 8 rows. Targets of the same output and score (up to 16) share rows on the path
+    from one baseline to one instance: all rows of a fixed rule, and those of the adaptive rule that they have in common, which
+    are all of them here.
     """
     max_row_count: _builtins.int
-    """Most rows."""
+    """Most rows: of the adaptive rule, targets share only the first 8."""
     min_forward_count: _builtins.int
     """Fewest forward evaluations, in the same sense."""
     max_forward_count: _builtins.int
     """Most forward evaluations."""
     min_backward_count: _builtins.int
-    """Fewest backward evaluations, in the same sense."""
+    """Fewest backward evaluations, in the same sense: one for each target of a row, where targets that may be the same one,
+    such as argmax and an index, count once.
+    """
     max_backward_count: _builtins.int
     """Most backward evaluations."""
     reply_bytes: _builtins.int
