@@ -19,7 +19,7 @@ from explainserve.errors import (
     DeadlineExceeded,
     EvaluationFailed,
     ExplainServeError,
-    LimitExceeded,
+    QueueFull,
     ShuttingDown,
     Unsupported,
 )
@@ -230,7 +230,7 @@ async def test_full_queue_refuses_and_recovers(engine: Engine, model: ServedMode
     hold(loaded)
     request = Request()
     with engine.admitted(request, 100):
-        with pytest.raises(LimitExceeded) as refused, engine.admitted(Request(), 1):
+        with pytest.raises(QueueFull) as refused, engine.admitted(Request(), 1):
             pass
         waiting = [asyncio.create_task(engine.evaluate(model, plan(path(50)), request)) for _ in range(2)]
         await entered(loaded)
@@ -239,7 +239,7 @@ async def test_full_queue_refuses_and_recovers(engine: Engine, model: ServedMode
         loaded.gate.set()
         await asyncio.gather(*waiting)
 
-    assert refused.value.metadata == {"reserved_rows": "100", "rows": "1", "limit": "100"}
+    assert refused.value.metadata == {"bound": "rows", "reserved": "100", "needed": "1", "limit": "100"}
     with engine.admitted(Request(), 100):
         pass
 

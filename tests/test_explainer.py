@@ -220,7 +220,7 @@ def test_cost_counts_questions(
     distinct_counts = [min(count, 2) for count in target_counts]
     assert cost.min_backward_count == sum(distinct_counts) * sum(draws) * step_count
     assert cost.end_point_rows == instances + sum(draws)  # instances share their draws
-    assert asked.held_bytes == 12 * (cost.question_count + instances * sum(draws))
+    assert asked.held_bytes == 12 * (cost.question_count + instances * sum(draws) + instances)
 
 
 async def test_limits_refuse_before_baselines_are_made(
@@ -239,7 +239,7 @@ async def test_limits_refuse_before_baselines_are_made(
         Explainer(explainer._engine, 10**6, 1000).prepare(few_steps)
 
     assert (rows.value.reason, rows.value.metadata["rows"]) == ("REQUEST_ROWS_EXCEEDED", "128000")
-    assert (memory.value.reason, memory.value.metadata["bytes"]) == ("REQUEST_BYTES_EXCEEDED", "48000")
+    assert (memory.value.reason, memory.value.metadata["bytes"]) == ("REQUEST_BYTES_EXCEEDED", "48024")
 
 
 def test_refused_query_still_has_a_cost(model: ServedModel) -> None:
@@ -318,8 +318,8 @@ def test_first_rounds_of_a_time_budget_count_towards_memory(model: ServedModel) 
     """They are kept together, where otherwise only those in flight are."""
     size = X[0].nbytes
 
-    assert query(model).held_bytes == size * (2 + 2)
-    assert query(model, budget_ends_at=1.0).held_bytes == size * (2 + 2 * (1 + FIRST_ROUND_ARRAYS))
+    assert query(model).held_bytes == size * (2 + 2 + 2)  # inputs, baselines, maps
+    assert query(model, budget_ends_at=1.0).held_bytes == size * (2 + 2 + 2 * (1 + FIRST_ROUND_ARRAYS))
 
 
 async def test_admitted_request_is_never_refused_on_its_way(model: ServedModel, loaded: ClosedForm) -> None:

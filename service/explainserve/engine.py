@@ -53,19 +53,21 @@ class Engine:
             self._settle([job])
 
     @contextmanager
-    def admitted(self, request: Request, row_count: int) -> Iterator[None]:
-        """A place in the queue for all rows that a request may need, as long as the context lasts.
+    def admitted(self, request: Request, row_count: int, byte_count: int = 0) -> Iterator[None]:
+        """A place in the queue for all rows and all memory that a request may need, as long as the context lasts.
 
         Raises:
-            LimitExceeded: the queue is full (QUEUE_FULL).
+            QueueFull: there is none (QUEUE_FULL).
         """
         with self._wake:
-            self._scheduler.admit(request, row_count)
+            self._scheduler.admit(request, row_count, byte_count)
+            self._metrics.reserved_bytes.set(self._scheduler.reserved_bytes)
         try:
             yield
         finally:
             with self._wake:
                 self._scheduler.release(request)
+                self._metrics.reserved_bytes.set(self._scheduler.reserved_bytes)
 
     async def evaluate(self, model: ServedModel, plan: Plan, request: Request) -> tuple[Evaluation, float]:
         """Evaluates all rows of a plan of an admitted request; also returns the seconds that its first row waited.

@@ -5,7 +5,8 @@
      ├── NotFound             no such model, version, label or named thing             NOT_FOUND
      ├── Unsupported          the model lacks the capability that is asked for         FAILED_PRECONDITION
      ├── Unimplemented        the server does not have this yet                        UNIMPLEMENTED
-     ├── LimitExceeded        above a cap, or the server is full                       RESOURCE_EXHAUSTED
+     ├── LimitExceeded        above a cap: it never succeeds                           RESOURCE_EXHAUSTED
+     ├── QueueFull            the server has no room now: try again later              RESOURCE_EXHAUSTED
      ├── DeadlineExceeded     time ran out before an answer existed                    DEADLINE_EXCEEDED
      ├── Cancelled            the caller went away                                     CANCELLED
      ├── ShuttingDown         the server no longer admits requests                     UNAVAILABLE
@@ -49,7 +50,12 @@ class ExplainServeError(Exception):
         reason: UPPER_SNAKE identifier, stable across releases.
         message: one sentence for people.
         metadata: names and values for programs; values are converted to str.
+
+    Attributes:
+        retry_after_seconds: when to try again; None where trying again is no help.
     """
+
+    retry_after_seconds: float | None = None
 
     def __init__(self, reason: str, message: str, **metadata: object) -> None:
         super().__init__(message)
@@ -75,7 +81,15 @@ class Unimplemented(ExplainServeError):
 
 
 class LimitExceeded(ExplainServeError):
-    """The request is above a cap, or the server is full."""
+    """The request is above a cap; it never succeeds."""
+
+
+class QueueFull(ExplainServeError):
+    """The server has no room for one more request now."""
+
+    def __init__(self, reason: str, message: str, retry_after_seconds: float | None = None, **metadata: object) -> None:
+        super().__init__(reason, message, **metadata)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class DeadlineExceeded(ExplainServeError):

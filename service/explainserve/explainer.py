@@ -93,11 +93,11 @@ class Query:
 
     @property
     def held_bytes(self) -> int:
-        """Memory of all baselines and maps, and with a time budget of all first rounds, which are kept together."""
+        """Memory of inputs, baselines and maps, and with a time budget of all first rounds, which are kept together."""
         baselines = sum(self.baseline_count(index) for index in range(len(self.instances)))
         of_one = sum(array.nbytes for array in self.instances[0].moving.values())
         per_question = 1 if self.budget_ends_at is None else 1 + FIRST_ROUND_ARRAYS
-        return (baselines + self.question_count * per_question) * of_one
+        return _input_bytes(self.instances) + (baselines + self.question_count * per_question) * of_one
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +216,7 @@ class Explainer:
 
     Args:
         max_request_rows: cap of rows of one query.
-        max_request_bytes: cap of memory for the baselines and maps of one query.
+        max_request_bytes: cap of memory for the inputs, baselines and maps of one query.
     """
 
     def __init__(self, engine: Engine, max_request_rows: int, max_request_bytes: int) -> None:
@@ -254,13 +254,13 @@ class Explainer:
         """Computes all attributions.
 
         Raises:
-            LimitExceeded: the queue is full (QUEUE_FULL), before anything is evaluated.
+            QueueFull: the server has no room for it now (QUEUE_FULL), before anything is evaluated.
             DeadlineExceeded: the deadline passed, or not even the first round fits into the time budget
                 (TIME_BUDGET_TOO_SHORT).
             EvaluationFailed: the model raised.
         """
         query, usage = prepared.query, Usage()
-        with self._engine.admitted(query.request, prepared.cost.max_rows):
+        with self._engine.admitted(query.request, prepared.cost.max_rows, query.held_bytes):
             scores = await self._scores(query, prepared.end_points, usage)
             questions = await asyncio.to_thread(_questions, query, prepared.baselines, scores)
             usage.saved_rows = 2 * len(questions) - usage.forward_rows
@@ -273,14 +273,15 @@ class Explainer:
         """Score tensors of instances, forward-only: per function one array per instance.
 
         Raises:
-            LimitExceeded: more rows than a request may have (REQUEST_ROWS_EXCEEDED), or the queue is full (QUEUE_FULL).
+            LimitExceeded: more rows than a request may have (REQUEST_ROWS_EXCEEDED).
+            QueueFull: the server has no room for it now (QUEUE_FULL).
             DeadlineExceeded: the deadline passed.
             EvaluationFailed: the model raised.
         """
         usage = Usage()
         plan = Plan(tuple(_point(i.moving, i.fixed, function) for function in functions for i in instances))
         self._admit_rows(plan.row_count)
-        with self._engine.admitted(request, plan.row_count):
+        with self._engine.admitted(request, plan.row_count, _input_bytes(instances)):
             evaluation = await self._evaluate(model, plan, request, usage)
         arrays = [_only_output(segment) for segment in evaluation.segments]
         count = len(instances)
@@ -301,7 +302,7 @@ class Explainer:
         if query.held_bytes > self._max_request_bytes:
             raise LimitExceeded(
                 "REQUEST_BYTES_EXCEEDED",
-                "baselines and maps of the request, and with a time budget their first rounds, need "
+                "inputs, baselines and maps of the request, and with a time budget their first rounds, need "
                 f"{query.held_bytes} bytes of memory, the limit is {self._max_request_bytes}; ask for fewer instances, "
                 "targets or baselines",
                 bytes=query.held_bytes,
@@ -544,6 +545,10 @@ def _paths(query: Query, instance_index: int) -> Iterator[_Paths]:
     for own in specs.values():
         target_count = sum(spec.target_count for spec in own)
         yield _Paths(query.baseline_count(instance_index), target_count, certain_target_count(own))
+
+
+def _input_bytes(instances: Sequence[Instance]) -> int:
+    return sum(array.nbytes for one in instances for array in (*one.moving.values(), *one.fixed.values()))
 
 
 async def _all(coroutines: Sequence[Coroutine[object, object, T]]) -> tuple[T, ...]:

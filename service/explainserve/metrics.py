@@ -61,6 +61,11 @@ class Metrics:
             "explainserve_batch_rows", "Rows per micro-batch.", ["model"], buckets=_ROWS, registry=registry
         )
         self.waiting_rows = Gauge("explainserve_waiting_rows", "Rows that wait for the device.", registry=registry)
+        self.reserved_bytes = Gauge(
+            "explainserve_reserved_bytes",
+            "Memory that requests which are being answered may hold: inputs, baselines and maps.",
+            registry=registry,
+        )
         self.convergence_delta = Histogram(
             "explainserve_relative_convergence_delta",
             "|sum of attributions - (F(x) - F(x'))| / |F(x) - F(x')| per map.",

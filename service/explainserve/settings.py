@@ -12,6 +12,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 PositiveInt = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
+_MEMORY_PER_MESSAGE_BYTE = 16
+"""Bytes of inputs, baselines and maps that one request may hold in memory, for each byte of the largest message."""
+
 
 class Settings(BaseSettings):
     """Settings of one server process.
@@ -31,6 +34,7 @@ class Settings(BaseSettings):
         max_request_rows: cap of rows of one request.
         max_request_parts: cap of each kind of part of one request: targets, baselines, regions, groups, selectors.
         max_waiting_rows: cap of rows that all admitted requests together may still need.
+        max_waiting_bytes: cap of memory that all admitted requests together may hold: inputs, baselines and maps.
         max_message_bytes: largest request and reply.
         max_instances: cap of instances of one request.
         response_cache_bytes: memory for answers that are kept for equal requests; 0 keeps none.
@@ -59,6 +63,7 @@ class Settings(BaseSettings):
     max_request_rows: PositiveInt = 65_536
     max_request_parts: PositiveInt = 4096
     max_waiting_rows: PositiveInt = 262_144
+    max_waiting_bytes: PositiveInt = 4 * 1024 * 1024 * 1024
     max_message_bytes: PositiveInt = 64 * 1024 * 1024
     max_instances: PositiveInt = 256
     response_cache_bytes: Annotated[int, Field(ge=0)] = 0
@@ -73,3 +78,8 @@ class Settings(BaseSettings):
     def row_limit(self) -> int:
         """Most rows of one request: one that needs more than may wait would never be admitted."""
         return min(self.max_request_rows, self.max_waiting_rows)
+
+    @property
+    def byte_limit(self) -> int:
+        """Most memory of one request, likewise."""
+        return min(_MEMORY_PER_MESSAGE_BYTE * self.max_message_bytes, self.max_waiting_bytes)

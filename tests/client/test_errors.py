@@ -73,11 +73,22 @@ def test_without_readable_details_the_code_and_sentence_remain(
     assert error.request_id == "ours"
 
 
+def test_the_time_to_try_again_is_told() -> None:
+    retry = error_details_pb2.RetryInfo()
+    retry.retry_delay.FromMilliseconds(2500)
+    info = error_details_pb2.ErrorInfo(reason="QUEUE_FULL")
+    full = server_error(FailedCall(grpc.StatusCode.RESOURCE_EXHAUSTED, [details(info, retry)]), "id")
+    capped = server_error(FailedCall(grpc.StatusCode.RESOURCE_EXHAUSTED, [details(info)]), "id")
+
+    assert (full.reason, full.retry_after_seconds) == ("QUEUE_FULL", 2.5)
+    assert capped.retry_after_seconds is None
+
+
 def test_errors_survive_pickling() -> None:
-    error = errors.NotFound("no model", "NOT_FOUND", "UNKNOWN_MODEL", {"model": "x"}, "id")
+    error = errors.ResourceExhausted("full", "RESOURCE_EXHAUSTED", "QUEUE_FULL", {"bound": "rows"}, "id", 1.5)
     copy = pickle.loads(pickle.dumps(error))
 
-    assert type(copy) is errors.NotFound
+    assert type(copy) is errors.ResourceExhausted
     assert vars(copy) == vars(error)
 
 

@@ -110,6 +110,7 @@ class Refusal:
     metadata: dict[str, str]
     message: str
     trailing: dict[str, Any]
+    retry_after_seconds: float | None = None
 
 
 def refusal(call: Callable[[], object]) -> Refusal:
@@ -125,12 +126,16 @@ def of_error(error: Any) -> Refusal:
     """Code, message and ErrorInfo; the reason is "" where the server did not say."""
     trailing = {item.key: item.value for item in error.trailing_metadata() or ()}
     rich = rpc_status.from_call(error)
-    info = error_details_pb2.ErrorInfo()
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    later = None
     if rich is not None:
-        (detail,) = rich.details
-        assert detail.Unpack(info)
+        first, *rest = rich.details
+        assert first.Unpack(info)
         assert info.domain == "explainserve"
-    return Refusal(error.code(), info.reason, dict(info.metadata), error.details(), trailing)
+        if rest:
+            assert len(rest) == 1 and rest[0].Unpack(retry)
+            later = retry.retry_delay.ToNanoseconds() / 1e9
+    return Refusal(error.code(), info.reason, dict(info.metadata), error.details(), trailing, later)
 
 
 def until(holds: Callable[[], bool]) -> None:

@@ -203,7 +203,7 @@ def test_memory_of_one_request_is_bounded(stub: ExplainerServiceStub) -> None:
     refused = refusal(lambda: stub.Explain(greedy, timeout=60))
 
     assert (refused.code, refused.reason) == (EXHAUSTED, "REQUEST_BYTES_EXCEEDED")
-    assert refused.metadata["bytes"] == str(4 * 1024 * 2 * pixels[0].nbytes)
+    assert refused.metadata["bytes"] == str(4 * (1 + 1024 * 2) * pixels[0].nbytes)
 
 
 def test_request_that_the_queue_can_never_hold_is_no_matter_of_trying_again(serve: Callable[..., Loopback]) -> None:
@@ -215,6 +215,7 @@ def test_request_that_the_queue_can_never_hold_is_no_matter_of_trying_again(serv
 
     assert (refused.code, refused.reason) == (EXHAUSTED, "REQUEST_ROWS_EXCEEDED")
     assert refused.metadata == {"rows": "41", "limit": "40"}
+    assert refused.retry_after_seconds is None
     assert (expected.max_row_count, expected.row_limit) == (41, 40)
     assert small.stub.Explain(plain(methods=steps(38)), timeout=60).attributions
 
@@ -230,10 +231,29 @@ def test_full_queue_refuses_at_once_and_never_those_it_admitted(serve: Callable[
     predicted = small.stub.Predict(pb.PredictRequest(model=named("plain"), inputs={"x": encode(X)}), timeout=60)
 
     assert (refused.code, refused.reason) == (EXHAUSTED, "QUEUE_FULL")
-    assert refused.metadata.items() >= {"rows": "514", "limit": "522"}.items()
+    assert refused.metadata.items() >= {"bound": "rows", "needed": "514", "limit": "522"}.items()
+    assert refused.retry_after_seconds is not None and 0.1 <= refused.retry_after_seconds <= 60
     assert predicted.predictions
     assert first.result().attributions[0].step_count == 512
     assert small.stub.Explain(plain(methods=steps(512)), timeout=60).attributions
+
+
+def test_memory_of_all_requests_is_bounded_too(serve: Callable[..., Loopback]) -> None:
+    """Few rows, but as much memory as there is: whoever comes beside it is refused, and admitted after it."""
+    slow = request("slow", {"x": X}, targets=[element(0)], methods=steps(512))
+    held = X.nbytes * 3  # input, baseline and map
+    small = serve(max_waiting_bytes=held)
+    first = small.stub.Explain.future(slow, timeout=60)
+    until(lambda: small.metric("explainserve_reserved_bytes") > 0)
+
+    refused = refusal(lambda: small.stub.Explain(plain(methods=steps(2)), timeout=60))
+
+    assert (refused.code, refused.reason) == (EXHAUSTED, "QUEUE_FULL")
+    assert refused.metadata == {"bound": "bytes", "reserved": str(held), "needed": str(held), "limit": str(held)}
+    assert refused.retry_after_seconds is not None
+    assert first.result().attributions
+    assert small.stub.Explain(plain(methods=steps(2)), timeout=60).attributions
+    assert small.metric("explainserve_reserved_bytes") == 0
 
 
 def test_bytes_that_are_no_message(service: Loopback) -> None:

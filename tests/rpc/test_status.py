@@ -31,7 +31,7 @@ def rich(error: Exception) -> tuple[status_pb2.Status, error_details_pb2.ErrorIn
     assert key == "grpc-status-details-bin"
     message = status_pb2.Status.FromString(data)
     info = error_details_pb2.ErrorInfo()
-    (detail,) = message.details
+    detail, *_ = message.details
     assert detail.Unpack(info)
     return message, info
 
@@ -56,6 +56,16 @@ def test_reason_and_metadata_travel() -> None:
     assert message.message == "wrong shape"
     assert (info.domain, info.reason) == ("explainserve", "SHAPE_MISMATCH")
     assert info.metadata == {"input": "x", "expected": "[1, 2]", "actual": "3"}
+
+
+def test_time_to_try_again_travels() -> None:
+    message, info = rich(errors.QueueFull("QUEUE_FULL", "full", 2.5, bound="rows"))
+    retry = error_details_pb2.RetryInfo()
+
+    assert info.metadata == {"bound": "rows"}
+    assert message.details[1].Unpack(retry)
+    assert retry.retry_delay.ToMilliseconds() == 2500
+    assert len(rich(errors.LimitExceeded("TOO_MANY_PARTS", "never"))[0].details) == 1
 
 
 @pytest.mark.parametrize("length", [1, 5000])

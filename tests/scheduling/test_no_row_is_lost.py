@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from explainserve.errors import DeadlineExceeded, EvaluationFailed, LimitExceeded
+from explainserve.errors import DeadlineExceeded, EvaluationFailed, QueueFull
 from explainserve.plan import Plan
 from explainserve.scheduling import Batch, Job, Request, Scheduler
 from scheduling.fake_device import FORWARD, GRADIENT, assert_own_rows_exactly_once, evaluate, segment
@@ -55,7 +55,7 @@ class Scheduling(RuleBasedStateMachine):
         fits = sum(self.places.values()) + rows <= MAX_WAITING_ROWS
         try:
             self.scheduler.admit(request, rows)
-        except LimitExceeded:
+        except QueueFull:
             assert not fits
             return multiple()
         assert fits

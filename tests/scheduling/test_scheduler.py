@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from explainserve.errors import DeadlineExceeded, EvaluationFailed, LimitExceeded
+from explainserve.errors import DeadlineExceeded, EvaluationFailed
 from explainserve.scheduling import Job, Request, Scheduler
 from scheduling.fake_device import FORWARD, drain, evaluate, job, rows_by_job, run
 
@@ -214,25 +214,6 @@ def test_a_failing_batch_ends_exactly_the_jobs_in_it() -> None:
 
     assert failed == [bad] and isinstance(bad.error, EvaluationFailed)
     assert drain(scheduler) == [good]
-
-
-def test_a_full_queue_refuses_at_once_and_admits_again_later() -> None:
-    scheduler = Scheduler(max_waiting_rows=10)
-    first = Request()
-    scheduler.admit(first, 9)
-    scheduler.submit(job(8, request=first), 0.0)
-
-    with pytest.raises(LimitExceeded) as refused:
-        scheduler.admit(Request(), 2)
-
-    assert refused.value.reason == "QUEUE_FULL"
-    assert refused.value.metadata == {"reserved_rows": "9", "rows": "2", "limit": "10"}
-    drain(scheduler)
-    scheduler.admit(Request(), 9)  # all but what the first may still bring
-    with pytest.raises(LimitExceeded):
-        scheduler.admit(Request(), 1)
-    scheduler.release(first)
-    scheduler.admit(Request(), 1)
 
 
 def test_waits_and_device_time_are_counted() -> None:

@@ -23,7 +23,7 @@ A status code without a class of its own (such as PERMISSION_DENIED of a proxy) 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -33,6 +33,7 @@ REQUEST_ID_KEY = "x-request-id"
 _DETAILS_KEY = "grpc-status-details-bin"
 
 Metadata = Iterable[tuple[str, str | bytes]]
+Detail = TypeVar("Detail")
 
 
 class ExplainServeError(Exception):
@@ -71,17 +72,26 @@ class ServerError(ExplainServeError):
         reason: UPPER_SNAKE reason of google.rpc.ErrorInfo, such as "INPUT_SHAPE_MISMATCH"; "" where there is none.
         metadata: names and values of google.rpc.ErrorInfo, such as which input, expected and actual.
         request_id: id of the request, as in the server's logs.
+        retry_after_seconds: when the server expects to have room (google.rpc.RetryInfo); None where trying again is no
+            help. The client never waits and tries again by itself: many that did would come back together.
     """
 
     def __init__(
-        self, message: str, code: str, reason: str = "", metadata: Mapping[str, str] | None = None, request_id: str = ""
+        self,
+        message: str,
+        code: str,
+        reason: str = "",
+        metadata: Mapping[str, str] | None = None,
+        request_id: str = "",
+        retry_after_seconds: float | None = None,
     ) -> None:
-        super().__init__(message, code, reason, dict(metadata or {}), request_id)
+        super().__init__(message, code, reason, dict(metadata or {}), request_id, retry_after_seconds)
         self.message = message
         self.code = code
         self.reason = reason
         self.metadata: Mapping[str, str] = dict(metadata or {})
         self.request_id = request_id
+        self.retry_after_seconds = retry_after_seconds
 
     def __str__(self) -> str:
         reason = f" {self.reason}" if self.reason else ""
@@ -101,7 +111,8 @@ class FailedPrecondition(ServerError):
 
 
 class ResourceExhausted(ServerError):
-    """The server is full, or the request or its reply is above a cap (steps, rows, bytes)."""
+    """The server is full (`retry_after_seconds` tells when to try again), or the request or its reply is above a cap
+    (steps, rows, bytes)."""
 
 
 class DeadlineExceeded(ServerError):
@@ -142,9 +153,16 @@ def server_error(error: grpc.RpcError, request_id: str) -> ServerError:
     call: Any = error  # grpc raises the call itself, which its stubs do not say
     trailing = list(call.trailing_metadata() or ())
     code = call.code().name
-    info = _error_info(trailing)
+    details = _details(trailing)
+    info = _unpacked(details, error_details_pb2.ErrorInfo()) or error_details_pb2.ErrorInfo()
+    retry = _unpacked(details, error_details_pb2.RetryInfo())
     return _CLASSES.get(code, ServerError)(
-        call.details() or "", code, info.reason, dict(info.metadata), request_id_of(trailing) or request_id
+        call.details() or "",
+        code,
+        info.reason,
+        dict(info.metadata),
+        request_id_of(trailing) or request_id,
+        retry.retry_delay.ToNanoseconds() / 1e9 if retry is not None else None,
     )
 
 
@@ -153,15 +171,20 @@ def request_id_of(trailing: Metadata | None) -> str:
     return next((str(value) for key, value in trailing or () if key == REQUEST_ID_KEY), "")
 
 
-def _error_info(trailing: Metadata) -> error_details_pb2.ErrorInfo:
-    """The ErrorInfo in the rich status (google.rpc.Status), empty where a proxy or an old server sent none."""
-    info = error_details_pb2.ErrorInfo()
+def _details(trailing: Metadata) -> list[Any]:
+    """Details of the rich status (google.rpc.Status), empty where a proxy or an old server sent none."""
     for key, value in trailing:
         if key == _DETAILS_KEY and isinstance(value, bytes):
             try:
-                for detail in status_pb2.Status.FromString(value).details:
-                    if detail.Unpack(info):
-                        return info
+                return list(status_pb2.Status.FromString(value).details)
             except DecodeError:  # the code and the sentence are still worth more than this failure
-                return error_details_pb2.ErrorInfo()
-    return info
+                return []
+    return []
+
+
+def _unpacked(details: Iterable[Any], message: Detail) -> Detail | None:
+    """The message, filled from the detail of its type; None where there is none that can be read."""
+    try:
+        return message if any(detail.Unpack(message) for detail in details) else None
+    except DecodeError:
+        return None

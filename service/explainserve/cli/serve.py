@@ -82,6 +82,14 @@ def serve(
     max_waiting_rows: Annotated[
         int, _knob("max_waiting_rows", "Most rows that all admitted requests together may still need.", min=1)
     ] = 262_144,
+    max_waiting_bytes: Annotated[
+        int,
+        _knob(
+            "max_waiting_bytes",
+            "Most memory that all admitted requests together may hold: inputs, baselines and maps.",
+            min=1,
+        ),
+    ] = 4 * 1024 * 1024 * 1024,
     max_message_bytes: Annotated[
         int, _knob("max_message_bytes", "Largest request and largest reply, in bytes.", min=1)
     ] = 64 * 1024 * 1024,

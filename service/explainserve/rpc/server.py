@@ -32,10 +32,6 @@ from explainserve.v1.model_repository_service_pb2_grpc import add_ModelRepositor
 SERVICE = explainer_service_pb2.DESCRIPTOR.services_by_name["ExplainerService"].full_name
 _REPOSITORY_SERVICE = model_repository_service_pb2.DESCRIPTOR.services_by_name["ModelRepositoryService"].full_name
 
-_MEMORY_PER_MESSAGE_BYTE = 16
-"""Bytes of baselines and maps that one request may hold in memory, for each byte of the largest message."""
-
-
 _RECEIVED_PER_MESSAGE_BYTE = 2
 """Requests up to this many times the limit are read, to be refused with a reason; larger ones gRPC cuts off."""
 
@@ -91,8 +87,8 @@ class Server:
         repository = Repository(
             settings.models, options, settings.max_batch_rows, limits, tried, settings.warm_up_seconds
         )
-        self._engine = Engine(Scheduler(settings.max_waiting_rows), self._metrics)
-        explainer = Explainer(self._engine, settings.row_limit, _MEMORY_PER_MESSAGE_BYTE * settings.max_message_bytes)
+        self._engine = Engine(Scheduler(settings.max_waiting_rows, settings.max_waiting_bytes), self._metrics)
+        explainer = Explainer(self._engine, settings.row_limit, settings.byte_limit)
         self._health = health.aio.HealthServicer()
         self._server = self._grpc_server(Servicer(repository, explainer, self._metrics, settings))
         self.port = self._server.add_insecure_port(_address(settings.host, settings.port))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -25,6 +25,7 @@ CODES: dict[type[errors.ExplainServeError], grpc.StatusCode] = {
     errors.Unsupported: grpc.StatusCode.FAILED_PRECONDITION,
     errors.Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
     errors.LimitExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.Cancelled: grpc.StatusCode.CANCELLED,
     errors.ShuttingDown: grpc.StatusCode.UNAVAILABLE,
@@ -39,28 +40,43 @@ def code(error: Exception) -> grpc.StatusCode:
 
 
 def status(error: Exception) -> grpc.Status:
-    """The rich status of an error: code, message, and google.rpc.ErrorInfo with reason and metadata."""
+    """The rich status of an error: code, message, google.rpc.ErrorInfo with reason and metadata, and
+    google.rpc.RetryInfo where trying again later may help."""
     if isinstance(error, errors.ExplainServeError):
-        return _status(code(error), error.message, error.reason, error.metadata)
+        return _status(code(error), error.message, error.reason, error.metadata, error.retry_after_seconds)
     return _status(grpc.StatusCode.INTERNAL, "an internal error; see the server's log", "INTERNAL", {})
 
 
-def _status(code: grpc.StatusCode, message: str, reason: str, metadata: Mapping[str, str]) -> grpc.Status:
+def _status(
+    code: grpc.StatusCode,
+    message: str,
+    reason: str,
+    metadata: Mapping[str, str],
+    retry_after_seconds: float | None = None,
+) -> grpc.Status:
     info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
     for name, value in metadata.items():
         info.metadata[name] = _cut(value, _MAX_VALUE_BYTES)
-    answer = _packed(code, message, info)
+    retry = [] if retry_after_seconds is None else [_retry_info(retry_after_seconds)]
+    answer = _packed(code, message, [info, *retry])
     while answer.ByteSize() > MAX_DETAIL_BYTES:
         info.metadata.pop(max(info.metadata, key=lambda name: len(info.metadata[name].encode())))
-        answer = _packed(code, message, info)
+        answer = _packed(code, message, [info, *retry])
     rich: grpc.Status = rpc_status.to_status(answer)
     return rich
 
 
-def _packed(code: grpc.StatusCode, message: str, info: error_details_pb2.ErrorInfo) -> status_pb2.Status:
-    detail = any_pb2.Any()
-    detail.Pack(info)
-    return status_pb2.Status(code=code.value[0], message=_cut(message, _MAX_MESSAGE_BYTES), details=[detail])
+def _retry_info(seconds: float) -> error_details_pb2.RetryInfo:
+    info = error_details_pb2.RetryInfo()
+    info.retry_delay.FromNanoseconds(round(seconds * 1e9))
+    return info
+
+
+def _packed(code: grpc.StatusCode, message: str, details: Sequence[Message]) -> status_pb2.Status:
+    answer = status_pb2.Status(code=code.value[0], message=_cut(message, _MAX_MESSAGE_BYTES))
+    for detail in details:
+        answer.details.add().Pack(detail)
+    return answer
 
 
 def _cut(text: str, limit: int) -> str:

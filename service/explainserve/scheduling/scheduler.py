@@ -13,24 +13,27 @@ what all leave to the next lower priority.
 
 Cancelled and expired jobs lose their rows before the next batch is packed.
 
-The queue is bounded where requests come in: one is admitted only if all rows that it may ever need fit beside those
-that admitted requests still may. So whoever is admitted is never refused on the way, and no more rows than the limit
-ever wait.
+The queue is bounded where requests come in (`admission.py`): one is admitted only if all rows and all memory that it
+may ever need fit beside those that admitted requests still may. So whoever is admitted is never refused on the way.
 
 A plain value: times come in as arguments, and whoever shares it between threads holds a lock.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice, takewhile
 
-from explainserve.errors import DeadlineExceeded, LimitExceeded
+from explainserve.errors import DeadlineExceeded
 from explainserve.plan import Rows, SegmentEvaluation, by_segment
+from explainserve.scheduling.admission import Admission
 from explainserve.scheduling.job import Job, Request, Slice, WaitingRows
 from explainserve.scheduling.line import Line, SortedRequests, deadline
+
+UNLIMITED = sys.maxsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +54,11 @@ class Scheduler:
     """Waiting jobs of one device.
 
     Args:
-        max_waiting_rows: rows that may wait; a request that could exceed it is not admitted.
+        max_waiting_rows: rows that admitted requests together may still bring; so no more ever wait.
+        max_waiting_bytes: memory that they may hold together.
     """
 
-    def __init__(self, max_waiting_rows: int) -> None:
-        self._max_waiting_rows = max_waiting_rows
+    def __init__(self, max_waiting_rows: int, max_waiting_bytes: int = UNLIMITED) -> None:
         self._line = Line()
         self._lines: dict[Hashable, Line] = {}
         self._deadlines = SortedRequests(deadline)
@@ -63,33 +66,29 @@ class Scheduler:
         self._turn = 0
         self._short_first = True
         self._waiting_rows = 0
-        self._reserved_rows = 0
+        self._admission = Admission(max_waiting_rows, max_waiting_bytes)
 
     @property
     def waiting_row_count(self) -> int:
         """Rows that were not packed yet."""
         return self._waiting_rows
 
-    def admit(self, request: Request, row_count: int) -> None:
-        """Reserves all rows that a request may need, at most `max_waiting_rows`.
+    @property
+    def reserved_bytes(self) -> int:
+        """Memory that admitted requests may hold."""
+        return self._admission.reserved_bytes
+
+    def admit(self, request: Request, row_count: int, byte_count: int = 0) -> None:
+        """Reserves all rows and all memory that a request may need.
 
         Raises:
-            LimitExceeded: other requests may still need too many rows (QUEUE_FULL).
+            QueueFull: other requests may still need too much (QUEUE_FULL).
         """
-        if self._reserved_rows + row_count > self._max_waiting_rows:
-            raise LimitExceeded(
-                "QUEUE_FULL",
-                f"requests that are being answered may still need {self._reserved_rows} rows, and {row_count} more "
-                f"would exceed {self._max_waiting_rows}; try again later",
-                reserved_rows=self._reserved_rows,
-                rows=row_count,
-                limit=self._max_waiting_rows,
-            )
-        self._reserve(request, row_count)
+        self._admission.admit(request, row_count, byte_count)
 
     def release(self, request: Request) -> None:
         """Gives back what a request did not need, when it ends."""
-        self._reserve(request, -request.reserved_rows)
+        self._admission.release(request)
 
     def submit(self, job: Job, now: float) -> None:
         """Takes a job of an admitted request."""
@@ -141,6 +140,7 @@ class Scheduler:
         Returns:
             The jobs that are done now.
         """
+        self._admission.evaluated(batch.rows.row_count, seconds)
         for piece, own in zip(batch.slices, by_segment(batch.rows.segments, parts), strict=True):
             piece.job.put(piece, own)
         jobs = _open_jobs(batch)
@@ -162,17 +162,13 @@ class Scheduler:
             self._end(job, error)
         return failed
 
-    def _reserve(self, request: Request, row_count: int) -> None:
-        request.reserved_rows += row_count
-        self._reserved_rows += row_count
-
     def _take(self, request: Request, key: Hashable, row_count: int, now: float) -> list[Slice]:
         """Lets a request have its turn: these rows go to the device."""
         self._turn += 1
         with self._changing(request):
             taken = list(request.waiting[key].take(row_count))
             request.waits_since = self._turn
-        self._reserve(request, -min(row_count, request.reserved_rows))
+        self._admission.packed(request, row_count)
         for piece in taken:
             if piece.job.started_at is None:
                 piece.job.started_at = now
