@@ -228,6 +228,7 @@ def test_starting_up_imports_nothing_heavy() -> None:
         ["predict", "PICTURE", "--top", "0"],
         ["predict", "PICTURE", "--tensors"],
         ["models", "--model-version", "1"],
+        ["models", "two-digits", "--all"],
         ["inspect", "missing.onnx"],
     ],
     ids=" ".join,
@@ -678,6 +679,21 @@ def test_models_lists_those_that_failed_with_their_reason(server: Running) -> No
     (failed,) = [entry for entry in entries if entry["state"] == "FAILED"]
     assert failed["name"] == "truncated"
     assert " ".join(failed["reason"].split()) in lines["truncated"]
+
+
+def test_models_of_the_folder_are_loaded_and_unloaded(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    shutil.copytree(MODEL_FOLDER / "two-digits", folder / "two-digits")
+    with serving(folder, tmp_path / "log", "--allow-model-control") as running:
+        shutil.copytree(MODEL_FOLDER / "two-digits", folder / "later")
+        where = ("--server", running.grpc)
+
+        assert call("models", "--all", *where).out.splitlines()[1].split()[:3] == ["later", "1", "UNLOADED"]
+        assert call("load", "later", *where).out == "later version 1, READY\n"
+        assert call("unload", "two-digits", "--model-version", "1", *where).out == "two-digits version 1, UNLOADED\n"
+        assert [line.split()[2] for line in call("models", *where).out.splitlines()[1:]] == ["READY", "UNLOADED"]
+        unknown = call("load", "nothing", *where)
+        assert (unknown.exit_code, "NOT_FOUND UNKNOWN_MODEL" in unknown.err) == (1, True)
 
 
 def test_models_describes_one(server: Running) -> None:

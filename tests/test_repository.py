@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from explainserve.repository import (
     model_files,
     open_model,
 )
+from models import MODELS, write_model
 from onnx_graphs import linear, make_external, model, node, save
 
 OPTIONS = LoadOptions(thread_count=1)
@@ -362,7 +365,7 @@ class TestRepository:
         put(tmp_path, "good")
         put(tmp_path, "bad").write_bytes(b"")
         told: list[ModelEntry] = []
-        Repository(tmp_path, OPTIONS).load_all(told.append)
+        Repository(tmp_path, OPTIONS, report=told.append).load_all()
 
         assert [(entry.name, entry.state.value) for entry in told] == [
             ("bad", "loading"),
@@ -373,7 +376,6 @@ class TestRepository:
 
     def test_a_model_that_still_loads_says_so(self, tmp_path: Path) -> None:
         put(tmp_path)
-        repository = Repository(tmp_path, OPTIONS)
         reasons: list[str] = []
 
         def ask(entry: ModelEntry) -> None:
@@ -382,7 +384,8 @@ class TestRepository:
                     repository.get("net")
                 reasons.append(caught.value.reason)
 
-        repository.load_all(ask)
+        repository = Repository(tmp_path, OPTIONS, report=ask)
+        repository.load_all()
         assert reasons == ["MODEL_LOADING"]
 
     def test_what_nobody_expected_fails_that_model_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,3 +452,25 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ModelRefused) as caught:
         open_model(ModelFolder("net", 1, path.parent, (path,)), OPTIONS)
     assert caught.value.reason == "BACKEND_MISSING"
+
+
+@pytest.mark.parametrize(
+    "suffix", ["onnx", pytest.param("pt2", marks=pytest.mark.torch), pytest.param("pt", marks=pytest.mark.torch)]
+)
+@pytest.mark.parametrize("change", [Repository.load, Repository.unload])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_model_is_freed_with_its_last_user(tmp_path: Path, suffix: str, change: Callable[..., ModelEntry]) -> None:
+    """At once: the garbage collector seldom looks at what has lived long."""
+    write_model(MODELS["multi_output"], suffix, tmp_path)
+    repository = Repository(tmp_path, OPTIONS)
+    repository.load_all()
+    user = repository.get("multi_output")
+    freed = weakref.ref(user.loaded)
+    gc.disable()
+    try:
+        change(repository, "multi_output")
+        assert freed() is not None
+        del user
+        assert freed() is None
+    finally:
+        gc.enable()

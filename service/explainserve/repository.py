@@ -13,9 +13,9 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -184,6 +184,7 @@ class ModelState(enum.Enum):
     LOADING = "loading"
     READY = "ready"
     FAILED = "failed"
+    UNLOADED = "unloaded"
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,10 +312,16 @@ def _told_unreadable(path: Path) -> Iterator[None]:
         raise ModelRefused("MODEL_FILE_UNREADABLE", f"{name} cannot be read: {_cause(error)}", file=name) from error
 
 
+Report = Callable[[ModelEntry], None]
+"""Told of each new state of each version."""
+
+
 class Repository:
     """The versions below a folder and what became of each.
 
-    Entries are replaced, never changed, so that readers on other threads see one state or the next.
+    Entries are replaced, never changed, so that readers on other threads see one state or the next. A model that is
+    replaced or unloaded still serves who holds it, and is freed with its last request. Loads and unloads come from one
+    thread at a time.
 
     Args:
         root: the model folder.
@@ -322,6 +329,7 @@ class Repository:
         trial_limits: of the process in which each model is tried before it is loaded in this one; None trusts all.
         tried: models that need no trial any more.
         warm_up_seconds: in which the fastest size of a model's micro-batches is found; 0 does without.
+        report: told of every new state.
     """
 
     def __init__(
@@ -332,6 +340,7 @@ class Repository:
         trial_limits: TrialLimits | None = None,
         tried: Tried | None = None,
         warm_up_seconds: float = 0.0,
+        report: Report = lambda entry: None,
     ) -> None:
         self._root = root
         self._options = options
@@ -339,6 +348,7 @@ class Repository:
         self._trial_limits = trial_limits
         self._tried = tried or Tried()
         self._warm_up_seconds = warm_up_seconds
+        self._report = report
         self._entries: dict[tuple[str, int], ModelEntry] = {}
 
     @property
@@ -346,21 +356,56 @@ class Repository:
         """All versions, by name and version."""
         return tuple(entry for _, entry in sorted(self._entries.copy().items()))
 
-    def load_all(self, report: Callable[[ModelEntry], None] = lambda entry: None) -> None:
-        """Loads every version that is found.
-
-        Args:
-            report: called with each new state of each version.
+    def load_all(self) -> None:
+        """Loads every version that is found; one that cannot be served keeps its reason.
 
         Raises:
             NotFound: the model folder is not there (NO_MODELS_FOLDER).
         """
         folders = discover(self._root)
         for folder in folders:
-            self._put(ModelEntry(folder.name, folder.version, folder.format, ModelState.LOADING), report)
-        with nullcontext() if self._trial_limits is None else Trials(self._trial_limits, self._tried) as trials:
+            self._put(_entry(folder, ModelState.LOADING))
+        with self._trials() as trials:
             for folder in folders:
-                self._put(self._loaded(folder, trials), report)
+                with suppress(ExplainServeError):
+                    self._load(folder, trials)
+
+    def load(self, name: str, version: int | None = None) -> ModelEntry:
+        """Loads a version from the folder as it is now, by default the highest that is there.
+
+        A version that is served already answers until the new one is ready, and goes on where that cannot be served.
+
+        Raises:
+            NotFound: the folder holds no such model (UNKNOWN_MODEL) or version (UNKNOWN_VERSION), or is not there.
+            ModelRefused: it cannot be served; the reason says why.
+        """
+        versions = {folder.version: folder for folder in discover(self._root) if folder.name == name}
+        self._forget(name, versions)
+        _check_known(name, version, versions, (folder.name for folder in discover(self._root)))
+        folder = versions[max(versions) if version is None else version]
+        if not self._serves(folder):
+            self._put(_entry(folder, ModelState.LOADING))
+        with self._trials() as trials:
+            return self._load(folder, trials)
+
+    def unload(self, name: str, version: int | None = None) -> ModelEntry:
+        """Serves a version no longer, by default the highest that is ready; requests that have it finish.
+
+        Raises:
+            NotFound: UNKNOWN_MODEL or UNKNOWN_VERSION.
+        """
+        entry = self._known(name, version)
+        self._put(ModelEntry(entry.name, entry.version, entry.format, ModelState.UNLOADED))
+        return self._entries[entry.name, entry.version]
+
+    def index(self) -> tuple[ModelEntry, ...]:
+        """All versions, and those in the folder that were never loaded, by name and version.
+
+        Raises:
+            NotFound: the model folder is not there (NO_MODELS_FOLDER).
+        """
+        found = {(folder.name, folder.version): _entry(folder, ModelState.UNLOADED) for folder in discover(self._root)}
+        return tuple(entry for _, entry in sorted((found | self._entries).items()))
 
     def entry(self, model: ServedModel) -> ModelEntry:
         """The entry of a served model."""
@@ -370,38 +415,55 @@ class Repository:
         """The model of that name, by default its highest version that is ready.
 
         Raises:
-            NotFound: UNKNOWN_MODEL or UNKNOWN_VERSION; metadata tell what there is.
+            NotFound: UNKNOWN_MODEL or UNKNOWN_VERSION; metadata tell what there is. That version, or all of them, were
+                unloaded (MODEL_UNLOADED).
             Unsupported: that version, or all of them, failed to load (MODEL_FAILED) or still load (MODEL_LOADING).
         """
-        versions = {entry.version: entry for entry in self.entries if entry.name == name}
-        if not versions:
-            names = ", ".join(sorted({entry.name for entry in self.entries}))
-            raise NotFound("UNKNOWN_MODEL", f"no model {name!r}; there are {names or 'none'}", model=name, models=names)
-        entry = _highest_ready(versions) if version is None else versions.get(version)
-        if entry is None:
-            known = ", ".join(str(number) for number in versions)
-            raise NotFound(
-                "UNKNOWN_VERSION",
-                f"model {name!r} has no version {version}; it has {known}",
-                model=name,
-                version=version,
-                versions=known,
-            )
-        return _served(entry)
+        return _served(self._known(name, version))
 
-    def _loaded(self, folder: ModelFolder, trials: Trials | None) -> ModelEntry:
+    def _known(self, name: str, version: int | None) -> ModelEntry:
+        """The entry of a version, by default of the highest that is ready."""
+        versions = {entry.version: entry for entry in self.entries if entry.name == name}
+        _check_known(name, version, versions, (entry.name for entry in self.entries))
+        return _highest_ready(versions) if version is None else versions[version]
+
+    def _load(self, folder: ModelFolder, trials: Trials | None) -> ModelEntry:
+        """Opens a version beside the one that is served; a reader of entries sees the old one or the new one."""
         try:
-            served = open_model(folder, self._options, self._max_batch_rows, trials, self._warm_up_seconds)
+            served = self._opened(folder, trials)
         except ExplainServeError as error:
-            return _failed(folder, error.message, error.reason)
+            failed = _failed(folder, error)
+            if not self._serves(folder):
+                self._put(failed)
+            raise
+        self._put(replace(_entry(folder, ModelState.READY), served=served))
+        return self._entries[folder.name, folder.version]
+
+    def _opened(self, folder: ModelFolder, trials: Trials | None) -> ServedModel:
+        try:
+            return open_model(folder, self._options, self._max_batch_rows, trials, self._warm_up_seconds)
+        except ExplainServeError:
+            raise
         except Exception as error:  # whatever a library raises on a bad file, the other models are served
             logger.exception("model %s version %d failed to load", folder.name, folder.version)
-            return _failed(folder, f"{type(error).__name__}: {error}", "LOAD_FAILED")
-        return ModelEntry(folder.name, folder.version, folder.format, ModelState.READY, served=served)
+            raise ModelRefused("LOAD_FAILED", f"{type(error).__name__}: {error}") from error
 
-    def _put(self, entry: ModelEntry, report: Callable[[ModelEntry], None]) -> None:
+    def _serves(self, folder: ModelFolder) -> bool:
+        known = self._entries.get((folder.name, folder.version))
+        return known is not None and known.served is not None
+
+    def _trials(self) -> AbstractContextManager[Trials | None]:
+        return nullcontext() if self._trial_limits is None else Trials(self._trial_limits, self._tried)
+
+    def _forget(self, name: str, versions: Collection[int]) -> None:
+        """Drops what is known of versions of a model that have left the folder and are not served."""
+        for entry in self.entries:
+            if entry.name == name and entry.version not in versions and entry.served is None:
+                del self._entries[entry.name, entry.version]
+
+    def _put(self, entry: ModelEntry) -> None:
         self._entries[entry.name, entry.version] = entry
-        report(entry)
+        self._report(entry)
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -549,6 +611,26 @@ def _read_baseline(name: str, file: Path, spec: InputSpec) -> NDArray[np.float32
     return array
 
 
+def _entry(folder: ModelFolder, state: ModelState) -> ModelEntry:
+    return ModelEntry(folder.name, folder.version, folder.format, state)
+
+
+def _check_known(name: str, version: int | None, versions: Collection[int], names: Iterable[str]) -> None:
+    """Raises NotFound (UNKNOWN_MODEL, UNKNOWN_VERSION) where a model has no versions, or not this one."""
+    if not versions:
+        known = ", ".join(sorted(set(names)))
+        raise NotFound("UNKNOWN_MODEL", f"no model {name!r}; there are {known or 'none'}", model=name, models=known)
+    if version is not None and version not in versions:
+        known = ", ".join(map(str, versions))
+        raise NotFound(
+            "UNKNOWN_VERSION",
+            f"model {name!r} has no version {version}; it has {known}",
+            model=name,
+            version=version,
+            versions=known,
+        )
+
+
 def _highest_ready(versions: Mapping[int, ModelEntry]) -> ModelEntry:
     """The highest version that is ready; where none is, the highest, so that its reason is told."""
     ready = [number for number, entry in versions.items() if entry.state is ModelState.READY]
@@ -558,6 +640,13 @@ def _highest_ready(versions: Mapping[int, ModelEntry]) -> ModelEntry:
 def _served(entry: ModelEntry) -> ServedModel:
     if entry.served is not None:
         return entry.served
+    if entry.state is ModelState.UNLOADED:
+        raise NotFound(
+            "MODEL_UNLOADED",
+            f"model {entry.name!r} version {entry.version} was unloaded",
+            model=entry.name,
+            version=entry.version,
+        )
     state = "still loads" if entry.state is ModelState.LOADING else f"failed to load: {entry.reason}"
     raise Unsupported(
         "MODEL_LOADING" if entry.state is ModelState.LOADING else "MODEL_FAILED",
@@ -568,7 +657,7 @@ def _served(entry: ModelEntry) -> ServedModel:
     )
 
 
-def _failed(folder: ModelFolder, reason: str, error_reason: str) -> ModelEntry:
-    reason = reason.encode(errors="backslashreplace").decode()  # paths may hold what is no character
+def _failed(folder: ModelFolder, error: ExplainServeError) -> ModelEntry:
+    reason = error.message.encode(errors="backslashreplace").decode()  # paths may hold what is no character
     logger.warning("model %s version %d is not served: %s", folder.name, folder.version, reason)
-    return ModelEntry(folder.name, folder.version, folder.format, ModelState.FAILED, reason, error_reason)
+    return replace(_entry(folder, ModelState.FAILED), reason=reason, error_reason=error.reason)

@@ -17,6 +17,7 @@ from explainserve.v1 import (
     explainer_service_pb2,
     explainer_service_pb2_grpc,
     model_pb2,
+    model_repository_service_pb2_grpc,
     statistics_pb2,
     target_pb2,
     tensor_pb2,
@@ -26,7 +27,10 @@ Answer = Callable[[Any, grpc.ServicerContext], Any]
 IMAGE_SHAPE = (1, 64, 64)
 
 
-class FakeService(explainer_service_pb2_grpc.ExplainerServiceServicer):
+class FakeService(
+    explainer_service_pb2_grpc.ExplainerServiceServicer,
+    model_repository_service_pb2_grpc.ModelRepositoryServiceServicer,
+):
     """Records (call, request, metadata) and answers from `answers`, by the name of the call."""
 
     def __init__(self) -> None:
@@ -57,6 +61,15 @@ class FakeService(explainer_service_pb2_grpc.ExplainerServiceServicer):
     def EstimateCost(self, request: Any, context: grpc.ServicerContext) -> Any:
         return self._answer("EstimateCost", request, context)
 
+    def IndexModels(self, request: Any, context: grpc.ServicerContext) -> Any:
+        return self._answer("IndexModels", request, context)
+
+    def LoadModel(self, request: Any, context: grpc.ServicerContext) -> Any:
+        return self._answer("LoadModel", request, context)
+
+    def UnloadModel(self, request: Any, context: grpc.ServicerContext) -> Any:
+        return self._answer("UnloadModel", request, context)
+
     def check_health(self, request: Any, context: grpc.ServicerContext) -> Any:
         return self._answer("Health", request, context)
 
@@ -78,6 +91,7 @@ def start(service: FakeService) -> tuple[grpc.Server, str]:
     options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     server = grpc.server(ThreadPoolExecutor(4), options=options)
     explainer_service_pb2_grpc.add_ExplainerServiceServicer_to_server(service, server)
+    model_repository_service_pb2_grpc.add_ModelRepositoryServiceServicer_to_server(service, server)
     check = grpc.unary_unary_rpc_method_handler(
         service.check_health, StringValue.FromString, Int32Value.SerializeToString
     )

@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 
 from client.fake_service import FakeService, explain_response, maps, refuse, tensor
-from explainserve.v1 import baseline_pb2, explainer_service_pb2, model_pb2, statistics_pb2, target_pb2
+from explainserve.v1 import (
+    baseline_pb2,
+    explainer_service_pb2,
+    model_pb2,
+    model_repository_service_pb2,
+    statistics_pb2,
+    target_pb2,
+)
 from explainserve_client import (
     AsyncClient,
     Box,
@@ -118,6 +125,43 @@ async def test_the_signature_is_fetched_again_when_another_version_answers(clien
     await client.explain("two-digits", IMAGE)
 
     assert len(service.requests("GetModel")) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "answer"),
+    [
+        ("load_model", model_repository_service_pb2.LoadModelResponse),
+        ("unload_model", model_repository_service_pb2.UnloadModelResponse),
+    ],
+)
+async def test_a_model_is_changed_and_its_signature_fetched_again(
+    client: Any, service: FakeService, change: str, answer: type[Any]
+) -> None:
+    call = "LoadModel" if change == "load_model" else "UnloadModel"
+    summary = model_pb2.ModelSummary(name="two-digits", version=2, state=model_pb2.MODEL_STATE_UNLOADED)
+    service.answers[call] = lambda request, context: answer(model=summary)
+    await client.explain("two-digits", IMAGE)
+
+    changed = await getattr(client, change)("two-digits", 2)
+    await getattr(client, change)("two-digits")
+    await client.explain("two-digits", IMAGE)
+
+    assert (changed.name, changed.version, changed.state) == ("two-digits", 2, "UNLOADED")
+    versions = [
+        request.model.version if request.model.HasField("version") else None for request in service.requests(call)
+    ]
+    assert versions == [2, None]
+    assert len(service.requests("GetModel")) == 2
+
+
+async def test_the_index_lists_what_is_not_loaded(client: Any, service: FakeService) -> None:
+    summary = model_pb2.ModelSummary(name="later", version=1, state=model_pb2.MODEL_STATE_UNLOADED)
+    service.answers["IndexModels"] = lambda request, context: model_repository_service_pb2.IndexModelsResponse(
+        models=[summary]
+    )
+
+    (found,) = await client.index()
+    assert (found.name, found.version, found.state) == ("later", 1, "UNLOADED")
 
 
 async def test_the_signature_is_fetched_again_after_a_refusal(client: Any, service: FakeService) -> None:

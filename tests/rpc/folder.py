@@ -64,7 +64,7 @@ def write_folder(root: Path) -> Path:
     _plain(root)
     _versions(root)
     _unusual(root)
-    _slow(root)
+    write_slow(root)
     _refused(root)
     shutil.copytree(TWO_DIGITS / "models" / "two-digits", root / "two-digits")
     return root
@@ -137,11 +137,16 @@ def _plain(root: Path) -> None:
     _write(root, "ranged", _plain_nodes(), _X4, _Y3, weights, ranged)
 
 
+def write_plain(root: Path, name: str, scale: float = 1.0, version: int = 1) -> Path:
+    """A version of `plain` with its weights scaled, in place of one that is there; its file."""
+    shutil.rmtree(root / name / str(version), ignore_errors=True)
+    return _write(root, name, _plain_nodes(), _X4, _Y3, {"w": WEIGHTS["plain"] * scale}, version=version)
+
+
 def _versions(root: Path) -> None:
     """Versions 1, 2 and 10 are served, 11 is cut short."""
     for version in (1, 2, 10, 11):
-        weights = {"w": WEIGHTS["plain"] * version}
-        path = _write(root, "versions", _plain_nodes(), _X4, _Y3, weights, version=version)
+        path = write_plain(root, "versions", scale=version, version=version)
     path.write_bytes(path.read_bytes()[:-20])
 
 
@@ -169,8 +174,8 @@ def _unusual(root: Path) -> None:
     _write(root, "gap", refused, square, {"y": ["batch", 2, 2]}, {"scale": np.array(0.5, np.float32)})
 
 
-def _slow(root: Path) -> None:
-    """Several milliseconds a row, one row at a time: a deep chain of one large matrix that lies in memory once."""
+def write_slow(root: Path) -> None:
+    """`slow`: milliseconds a row, one row at a time: a deep chain of one large matrix that lies in memory once."""
     nodes = [helper.make_node("MatMul", ["x", "e"], ["h0"])]
     for depth in range(20):
         nodes.append(helper.make_node("MatMul", [f"h{depth}", "w"], [f"z{depth}"]))

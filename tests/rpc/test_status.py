@@ -115,8 +115,6 @@ def test_short_values_survive_long_ones() -> None:
 
 ROOT = Path(__file__).parents[2]
 CODE_OF = {own.__name__: code.name for own, code in status.CODES.items()}
-FATAL = "NO_MODELS_FOLDER"
-"""The server does not start: no client ever gets it."""
 
 
 @dataclass
@@ -174,7 +172,7 @@ def test_reasons_of_requests_are_documented() -> None:
     known, used = documented(), raised(refused_models=False)
 
     assert len(known) == len(rows(4)), "a reason stands twice"
-    assert known.keys() == used.keys() - {FATAL}
+    assert known.keys() == used.keys()
     for reason, own in known.items():
         assert own.codes == used[reason].codes, reason
         assert own.metadata == used[reason].metadata, reason
@@ -183,4 +181,4 @@ def test_reasons_of_requests_are_documented() -> None:
 def test_reasons_of_refused_models_are_documented() -> None:
     known = [row[0].strip("`") for row in rows(2)]
 
-    assert sorted(known) == sorted({*raised(refused_models=True), FATAL})
+    assert sorted(known) == sorted(raised(refused_models=True))

@@ -8,14 +8,11 @@ from typing import Any
 import grpc
 import pytest
 
-from explainserve.rpc.servicer import RepositoryServicer, Servicer
+from explainserve.rpc.repository_servicer import RepositoryServicer
+from explainserve.rpc.servicer import Servicer
 from explainserve.v1 import explainer_service_pb2 as pb
-from explainserve.v1 import model_repository_service_pb2 as repository_pb
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceServicer, ExplainerServiceStub
-from explainserve.v1.model_repository_service_pb2_grpc import (
-    ModelRepositoryServiceServicer,
-    ModelRepositoryServiceStub,
-)
+from explainserve.v1.model_repository_service_pb2_grpc import ModelRepositoryServiceServicer
 from rpc.loopback import Loopback, refusal
 
 
@@ -27,11 +24,6 @@ EXPLAINER: dict[str, Callable[[ExplainerServiceStub], object]] = {
     "ExplainStream": lambda stub: drained(stub.ExplainStream(pb.ExplainStreamRequest(), timeout=60)),
     "Compare": lambda stub: drained(stub.Compare(pb.CompareRequest(), timeout=60)),
     "Evaluate": lambda stub: drained(stub.Evaluate(pb.EvaluateRequest(), timeout=60)),
-}
-REPOSITORY: dict[str, Callable[[ModelRepositoryServiceStub], object]] = {
-    "IndexModels": lambda stub: stub.IndexModels(repository_pb.IndexModelsRequest(), timeout=60),
-    "LoadModel": lambda stub: stub.LoadModel(repository_pb.LoadModelRequest(), timeout=60),
-    "UnloadModel": lambda stub: stub.UnloadModel(repository_pb.UnloadModelRequest(), timeout=60),
 }
 
 
@@ -48,11 +40,6 @@ def check(call: Callable[[], object], rpc: str) -> None:
 def test_explainer_rpc_says_what_is_missing(service: Loopback, rpc: str) -> None:
     check(lambda: EXPLAINER[rpc](service.stub), rpc)
     assert service.stub.ListModels(pb.ListModelsRequest(), timeout=60).models
-
-
-@pytest.mark.parametrize("rpc", REPOSITORY)
-def test_repository_rpc_says_what_is_missing(service: Loopback, rpc: str) -> None:
-    check(lambda: REPOSITORY[rpc](ModelRepositoryServiceStub(service.channel)), rpc)
 
 
 @pytest.mark.parametrize(

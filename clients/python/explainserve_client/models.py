@@ -12,7 +12,12 @@ from explainserve_client.table import Table
 
 def model_ref(name: str, version: int | None) -> model_pb2.ModelRef:
     """Names a model of the server's folder; no version means the highest that is ready."""
-    return model_pb2.ModelRef(named=model_pb2.NamedModel(name=name, version=version))
+    return model_pb2.ModelRef(named=named_model(name, version))
+
+
+def named_model(name: str, version: int | None) -> model_pb2.NamedModel:
+    """Names a model of the server's folder; what no version means, the call says."""
+    return model_pb2.NamedModel(name=name, version=version)
 
 
 @dataclass(frozen=True, slots=True)

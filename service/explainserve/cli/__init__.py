@@ -1,10 +1,10 @@
 """The command `explainserve`.
 
-Reading order: `serve.py` runs the server; `explain.py`, `predict.py` and `models.py` are clients of one, reached
-through `connection.py`; `health.py` asks whether it answers; `inspect.py` reads a model file without a server. What
-people type becomes values in `spellings.py` and `inputs.py`; what they get is written in `documents.py`, `tables.py`
-and `pictures.py`; errors become exit codes in `failures.py`. Heavy libraries are imported by the command that needs
-them, so that `--help` is quick.
+Reading order: `serve.py` runs the server; `explain.py`, `predict.py`, `models.py` and `control.py` are clients of one,
+reached through `connection.py`; `health.py` asks whether it answers; `inspect.py` reads a model file without a server.
+What people type becomes values in `spellings.py` and `inputs.py`; what they get is written in `documents.py`,
+`tables.py` and `pictures.py`; errors become exit codes in `failures.py`. Heavy libraries are imported by the command
+that needs them, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from explainserve import __version__
+from explainserve.cli.control import load, unload
 from explainserve.cli.explain import explain
 from explainserve.cli.failures import ReportingGroup
 from explainserve.cli.health import health
@@ -53,7 +54,7 @@ def explainserve(
     """
 
 
-for _command in (serve, explain, predict, models, health, inspect):
+for _command in (serve, explain, predict, models, load, unload, health, inspect):
     app.command()(_command)
 
 

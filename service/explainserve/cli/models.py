@@ -15,6 +15,9 @@ def models(
         str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Show all that is known of this model.")
     ] = None,
     version: VersionOption = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also list what lies in the server's folder and is not loaded.")
+    ] = False,
     server: ServerOption = DEFAULT_SERVER,
     models: ModelsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
@@ -22,11 +25,14 @@ def models(
 ) -> None:
     """List the models of a server, or describe one.
 
-    Models that failed to load are listed with the reason."""
+    Models that failed to load are listed with the reason. --all needs a server with --allow-model-control."""
     if version is not None and name is None:
         raise typer.BadParameter("a version needs the NAME of a model", param_hint="--model-version")
+    if everything and name is not None:
+        raise typer.BadParameter("lists every model, not one", param_hint="--all")
     with connected(server, models, timeout) as client:
-        found = client.models() if name is None else client.model(name, version)
+        listed = client.index if everything else client.models
+        found = listed() if name is None else client.model(name, version)
     from explainserve.cli import documents, tables
 
     if as_json:

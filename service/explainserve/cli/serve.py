@@ -98,6 +98,10 @@ def serve(
         int,
         _knob("response_cache_bytes", "Memory for answers that are kept for equal requests; 0 keeps none.", min=0),
     ] = 0,
+    allow_model_control: Annotated[
+        bool,
+        _knob("allow_model_control", "Let clients load and unload models: whoever reaches the server can."),
+    ] = False,
     grace_seconds: Annotated[
         float,
         _knob(

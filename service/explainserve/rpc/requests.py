@@ -103,15 +103,22 @@ def model_name(reference: model_pb2.ModelRef) -> tuple[str, int | None]:
     source = reference.WhichOneof("source")
     if source in ("randomized", "shifted"):
         raise Unimplemented("MODEL_SOURCE_UNIMPLEMENTED", f"{source} models are not built yet", source=source)
-    if source is None or not reference.named.name:
-        raise InvalidRequest("MODEL_REQUIRED", "name a model in `model.named.name`")
-    if not reference.named.HasField("version"):
-        return reference.named.name, None
-    if reference.named.version < 1:
-        raise InvalidRequest(
-            "VERSION_INVALID", f"version {reference.named.version} is below 1", version=reference.named.version
-        )
-    return reference.named.name, reference.named.version
+    return named_model(reference.named)
+
+
+def named_model(message: model_pb2.NamedModel) -> tuple[str, int | None]:
+    """Name and version; no version means the highest.
+
+    Raises:
+        InvalidRequest: no model is named (MODEL_REQUIRED), or its version is below 1 (VERSION_INVALID).
+    """
+    if not message.name:
+        raise InvalidRequest("MODEL_REQUIRED", "the request names no model")
+    if not message.HasField("version"):
+        return message.name, None
+    if message.version < 1:
+        raise InvalidRequest("VERSION_INVALID", f"version {message.version} is below 1", version=message.version)
+    return message.name, message.version
 
 
 def explain(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,7 +23,8 @@ from explainserve.metrics import Metrics
 from explainserve.repository import ModelEntry, ModelState, Repository
 from explainserve.rpc.http import HttpServer
 from explainserve.rpc.interceptor import ObservingInterceptor
-from explainserve.rpc.servicer import RepositoryServicer, Servicer
+from explainserve.rpc.repository_servicer import RepositoryServicer
+from explainserve.rpc.servicer import Servicer
 from explainserve.scheduling import Scheduler
 from explainserve.settings import Settings
 from explainserve.v1 import explainer_service_pb2, model_repository_service_pb2
@@ -48,7 +50,6 @@ class Server:
         self._log = log
         self._metrics = Metrics(CollectorRegistry())
         self._ready = False
-        self._states: dict[tuple[str, int], ModelState] = {}
         self.http_port = 0
         self.port = 0
 
@@ -84,15 +85,16 @@ class Server:
         )
         limits = TrialLimits(settings.trial_seconds, settings.trial_memory_bytes) if settings.trial_seconds else None
         tried = Tried(settings.cache and settings.cache / "tried")
-        repository = Repository(
-            settings.models, options, settings.max_batch_rows, limits, tried, settings.warm_up_seconds
+        self._repository = Repository(
+            settings.models, options, settings.max_batch_rows, limits, tried, settings.warm_up_seconds, self._report
         )
         self._engine = Engine(Scheduler(settings.max_waiting_rows, settings.max_waiting_bytes), self._metrics)
         explainer = Explainer(self._engine, settings.row_limit, settings.byte_limit)
         self._health = health.aio.HealthServicer()
-        self._server = self._grpc_server(Servicer(repository, explainer, self._metrics, settings))
+        self._control = RepositoryServicer(self._repository, enabled=settings.allow_model_control)
+        self._server = self._grpc_server(Servicer(self._repository, explainer, self._metrics, settings))
         self.port = self._server.add_insecure_port(_address(settings.host, settings.port))
-        await asyncio.to_thread(repository.load_all, self._report)
+        await asyncio.to_thread(self._repository.load_all)
         self._engine.start()
         await self._server.start()
         for service in ("", SERVICE):
@@ -102,6 +104,7 @@ class Server:
     async def stop(self, grace_seconds: float | None = None) -> None:
         """Refuses new requests at once, gives running ones the grace period, then ends them."""
         self._ready = False
+        self._control.stop()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._settings.grace_seconds if grace_seconds is None else grace_seconds)
         await _in_own_thread(self._engine.stop)
@@ -116,9 +119,9 @@ class Server:
 
     def _report(self, entry: ModelEntry) -> None:
         """Logs and counts a new state of a model version."""
-        self._states[entry.name, entry.version] = entry.state
+        states = Counter(each.state for each in self._repository.entries)
         for state in ModelState:
-            self._metrics.models.labels(state.value).set(list(self._states.values()).count(state))
+            self._metrics.models.labels(state.value).set(states[state])
         line = self._log.error if entry.reason else self._log.info
         line("model", name=entry.name, version=entry.version, state=entry.state.name, reason=entry.reason)
 
@@ -133,7 +136,7 @@ class Server:
             ],
         )
         add_ExplainerServiceServicer_to_server(servicer, server)
-        add_ModelRepositoryServiceServicer_to_server(RepositoryServicer(), server)
+        add_ModelRepositoryServiceServicer_to_server(self._control, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE, _REPOSITORY_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)

@@ -23,7 +23,6 @@ from explainserve.signature import OutputSpec
 from explainserve.v1 import attribution_pb2, model_pb2
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceServicer
-from explainserve.v1.model_repository_service_pb2_grpc import ModelRepositoryServiceServicer
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -164,22 +163,6 @@ class Servicer(ExplainerServiceServicer):
                 self._metrics.convergence_delta.labels(model, method).observe(delta)
             if attribution.HasField("map_error"):
                 self._metrics.map_error.labels(model, method).observe(attribution.map_error)
-
-
-class RepositoryServicer(ModelRepositoryServiceServicer):
-    """Loading and unloading models over the wire: not built yet, and says so."""
-
-    async def IndexModels(self, request: object, context: Context) -> NoReturn:
-        """Not built yet."""
-        raise _unimplemented("IndexModels", "the index of the model folder; use ListModels")
-
-    async def LoadModel(self, request: object, context: Context) -> NoReturn:
-        """Not built yet."""
-        raise _unimplemented("LoadModel", "loading a model while the server runs; restart it instead")
-
-    async def UnloadModel(self, request: object, context: Context) -> NoReturn:
-        """Not built yet."""
-        raise _unimplemented("UnloadModel", "unloading a model while the server runs; restart it instead")
 
 
 def _stated_shape(spec: OutputSpec) -> tuple[int, ...] | None:

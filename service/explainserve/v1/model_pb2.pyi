@@ -114,6 +114,8 @@ class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState
     """Answers requests."""
     MODEL_STATE_FAILED: _ModelState.ValueType  # 3
     """Could not be loaded; `reason` says why."""
+    MODEL_STATE_UNLOADED: _ModelState.ValueType  # 4
+    """Was unloaded, or lies in the model folder and was never loaded."""
 
 class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
     """Life of a model version."""
@@ -125,6 +127,8 @@ MODEL_STATE_READY: ModelState.ValueType  # 2
 """Answers requests."""
 MODEL_STATE_FAILED: ModelState.ValueType  # 3
 """Could not be loaded; `reason` says why."""
+MODEL_STATE_UNLOADED: ModelState.ValueType  # 4
+"""Was unloaded, or lies in the model folder and was never loaded."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
 class _ModelFormat:

@@ -38,7 +38,7 @@ Global___IndexModelsRequest: _TypeAlias = IndexModelsRequest  # noqa: Y015
 
 @_typing.final
 class IndexModelsResponse(_message.Message):
-    """The index."""
+    """The index, ordered by name and version."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -69,7 +69,7 @@ class LoadModelRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> _model_pb2.NamedModel:
-        """Required. The model."""
+        """Required. The model. Without a version, the highest in the folder."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class LoadModelResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> _model_pb2.ModelSummary:
-        """The model."""
+        """The model, ready."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class UnloadModelRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> _model_pb2.NamedModel:
-        """Required. The model."""
+        """Required. The model. Without a version, the highest that is ready; the next lower one, if any, then answers in its place."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class UnloadModelResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> _model_pb2.ModelSummary:
-        """The model."""
+        """The model, unloaded."""
 
     def __init__(
         self,

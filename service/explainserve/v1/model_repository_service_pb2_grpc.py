@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ModelRepositoryServiceStub(object):
-    """Loads and unloads models of the server's model folder. Off unless enabled. UNIMPLEMENTED so far.
+    """Loads and unloads models of the server's model folder. Whoever reaches the server could take its models away, so every call
+    answers FAILED_PRECONDITION (MODEL_CONTROL_OFF) unless the setting allow_model_control is on.
     """
 
     def __init__(self, channel):
@@ -53,7 +54,8 @@ class ModelRepositoryServiceStub(object):
 
 
 class ModelRepositoryServiceServicer(object):
-    """Loads and unloads models of the server's model folder. Off unless enabled. UNIMPLEMENTED so far.
+    """Loads and unloads models of the server's model folder. Whoever reaches the server could take its models away, so every call
+    answers FAILED_PRECONDITION (MODEL_CONTROL_OFF) unless the setting allow_model_control is on.
     """
 
     def IndexModels(self, request, context):
@@ -64,14 +66,16 @@ class ModelRepositoryServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Loads a model, or loads it anew.
+        """Loads a version, or loads it anew from the folder as it is now. The old one answers until the new one is checked and
+        ready, finishes the requests that it has, and goes on where the new one cannot be served: the error says why. Loads wait for
+        each other, and one that has begun goes on when its caller leaves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Unloads a model; running requests finish.
+        """Unloads a version: running requests finish, new ones answer NOT_FOUND (MODEL_UNLOADED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,7 +108,8 @@ def add_ModelRepositoryServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelRepositoryService(object):
-    """Loads and unloads models of the server's model folder. Off unless enabled. UNIMPLEMENTED so far.
+    """Loads and unloads models of the server's model folder. Whoever reaches the server could take its models away, so every call
+    answers FAILED_PRECONDITION (MODEL_CONTROL_OFF) unless the setting allow_model_control is on.
     """
 
     @staticmethod

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelRepositoryServiceStub:
-    """Loads and unloads models of the server's model folder. Off unless enabled. UNIMPLEMENTED so far."""
+    """Loads and unloads models of the server's model folder. Whoever reaches the server could take its models away, so every call
+    answers FAILED_PRECONDITION (MODEL_CONTROL_OFF) unless the setting allow_model_control is on.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -36,24 +38,34 @@ class ModelRepositoryServiceStub:
     IndexModels: _grpc.UnaryUnaryMultiCallable[_model_repository_service_pb2.IndexModelsRequest, _model_repository_service_pb2.IndexModelsResponse]
     """What the model folder holds, loaded or not."""
     LoadModel: _grpc.UnaryUnaryMultiCallable[_model_repository_service_pb2.LoadModelRequest, _model_repository_service_pb2.LoadModelResponse]
-    """Loads a model, or loads it anew."""
+    """Loads a version, or loads it anew from the folder as it is now. The old one answers until the new one is checked and
+    ready, finishes the requests that it has, and goes on where the new one cannot be served: the error says why. Loads wait for
+    each other, and one that has begun goes on when its caller leaves.
+    """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_repository_service_pb2.UnloadModelRequest, _model_repository_service_pb2.UnloadModelResponse]
-    """Unloads a model; running requests finish."""
+    """Unloads a version: running requests finish, new ones answer NOT_FOUND (MODEL_UNLOADED)."""
 
 @_typing.type_check_only
 class ModelRepositoryServiceAsyncStub(ModelRepositoryServiceStub):
-    """Loads and unloads models of the server's model folder. Off unless enabled. UNIMPLEMENTED so far."""
+    """Loads and unloads models of the server's model folder. Whoever reaches the server could take its models away, so every call
+    answers FAILED_PRECONDITION (MODEL_CONTROL_OFF) unless the setting allow_model_control is on.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     IndexModels: _aio.UnaryUnaryMultiCallable[_model_repository_service_pb2.IndexModelsRequest, _model_repository_service_pb2.IndexModelsResponse]  # type: ignore[assignment]
     """What the model folder holds, loaded or not."""
     LoadModel: _aio.UnaryUnaryMultiCallable[_model_repository_service_pb2.LoadModelRequest, _model_repository_service_pb2.LoadModelResponse]  # type: ignore[assignment]
-    """Loads a model, or loads it anew."""
+    """Loads a version, or loads it anew from the folder as it is now. The old one answers until the new one is checked and
+    ready, finishes the requests that it has, and goes on where the new one cannot be served: the error says why. Loads wait for
+    each other, and one that has begun goes on when its caller leaves.
+    """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_model_repository_service_pb2.UnloadModelRequest, _model_repository_service_pb2.UnloadModelResponse]  # type: ignore[assignment]
-    """Unloads a model; running requests finish."""
+    """Unloads a version: running requests finish, new ones answer NOT_FOUND (MODEL_UNLOADED)."""
 
 class ModelRepositoryServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Loads and unloads models of the server's model folder. Off unless enabled. UNIMPLEMENTED so far."""
+    """Loads and unloads models of the server's model folder. Whoever reaches the server could take its models away, so every call
+    answers FAILED_PRECONDITION (MODEL_CONTROL_OFF) unless the setting allow_model_control is on.
+    """
 
     @_abc_1.abstractmethod
     def IndexModels(
@@ -69,7 +81,10 @@ class ModelRepositoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_repository_service_pb2.LoadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_repository_service_pb2.LoadModelResponse, _abc.Awaitable[_model_repository_service_pb2.LoadModelResponse]]:
-        """Loads a model, or loads it anew."""
+        """Loads a version, or loads it anew from the folder as it is now. The old one answers until the new one is checked and
+        ready, finishes the requests that it has, and goes on where the new one cannot be served: the error says why. Loads wait for
+        each other, and one that has begun goes on when its caller leaves.
+        """
 
     @_abc_1.abstractmethod
     def UnloadModel(
@@ -77,6 +92,6 @@ class ModelRepositoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_repository_service_pb2.UnloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_repository_service_pb2.UnloadModelResponse, _abc.Awaitable[_model_repository_service_pb2.UnloadModelResponse]]:
-        """Unloads a model; running requests finish."""
+        """Unloads a version: running requests finish, new ones answer NOT_FOUND (MODEL_UNLOADED)."""
 
 def add_ModelRepositoryServiceServicer_to_server(servicer: ModelRepositoryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 import grpc
 from google.protobuf.wrappers_pb2 import StringValue
 
-from explainserve.v1 import explainer_service_pb2, explainer_service_pb2_grpc
+from explainserve.v1 import (
+    explainer_service_pb2,
+    explainer_service_pb2_grpc,
+    model_repository_service_pb2,
+    model_repository_service_pb2_grpc,
+)
 from explainserve_client.connection import CallContext, health_check, health_state, open_channel, send
 from explainserve_client.errors import ClientClosedError, ServerError
 from explainserve_client.inputs import fit
 from explainserve_client.methods import Method
-from explainserve_client.models import ModelInfo, ModelSummary, model_ref
+from explainserve_client.models import ModelInfo, ModelSummary, model_ref, named_model
 from explainserve_client.preprocess import Preprocessed, image_input, preprocess
 from explainserve_client.regions import GroupLike, RegionLike
 from explainserve_client.requests import ExplainOptions, explain_request, predict_request
@@ -24,6 +29,7 @@ from explainserve_client.results import CostEstimate, ExplainResult, PredictResu
 
 if TYPE_CHECKING:
     from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
+    from explainserve.v1.model_repository_service_pb2_grpc import ModelRepositoryServiceStub
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -237,6 +243,45 @@ class Client:
         """One model: inputs, outputs, which methods it supports and why not. Asks the server each time."""
         return self._fetch_info(name, version, self._context(timeout, request_id))
 
+    def index(self, *, timeout: float | None = None, request_id: str | None = None) -> tuple[ModelSummary, ...]:
+        """Every model version in the server's folder, loaded or not. The server must allow model control."""
+        request = model_repository_service_pb2.IndexModelsRequest()
+        call = self._repository_stub().IndexModels
+        response, _ = send(call, request, self._context(timeout, request_id))
+        return tuple(ModelSummary.from_proto(line) for line in response.models)
+
+    def load_model(
+        self, name: str, version: int | None = None, *, timeout: float | None = None, request_id: str | None = None
+    ) -> ModelSummary:
+        """Loads a version of a model, or loads it anew; returns once it answers. The server must allow model control.
+
+        Args:
+            version: None is the highest in the server's folder.
+            timeout: seconds; loading goes on when they have passed.
+
+        Raises:
+            ServerError: it cannot be served; a version that was served before goes on.
+        """
+        request = model_repository_service_pb2.LoadModelRequest(model=named_model(name, version))
+        call = self._repository_stub().LoadModel
+        response, _ = send(call, request, self._context(timeout, request_id))
+        self._forget(name)
+        return ModelSummary.from_proto(response.model)
+
+    def unload_model(
+        self, name: str, version: int | None = None, *, timeout: float | None = None, request_id: str | None = None
+    ) -> ModelSummary:
+        """Unloads a version of a model; running requests finish. The server must allow model control.
+
+        Args:
+            version: None is the highest that is ready.
+        """
+        request = model_repository_service_pb2.UnloadModelRequest(model=named_model(name, version))
+        call = self._repository_stub().UnloadModel
+        response, _ = send(call, request, self._context(timeout, request_id))
+        self._forget(name)
+        return ModelSummary.from_proto(response.model)
+
     def preprocess(
         self,
         model: str,
@@ -269,13 +314,19 @@ class Client:
         return health_state(response)
 
     def _stub(self) -> ExplainerServiceStub:
+        return explainer_service_pb2_grpc.ExplainerServiceStub(self._opened_channel())
+
+    def _repository_stub(self) -> ModelRepositoryServiceStub:
+        return model_repository_service_pb2_grpc.ModelRepositoryServiceStub(self._opened_channel())
+
+    def _opened_channel(self) -> grpc.Channel:
         """Opened at the first call."""
         with self._lock:
             if self._closed:
                 raise ClientClosedError(f"the client of {self._target} is closed")
             if self._channel is None:
                 self._channel = open_channel(self._target, self._credentials, self._max_message_bytes)
-            return explainer_service_pb2_grpc.ExplainerServiceStub(self._channel)
+            return self._channel
 
     def _context(self, timeout: float | None, request_id: str | None) -> CallContext:
         return CallContext.starting_now(self._timeout if timeout is None else timeout, request_id)
@@ -308,6 +359,11 @@ class Client:
         except ServerError:
             self._infos.pop((info.name, version), None)
             raise
+
+    def _forget(self, name: str) -> None:
+        """Drops the signatures of a model whose versions changed."""
+        for key in [key for key in self._infos if key[0] == name]:
+            self._infos.pop(key, None)
 
     def _notice_version(self, info: ModelInfo, version: int | None, answered: int) -> None:
         if info.version != answered:
