@@ -140,7 +140,7 @@ async def test_higher_priority_goes_first(engine: Engine, model: ServedModel, lo
     assert shares[-1] > 0
 
 
-@pytest.mark.parametrize("error", [ValueError("shapes\ndiffer"), KeyError(), MemoryError()])
+@pytest.mark.parametrize("error", [ValueError("shapes\ndiffer"), KeyError()])
 async def test_model_that_raises_fails_its_own_plans(
     engine: Engine, model: ServedModel, loaded: ClosedForm, error: Exception
 ) -> None:
@@ -155,6 +155,79 @@ async def test_model_that_raises_fails_its_own_plans(
     loaded.failure = None
     evaluation, _ = await engine.evaluate(model, plan(path(3)), Request())
     assert len(evaluation.segments[0].scores) == 3
+
+
+class Picky(ClosedForm):
+    """Raises for a batch that holds a certain row, or more rows than fit into its memory."""
+
+    def __init__(self, bad_alpha: float | None = None, memory_rows: int = 100) -> None:
+        super().__init__()
+        self.bad_alpha = bad_alpha
+        self.memory_rows = memory_rows
+
+    def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
+        parts = super().evaluate(rows)
+        if rows.row_count > self.memory_rows:
+            raise EvaluationFailed("OUT_OF_MEMORY", "no memory is left")
+        if self.bad_alpha in self.seen[-1]:
+            raise ValueError("index out of range")
+        return parts
+
+
+async def test_bad_input_fails_only_its_sender(engine: Engine, metrics: Metrics) -> None:
+    """Rows of three requests share a batch, one of them makes the model raise."""
+    bad = path(2, offset=0.1)
+    loaded = Picky(bad_alpha=bad.alphas[1])
+    model = served(loaded, max_batch_rows=16)
+    hold(loaded)
+    first = asyncio.create_task(engine.evaluate(model, plan(path(1)), Request()))
+    await entered(loaded)
+    plans = [plan(path(3)), plan(bad), plan(path(5))]
+    tasks = [asyncio.create_task(engine.evaluate(model, own, Request())) for own in plans]
+    await asyncio.sleep(0)
+    loaded.gate.set()
+
+    await first
+    good, failed, other = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert isinstance(failed, EvaluationFailed) and failed.reason == "MODEL_RAISED"
+    for answer, count in ((good, 3), (other, 5)):
+        assert not isinstance(answer, BaseException)
+        reference, _ = await engine.evaluate(model, plan(path(count)), Request())
+        np.testing.assert_array_equal(answer[0].segments[0].scores, reference.segments[0].scores)
+    assert sorted(loaded.batches[:5]) == [1, 2, 3, 5, 10]
+    assert sample(metrics, "explainserve_failed_batches_total", model="closed", reason="MODEL_RAISED") == 2
+
+
+async def test_too_little_memory_halves_the_batches_and_goes_on(
+    engine: Engine, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = Picky(memory_rows=3)
+    model = served(loaded, max_batch_rows=16)
+
+    evaluation, _ = await engine.evaluate(model, plan(path(21)), Request())
+    reference, _ = await engine.evaluate(served(ClosedForm(), "other", 3), plan(path(21)), Request())
+    again = len(loaded.batches)
+    await engine.evaluate(model, plan(path(8)), Request())
+
+    np.testing.assert_array_equal(evaluation.segments[0].scores, reference.segments[0].scores)
+    assert loaded.batches[:3] == [16, 8, 4]
+    assert set(loaded.batches[3:again]) <= {1, 2}
+    assert loaded.batches[again:] == [2, 2, 2, 2], "the limit is remembered"
+    assert sample(metrics, "explainserve_failed_batches_total", model="closed", reason="OUT_OF_MEMORY") == 3
+    assert [record.args for record in caplog.records] == [("closed", 16, 8), ("closed", 8, 4), ("closed", 4, 2)]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), EvaluationFailed("OUT_OF_MEMORY", "none is left")])
+async def test_too_little_memory_for_one_row_fails_its_request(
+    engine: Engine, model: ServedModel, loaded: ClosedForm, error: Exception
+) -> None:
+    loaded.failure = error
+    failed = await failure(engine.evaluate(model, plan(path(9)), Request()))
+
+    assert isinstance(failed, EvaluationFailed)
+    assert failed.reason == "OUT_OF_MEMORY"
+    assert loaded.batches == [4, 2, 1]
 
 
 async def test_own_errors_pass_as_they_are(engine: Engine, model: ServedModel, loaded: ClosedForm) -> None:

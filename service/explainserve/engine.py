@@ -4,16 +4,23 @@ locks."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
-from explainserve.errors import EvaluationFailed, ExplainServeError, ShuttingDown, first_line
+from explainserve.errors import EvaluationFailed, ExplainServeError, ShuttingDown, first_line, is_out_of_memory
 from explainserve.metrics import Metrics
-from explainserve.plan import Evaluation, Plan
+from explainserve.plan import Evaluation, Plan, SegmentEvaluation
 from explainserve.repository import ServedModel
-from explainserve.scheduling import Batch, Job, Request, Scheduler
+from explainserve.scheduling import Batch, Job, Request, RowLimit, Scheduler
+
+logger = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = "OUT_OF_MEMORY"
+"""Reason with which any backend says so."""
 
 LAST_BATCH_SECONDS = 10.0
 """Time that the batch on the device gets when the engine stops."""
@@ -32,6 +39,7 @@ class Engine:
         self._metrics = metrics
         self._wake = threading.Condition()
         self._futures: dict[Job, asyncio.Future[None]] = {}
+        self._limits: WeakKeyDictionary[ServedModel, RowLimit] = WeakKeyDictionary()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
 
@@ -78,11 +86,11 @@ class Engine:
             DeadlineExceeded: `request.expires_at`, in seconds of `time.monotonic`, passed.
             EvaluationFailed: the model raised.
         """
-        job = Job(model, plan, request, model.max_batch_rows)
         future = asyncio.get_running_loop().create_future()
         with self._wake:
             if self._stopping:
                 raise ShuttingDown("SHUTTING_DOWN", "the server is shutting down")
+            job = Job(model, plan, request, self._limits.setdefault(model, RowLimit(model.max_batch_rows)))
             self._scheduler.submit(job, time.monotonic())
             self._futures[job] = future
             self._wake.notify()
@@ -100,22 +108,40 @@ class Engine:
     def _work(self) -> None:
         while (batch := self._next_batch()) is not None:
             try:
-                ended = self._evaluated(batch)
-            except Exception as error:  # a model may raise or return anything; it fails its own requests only
-                with self._wake:
-                    ended = self._scheduler.fail(batch, _as_evaluation_failure(error))
-            self._settle(ended)
+                started = time.monotonic()
+                parts = _model(batch).loaded.evaluate(batch.rows)
+                seconds = time.monotonic() - started
+            except Exception as error:  # a model may raise anything; it fails its own requests only
+                self._settle(self._failed(batch, _as_evaluation_failure(error)))
+            else:
+                self._settle(self._completed(batch, parts, seconds))
 
-    def _evaluated(self, batch: Batch) -> list[Job]:
-        """Evaluates a batch and returns the jobs that are done with it."""
-        model = batch.model
-        assert isinstance(model, ServedModel)
-        started = time.monotonic()
-        parts = model.loaded.evaluate(batch.rows)
-        seconds = time.monotonic() - started
-        self._observe(model, batch, seconds)
+    def _completed(self, batch: Batch, parts: Sequence[SegmentEvaluation], seconds: float) -> list[Job]:
+        """Jobs that are done with a batch; or that it fails, where the model returned nonsense."""
+        self._observe(batch, seconds)
         with self._wake:
-            return self._scheduler.complete(batch, parts, seconds)
+            try:
+                return self._scheduler.complete(batch, parts, seconds)
+            except Exception as error:
+                return self._scheduler.fail(batch, _as_evaluation_failure(error))
+
+    def _failed(self, batch: Batch, error: ExplainServeError) -> list[Job]:
+        """Jobs that a failure ends: those of one request, after it was tried without others and in small enough parts.
+
+        So a request fails for its own rows only, and memory that does not suffice for a batch is enough for its half.
+        """
+        model = _model(batch)
+        self._metrics.failed_batches.labels(model.name, error.reason).inc()
+        with self._wake:
+            if error.reason == OUT_OF_MEMORY and batch.rows.row_count > 1:
+                self._scheduler.retry_in_halves(batch)
+                text = "model %s ran out of memory with %d rows; its micro-batches hold %d at most from now on"
+                logger.warning(text, model.name, batch.rows.row_count, self._limits[model].rows)
+                return []
+            if len(batch.requests) > 1:
+                self._scheduler.retry_alone(batch)
+                return []
+            return self._scheduler.fail(batch, error)
 
     def _next_batch(self) -> Batch | None:
         """Waits for rows; None when the engine stops."""
@@ -130,7 +156,8 @@ class Engine:
                 self._wake.wait()
         return None
 
-    def _observe(self, model: ServedModel, batch: Batch, seconds: float) -> None:
+    def _observe(self, batch: Batch, seconds: float) -> None:
+        model = _model(batch)
         kind = "gradient" if batch.rows.function.wrt else "forward"
         self._metrics.compute_seconds.labels(model.name).observe(seconds)
         self._metrics.batch_rows.labels(model.name).observe(batch.rows.row_count)
@@ -145,6 +172,11 @@ class Engine:
                 future.get_loop().call_soon_threadsafe(_resolve, future, job.error)
 
 
+def _model(batch: Batch) -> ServedModel:
+    assert isinstance(batch.model, ServedModel)
+    return batch.model
+
+
 def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
     if future.done():
         return
@@ -157,4 +189,6 @@ def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
 def _as_evaluation_failure(error: Exception) -> ExplainServeError:
     if isinstance(error, ExplainServeError):
         return error
+    if is_out_of_memory(error):
+        return EvaluationFailed("OUT_OF_MEMORY", f"no memory is left: {first_line(error)}")
     return EvaluationFailed("MODEL_RAISED", f"the model raised {type(error).__name__}: {first_line(error)}")

@@ -60,6 +60,12 @@ class Metrics:
         self.batch_rows = Histogram(
             "explainserve_batch_rows", "Rows per micro-batch.", ["model"], buckets=_ROWS, registry=registry
         )
+        self.failed_batches = Counter(
+            "explainserve_failed_batches",
+            "Micro-batches that failed, also where their rows were answered afterwards in others.",
+            ["model", "reason"],
+            registry=registry,
+        )
         self.waiting_rows = Gauge("explainserve_waiting_rows", "Rows that wait for the device.", registry=registry)
         self.reserved_bytes = Gauge(
             "explainserve_reserved_bytes",

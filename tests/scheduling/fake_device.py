@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from explainserve.plan import Differentiation, Plan, Segment, SegmentEvaluation, Selector
-from explainserve.scheduling import Batch, Job, Request, Scheduler
+from explainserve.scheduling import Batch, Job, Request, RowLimit, Scheduler
 from explainserve.signature import ScoreHead
 
 GRADIENT = Differentiation("y", ScoreHead.IDENTITY, ("x",))
@@ -31,7 +31,7 @@ def segment(
 
 def job(*rows: int, model: str = "m", request: Request | None = None, batch: int = 8, **kwargs: object) -> Job:
     segments = tuple(segment(count, **kwargs) for count in rows)  # type: ignore[arg-type]
-    return Job(model, Plan(segments), request or Request(), batch)
+    return Job(model, Plan(segments), request or Request(), RowLimit(batch))
 
 
 def evaluate(batch: Batch) -> list[SegmentEvaluation]:

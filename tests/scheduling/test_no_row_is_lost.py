@@ -11,7 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from explainserve.errors import DeadlineExceeded, EvaluationFailed, QueueFull
 from explainserve.plan import Plan
-from explainserve.scheduling import Batch, Job, Request, Scheduler
+from explainserve.scheduling import Batch, Job, Request, RowLimit, Scheduler
 from scheduling.fake_device import FORWARD, GRADIENT, assert_own_rows_exactly_once, evaluate, segment
 
 MAX_WAITING_ROWS = 60
@@ -31,6 +31,7 @@ class Scheduling(RuleBasedStateMachine):
         waiting: rows that were submitted and not packed, of jobs that go on.
         places: rows that each admitted request may still bring.
         ended: jobs that were cancelled, failed or expired.
+        alone: rows that share batches only with those of their own request that failed with them.
     """
 
     requests: Bundle[Request] = Bundle("requests")
@@ -48,6 +49,8 @@ class Scheduling(RuleBasedStateMachine):
         self.done: set[Job] = set()
         self.ended: set[Job] = set()
         self.in_flight: list[Batch] = []
+        self.limits = {model: RowLimit(rows) for model, rows in BATCH_ROWS.items()}
+        self.alone: set[Row] = set()
 
     @rule(target=requests, rows=st.integers(1, 25), priority=st.integers(-1, 1), seconds=st.sampled_from([2, 9, 1e9]))
     def admit(self, rows: int, priority: int, seconds: float) -> object:
@@ -73,7 +76,7 @@ class Scheduling(RuleBasedStateMachine):
         if self.places.get(request, 0) < rows + len(self._waiting_rows_of(request)):
             return multiple()  # it was not admitted for so many, or has gone
         segments = tuple(segment(count, self._own_value(), **kind) for count, kind in parts)
-        job = Job(model, Plan(segments), request, BATCH_ROWS[model])
+        job = Job(model, Plan(segments), request, self.limits[model])
         self.all_jobs.append(job)
         self.waiting |= {(job, index, row) for index, (count, _) in enumerate(parts) for row in range(count)}
         self.scheduler.submit(job, self.now)
@@ -132,9 +135,23 @@ class Scheduling(RuleBasedStateMachine):
         assert all(job.error is error for job in failed)
         self._end(failed)
 
+    @rule(batch=consumes(flying))
+    def run_out_of_memory(self, batch: Batch) -> None:
+        self.in_flight.remove(batch)
+        limit, rows = self.limits[str(batch.model)], batch.rows.row_count
+        self.scheduler.retry_in_halves(batch)
+        assert 1 <= limit.rows <= max(1, rows // 2)
+        self._wait_again(batch)
+
+    @rule(batch=consumes(flying))
+    def fail_and_retry(self, batch: Batch) -> None:
+        self.in_flight.remove(batch)
+        self.scheduler.retry_alone(batch)
+        self.alone |= self._wait_again(batch)
+
     @invariant()
     def counts_are_right(self) -> None:
-        assert self.scheduler.waiting_row_count == len(self.waiting) <= MAX_WAITING_ROWS
+        assert self.scheduler.waiting_row_count == len(self.waiting) <= sum(self.places.values())
 
     @invariant()
     def every_row_of_a_job_that_goes_on_waits_flies_or_came_back(self) -> None:
@@ -156,15 +173,24 @@ class Scheduling(RuleBasedStateMachine):
         self.scheduler.admit(Request(), MAX_WAITING_ROWS)
 
     def _check_packed(self, batch: Batch) -> None:
-        rows = [(p.job, p.segment_index, row) for p in batch.slices for row in range(p.first, p.last)]
-        assert 0 < len(rows) <= BATCH_ROWS[str(batch.model)]
+        rows = _rows(batch)
+        assert 0 < len(rows) <= self.limits[str(batch.model)].rows
         assert len(set(rows)) == len(rows) and set(rows) <= self.waiting
         assert {job.model for job, _, _ in rows} == {batch.model}
         assert {piece.function for piece in batch.rows.segments} == {batch.rows.function}
         assert len({len(piece.selectors) for piece in batch.rows.segments}) == 1
+        if not self.alone.isdisjoint(rows):
+            assert len({job.request for job, _, _ in rows}) == 1 and set(rows) <= self.alone
         self.waiting -= set(rows)
         for job, _, _ in rows:
             self.places[job.request] -= 1
+
+    def _wait_again(self, batch: Batch) -> set[Row]:
+        rows = {row for row in _rows(batch) if row[0] not in self.ended}
+        self.waiting |= rows
+        for job, _, _ in rows:
+            self.places[job.request] += 1
+        return rows
 
     def _end(self, jobs: list[Job]) -> None:
         self.ended |= set(jobs)
@@ -180,6 +206,10 @@ class Scheduling(RuleBasedStateMachine):
         """Rows of different segments differ."""
         self.count += 1
         return float(self.count)
+
+
+def _rows(batch: Batch) -> list[Row]:
+    return [(p.job, p.segment_index, row) for p in batch.slices for row in range(p.first, p.last)]
 
 
 TestScheduling = Scheduling.TestCase

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from explainserve.errors import DeadlineExceeded, EvaluationFailed
-from explainserve.scheduling import Job, Request, Scheduler
-from scheduling.fake_device import FORWARD, drain, evaluate, job, rows_by_job, run
+from explainserve.scheduling import Job, Request, RowLimit, Scheduler
+from scheduling.fake_device import FORWARD, assert_own_rows_exactly_once, drain, evaluate, job, rows_by_job, run
 
 
 def test_rows_of_different_requests_share_a_batch() -> None:
@@ -214,6 +214,56 @@ def test_a_failing_batch_ends_exactly_the_jobs_in_it() -> None:
 
     assert failed == [bad] and isinstance(bad.error, EvaluationFailed)
     assert drain(scheduler) == [good]
+
+
+def test_rows_of_several_requests_that_failed_together_are_tried_alone() -> None:
+    scheduler = Scheduler(1000)
+    bad, good, other = job(3), job(3), job(2)
+    for one in (bad, good, other):
+        scheduler.submit(one, 0.0)
+    scheduler.retry_alone(scheduler.next_batch(0.0))  # type: ignore[arg-type]
+    newcomer = job(1)
+    scheduler.submit(newcomer, 0.0)
+
+    batches = [scheduler.next_batch(0.0) for _ in range(4)]
+
+    assert sorted(sorted(rows_by_job(batch).values()) for batch in batches) == [[1], [2], [3], [3]]
+    assert {next(iter(rows_by_job(batch))) for batch in batches} == {bad, good, other, newcomer}
+
+
+def test_rows_that_did_not_fit_into_memory_come_back_in_halves() -> None:
+    """The limit is the model's: jobs that waited and jobs that come later keep to it."""
+    scheduler = Scheduler(1000)
+    limit = RowLimit(8)
+    first, second = (Job("m", job(rows).plan, Request(), limit) for rows in (12, 4))
+    scheduler.submit(first, 0.0)
+    scheduler.retry_in_halves(scheduler.next_batch(0.0))  # type: ignore[arg-type]
+    scheduler.submit(second, 0.0)
+
+    sizes = []
+    while (batch := scheduler.next_batch(0.0)) is not None:
+        sizes.append(batch.rows.row_count)
+        run(scheduler, batch)
+
+    assert limit.rows == 4
+    assert sizes == [4, 4, 4, 4]
+    assert_own_rows_exactly_once(first)
+    assert_own_rows_exactly_once(second)
+
+
+def test_cancelled_rows_are_not_tried_again() -> None:
+    scheduler = Scheduler(1000)
+    gone, kept = job(3), job(3)
+    scheduler.submit(gone, 0.0)
+    scheduler.submit(kept, 0.0)
+    batch = scheduler.next_batch(0.0)
+    assert batch is not None
+    scheduler.cancel(gone)
+
+    scheduler.retry_alone(batch)
+
+    assert scheduler.waiting_row_count == 3
+    assert drain(scheduler) == [kept]
 
 
 def test_waits_and_device_time_are_counted() -> None:

@@ -77,6 +77,10 @@ class Admission:
         """Counts rows that went to the device: they need no place any more."""
         self._reserve(request, -min(row_count, request.reserved_rows), 0)
 
+    def put_back(self, request: Request, row_count: int) -> None:
+        """Counts rows that go to the device once more; they have a place, even where others took it meanwhile."""
+        self._reserve(request, row_count, 0)
+
     def evaluated(self, row_count: int, seconds: float) -> None:
         """Learns how fast the device is."""
         self._speed.add(row_count, seconds)

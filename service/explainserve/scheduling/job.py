@@ -12,6 +12,13 @@ from numpy.typing import NDArray
 from explainserve.plan import Evaluation, Plan, Segment, SegmentEvaluation
 
 
+@dataclass
+class RowLimit:
+    """How many rows of a model fit into one batch; shared by all of its jobs, so that they learn of it together."""
+
+    rows: int
+
+
 @dataclass(eq=False)
 class Request:
     """What jobs of one client request have in common. Turns are taken between requests, not between jobs.
@@ -89,6 +96,11 @@ class WaitingRows:
         self._slices.append(piece)
         self.row_count += piece.row_count
 
+    def prepend(self, piece: Slice) -> None:
+        """Adds rows that go next."""
+        self._slices.appendleft(piece)
+        self.row_count += piece.row_count
+
     def take(self, row_count: int) -> Iterator[Slice]:
         """Removes the first `row_count` rows."""
         self.row_count -= row_count
@@ -112,7 +124,7 @@ class Job:
 
     Attributes:
         model: identifies the model; rows of different models never share a batch.
-        max_batch_rows: rows of this model that fit into one batch.
+        limit: of this model's batches.
         submitted_at, started_at: times of submission and of the first packing, set by the scheduler.
         error: why it ended without an evaluation.
     """
@@ -120,7 +132,7 @@ class Job:
     model: Hashable
     plan: Plan
     request: Request
-    max_batch_rows: int
+    limit: RowLimit
     submitted_at: float = 0.0
     started_at: float | None = None
     error: Exception | None = None

@@ -11,7 +11,9 @@ The leader decides which rows can join: those of the same model, function, numbe
 one priority that have such rows get equal shares of the batch; what some leave goes to the others in their order, and
 what all leave to the next lower priority.
 
-Cancelled and expired jobs lose their rows before the next batch is packed.
+Cancelled and expired jobs lose their rows before the next batch is packed. Rows of a batch that failed may wait
+again: in smaller batches where memory ran out, or each request's in batches of its own, so that only who is to blame
+fails.
 
 The queue is bounded where requests come in (`admission.py`): one is admitted only if all rows and all memory that it
 may ever need fit beside those that admitted requests still may. So whoever is admitted is never refused on the way.
@@ -42,12 +44,22 @@ class Batch:
 
     Attributes:
         model: the model to evaluate.
+        key: what its rows have in common.
         slices: the jobs' rows, one entry per segment of `rows`.
     """
 
     model: Hashable
+    key: Hashable
     rows: Rows
     slices: tuple[Slice, ...]
+
+    @property
+    def requests(self) -> dict[Request, list[Slice]]:
+        """Whose rows it holds."""
+        found: dict[Request, list[Slice]] = {}
+        for piece in self.slices:
+            found.setdefault(piece.job.request, []).append(piece)
+        return found
 
 
 class Scheduler:
@@ -124,11 +136,11 @@ class Scheduler:
         key, waiting = next(iter(leader.waiting.items()))
         first = waiting.first.job
         order = self._lines[key].order(short_first=self._short_first)
-        shares = list(_shares(order, key, first.max_batch_rows))
+        shares = list(_shares(order, key, first.limit.rows))
         slices = tuple(piece for request, share in shares for piece in self._take(request, key, share, now))
         self._short_first = not self._short_first
         segments = tuple(piece.segment for piece in slices)
-        return Batch(first.model, Rows(segments[0].function, segments), slices)
+        return Batch(first.model, key, Rows(segments[0].function, segments), slices)
 
     def complete(self, batch: Batch, parts: Sequence[SegmentEvaluation], seconds: float) -> list[Job]:
         """Hands results to the jobs.
@@ -161,6 +173,28 @@ class Scheduler:
         for job in failed:
             self._end(job, error)
         return failed
+
+    def retry_in_halves(self, batch: Batch) -> None:
+        """Lets the rows of a batch that was too large for memory wait again, in batches of half its size at most."""
+        limit = batch.slices[0].job.limit
+        limit.rows = max(1, min(limit.rows, batch.rows.row_count // 2))
+        for request, slices in batch.requests.items():
+            self._put_back(request, batch.key, slices)
+
+    def retry_alone(self, batch: Batch) -> None:
+        """Lets the rows of a batch of several requests wait again, each request's with a key that no other has."""
+        for request, slices in batch.requests.items():
+            self._put_back(request, (batch.key, request), slices)
+
+    def _put_back(self, request: Request, key: Hashable, slices: Sequence[Slice]) -> None:
+        wanted = [piece for piece in slices if piece.job in request.jobs]
+        if not wanted:
+            return
+        self._admission.put_back(request, sum(piece.row_count for piece in wanted))
+        with self._changing(request):
+            waiting = request.waiting.setdefault(key, WaitingRows())
+            for piece in reversed(wanted):
+                waiting.prepend(piece)
 
     def _take(self, request: Request, key: Hashable, row_count: int, now: float) -> list[Slice]:
         """Lets a request have its turn: these rows go to the device."""
@@ -246,5 +280,5 @@ def _open_jobs(batch: Batch) -> list[Job]:
 
 
 def _fits_into_one_batch(request: Request) -> bool:
-    limit = min(waiting.first.job.max_batch_rows for waiting in request.waiting.values())
+    limit = min(waiting.first.job.limit.rows for waiting in request.waiting.values())
     return len(request.waiting) == 1 and sum(waiting.row_count for waiting in request.waiting.values()) <= limit
