@@ -1,0 +1,121 @@
+"""Whether two answers to one request are equal, as the contract defines it.
+
+Maps of a fixed rule agree to a relative L2 distance of 1e-5 or the model's noise floor, whichever is larger. So do
+those of the adaptive rule where it chose the same points; where it did not, both estimates of the error cover the
+distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from explainserve.v1 import attribution_pb2, statistics_pb2
+from explainserve.v1 import explainer_service_pb2 as pb
+from explainserve.v1.tensor_pb2 import DATA_TYPE_FLOAT32, Tensor
+
+RELATIVE_DISTANCE = 1e-5
+NEGLIGIBLE = 1e-9
+"""Absolute distance of maps that are zero but for rounding."""
+
+ESTIMATE_FACTOR = 2.0
+"""An error estimate is honest from one half of the true error on."""
+
+CUT_FACTOR = 10.0
+"""Estimates after the first rounds, which a time budget cuts short, are rougher; most of all on untrained networks."""
+
+Array = NDArray[Any]
+
+
+def differences(answer: pb.ExplainResponse, alone: pb.ExplainResponse) -> Iterator[str]:
+    """What differs, in words; nothing where the answers are equal."""
+    if len(answer.attributions) != len(alone.attributions):
+        yield f"{len(answer.attributions)} attributions, alone {len(alone.attributions)}"
+        return
+    for name in ("model_name", "model_version", "model_sha256"):
+        if getattr(answer.provenance, name) != getattr(alone.provenance, name):
+            yield f"{name} differs"
+    if answer.baselines != alone.baselines:
+        yield "baselines differ"
+    if [group.group for group in answer.joint] != [group.group for group in alone.joint]:
+        yield "groups differ"
+    allowed = max(RELATIVE_DISTANCE, alone.provenance.noise_floor)
+    for index, pair in enumerate(zip(answer.attributions, alone.attributions, strict=True)):
+        for difference in _of_attribution(*pair, allowed):
+            yield f"attribution {index}: {difference}"
+
+
+def _of_attribution(
+    found: attribution_pb2.Attribution, alone: attribution_pb2.Attribution, allowed: float
+) -> Iterator[str]:
+    if _position(found) != _position(alone):
+        yield f"position {_position(found)}, alone {_position(alone)}"
+        return
+    if not same_points(found, alone):
+        if not alone.HasField("map_error"):
+            yield f"{found.step_count} steps of a fixed rule, alone {alone.step_count}"
+        cut = found.stop_reason == attribution_pb2.STOP_REASON_TIME_BUDGET
+        allowed = max(allowed, (CUT_FACTOR if cut else ESTIMATE_FACTOR) * (found.map_error + alone.map_error))
+    for field in ("instance_output_value", "baseline_output_value"):
+        if not _close(getattr(found, field), getattr(alone, field)):
+            yield f"{field} {getattr(found, field)}, alone {getattr(alone, field)}"
+    for part in found.inputs:
+        yield from _of_figures(part)
+    distance = relative_distance(_whole_map(found), _whole_map(alone))
+    if not distance <= allowed:
+        yield f"relative distance {distance:.2e} of the maps, allowed {allowed:.2e}"
+
+
+def _of_figures(part: attribution_pb2.InputAttribution) -> Iterator[str]:
+    """Figures are those of the map beside them."""
+    elements = [statistics for statistics in part.statistics if statistics.view == statistics_pb2.VIEW_ELEMENTS]
+    if not elements or not part.HasField("tensor"):
+        return
+    values = _values(part.tensor)
+    finite = values[np.isfinite(values)]
+    if elements[0].finite_count != finite.size or not _close(elements[0].l2_norm, float(np.linalg.norm(finite))):
+        yield f"the statistics of {part.name} are not those of its map"
+
+
+def _position(line: attribution_pb2.Attribution) -> tuple[object, ...]:
+    baseline = line.baseline_index if line.HasField("baseline_index") else None
+    target = line.target.SerializeToString(deterministic=True)
+    return line.method_index, line.instance_index, line.target_index, baseline, target
+
+
+def same_points(found: attribution_pb2.Attribution, alone: attribution_pb2.Attribution) -> bool:
+    """Whether both maps were made of the same points of the path, as far as the answers tell."""
+    if found.step_count != alone.step_count:
+        return False
+    if found.HasField("score_path") and alone.HasField("score_path"):
+        return list(found.score_path.alphas) == list(alone.score_path.alphas)
+    return True
+
+
+def relative_distance(found: Array, alone: Array) -> float:
+    """Relative L2 distance over the elements that are finite; infinite where others than those are not."""
+    finite = np.isfinite(alone)
+    if found.shape != alone.shape or not np.array_equal(np.isfinite(found), finite):
+        return float("inf")
+    distance, norm = np.linalg.norm(found[finite] - alone[finite]), np.linalg.norm(alone[finite])
+    if distance <= NEGLIGIBLE:
+        return 0.0
+    return float(distance / norm) if norm else float("inf")
+
+
+def _whole_map(line: attribution_pb2.Attribution) -> Array:
+    """All inputs in one vector, float64; completeness and errors are over their sum."""
+    tensors = [_values(part.tensor) for part in line.inputs if part.HasField("tensor")]
+    return np.concatenate(tensors) if tensors else np.zeros(0)
+
+
+def _values(tensor: Tensor) -> Array:
+    assert tensor.data_type == DATA_TYPE_FLOAT32
+    return np.frombuffer(tensor.data, "<f4").astype(np.float64)
+
+
+def _close(found: float, alone: float) -> bool:
+    return bool(np.isclose(found, alone, rtol=1e-4, atol=1e-6, equal_nan=True))

@@ -1,0 +1,359 @@
+"""Clients that behave as badly as clients do, and check every answer that they get."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import numpy as np
+
+import equality
+from explainserve.v1 import explainer_service_pb2 as pb
+from explainserve.v1 import model_repository_service_pb2 as repository_pb
+from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
+from explainserve.v1.model_repository_service_pb2_grpc import ModelRepositoryServiceStub
+from rpc.bad_requests import CASES
+from rpc.loopback import element, normal, of_error, request
+from slow_reader import reading_slowly
+from soak_requests import Drawn
+
+PATIENCE = 240.0
+"""Seconds after which an answer counts as lost."""
+
+RELOADED = "reloaded"
+"""Name of the model that is loaded and unloaded all the time."""
+
+AWAY = {"MODEL_UNLOADED", "MODEL_LOADING"}
+"""What requests to it may get meanwhile."""
+
+ACTIONS = {
+    "answer": 45,
+    "cancel": 12,
+    "burst": 2,
+    "deadline": 10,
+    "time_budget": 8,
+    "bad": 12,
+    "raising": 2,
+    "slow_reader": 2,
+    "vanish": 2,
+}
+"""Shares of what a client does."""
+
+STREAM_ACTIONS = {"stream": 10, "satisfied": 4}
+
+RELOADED_ACTIONS = {"reloaded": 6}
+"""Beside these where the server streams, and where it reloads models."""
+
+OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """How an RPC ended.
+
+    Attributes:
+        response: None where it failed.
+        reason: of the ErrorInfo; "" where the server was not heard.
+        retry_seconds: of the RetryInfo; None where there is none.
+    """
+
+    code: grpc.StatusCode
+    reason: str = ""
+    response: Any = None
+    retry_seconds: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.code.name} {self.reason}".strip()
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """A request and what became of it when it was the only one."""
+
+    drawn: Drawn
+    alone: Outcome
+
+    def differences(self, found: Outcome) -> Iterator[str]:
+        """What is wrong with an outcome under load."""
+        if (found.code, found.reason) != (self.alone.code, self.alone.reason):
+            yield f"{found}, alone {self.alone}"
+        elif found.response is not None:
+            yield from _COMPARISONS[self.drawn.rpc](found.response, self.alone.response)
+
+
+def _predictions(found: pb.PredictResponse, alone: pb.PredictResponse) -> Iterator[str]:
+    scores = [np.array([c.score for p in r.predictions for c in p.classes]) for r in (found, alone)]
+    if scores[0].shape != scores[1].shape or not np.allclose(*scores, rtol=1e-4, atol=1e-5, equal_nan=True):
+        yield "predictions differ"
+
+
+def _messages(found: Any, alone: Any) -> Iterator[str]:
+    for field_ in found.DESCRIPTOR.fields:
+        if getattr(found, field_.name) != getattr(alone, field_.name):
+            yield f"{field_.name} is {getattr(found, field_.name)}, alone {getattr(alone, field_.name)}"
+
+
+def _models(found: pb.GetModelResponse, alone: pb.GetModelResponse) -> Iterator[str]:
+    """But for the memory, which grows when a request is the first to open a session."""
+    for message in (found, alone):
+        message.model.ClearField("memory")
+    yield from _messages(found, alone)
+
+
+_COMPARISONS: dict[str, Callable[[Any, Any], Iterator[str]]] = {
+    "Explain": equality.differences,
+    "Predict": _predictions,
+    "EstimateCost": _messages,
+    "GetModel": _models,
+}
+
+
+@dataclass(eq=False)
+class Tally:
+    """What all clients saw.
+
+    Attributes:
+        outcomes: by action and outcome.
+        failures: what must not happen, in words that name the request.
+    """
+
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    compared: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, action: str, outcome: Outcome, what: str, wrong: Sequence[str], compared: bool = False) -> None:
+        """Counts one call."""
+        with self._lock:
+            self.outcomes[action, str(outcome)] += 1
+            self.compared += compared
+            self.failures += [f"{action}, {what}: {line}" for line in wrong]
+
+    @property
+    def call_count(self) -> int:
+        """Calls that ended, in whatever way."""
+        return sum(self.outcomes.values())
+
+
+def outcome_of(call: Any) -> Outcome:
+    """Waits for the end of a call, or makes it."""
+    try:
+        return Outcome(grpc.StatusCode.OK, response=call())
+    except grpc.FutureCancelledError:
+        return Outcome(grpc.StatusCode.CANCELLED)
+    except grpc.RpcError as error:
+        told = of_error(error)
+        return Outcome(told.code, told.reason, retry_seconds=told.retry_after_seconds)
+
+
+@dataclass(eq=False)
+class SoakClient:
+    """One client: an action after another until it is told to stop.
+
+    Args:
+        address: of the server.
+        seed: the actions are drawn from it.
+        expected: requests with what they get alone.
+        offered: the younger RPCs that the server has.
+        stopping: set when the client shall end.
+        excused: codes that any call may end with, where the server is about to stop.
+    """
+
+    address: str
+    seed: Sequence[int]
+    expected: Sequence[Expected]
+    tally: Tally
+    offered: frozenset[str]
+    stopping: threading.Event
+    excused: frozenset[grpc.StatusCode] = frozenset()
+
+    def __post_init__(self) -> None:
+        self._random = np.random.default_rng(self.seed)
+        reloaded = [each for each in self.expected if each.drawn.model == RELOADED]
+        self._steady = [each for each in self.expected if each.drawn.model != RELOADED]
+        self._reloading = [each for each in reloaded if each.alone.response is not None]
+        answered = [each for each in self._steady if each.drawn.rpc == "Explain" and each.alone.response is not None]
+        self._explained = answered
+        self._adaptive = [each for each in answered if not _is_fixed(each.drawn.request)]
+        self._large = sorted(answered, key=lambda each: -each.alone.response.ByteSize())[: len(answered) // 8]
+        actions = dict(ACTIONS)
+        if "ExplainStream" in self.offered:
+            actions |= STREAM_ACTIONS
+        if "LoadModel" in self.offered:
+            actions |= RELOADED_ACTIONS
+        self._actions = list(actions)
+        self._shares = np.array(list(actions.values())) / sum(actions.values())
+
+    def run(self) -> None:
+        """Acts until `stopping` is set."""
+        with grpc.insecure_channel(self.address, options=OPTIONS) as channel:
+            self._stub = ExplainerServiceStub(channel)
+            while not self.stopping.is_set():
+                action = str(self._random.choice(self._actions, p=self._shares))
+                getattr(self, f"_{action}")()
+
+    def _answer(self) -> None:
+        """A request that is waited for."""
+        expected = self._any(self._steady)
+        self._check("answer", expected, self._ask(expected))
+
+    def _reloaded(self) -> None:
+        """A request to a model that may be away."""
+        expected = self._any(self._reloading)
+        found = self._ask(expected)
+        if found.reason in AWAY:
+            self.tally.add("reloaded", found, str(expected.drawn), [])
+        else:
+            self._check("reloaded", expected, found)
+
+    def _ask(self, expected: Expected) -> Outcome:
+        drawn = expected.drawn
+        return outcome_of(lambda: getattr(self._stub, drawn.rpc)(drawn.request, timeout=PATIENCE))
+
+    def _cancel(self) -> None:
+        """A request that is given up at a random moment."""
+        expected = self._any(self._explained)
+        call = self._stub.Explain.future(expected.drawn.request, timeout=PATIENCE)
+        time.sleep(self._random.exponential(0.05))
+        call.cancel()
+        self._check("cancel", expected, outcome_of(call.result), {grpc.StatusCode.CANCELLED})
+
+    def _burst(self) -> None:
+        """Many requests at once, all given up."""
+        calls = [
+            self._stub.Explain.future(self._any(self._explained).drawn.request, timeout=PATIENCE) for _ in range(20)
+        ]
+        time.sleep(self._random.exponential(0.02))
+        for call in calls:
+            call.cancel()
+        ended = outcome_of(calls[-1].result)
+        self._count("burst of cancels", ended, "", [])
+
+    def _deadline(self) -> None:
+        """A request that has little time."""
+        expected, seconds = self._any(self._explained), self._random.exponential(0.1)
+        found = outcome_of(lambda: self._stub.Explain(expected.drawn.request, timeout=seconds))
+        self._check("deadline", expected, found, {grpc.StatusCode.DEADLINE_EXCEEDED})
+
+    def _time_budget(self) -> None:
+        """The best map within some time."""
+        expected = self._any(self._adaptive)
+        request = pb.ExplainRequest()
+        request.CopyFrom(expected.drawn.request)
+        request.time_budget.FromMicroseconds(1 + int(self._random.exponential(0.5) * 1e6))
+        found = outcome_of(lambda: self._stub.Explain(request, timeout=PATIENCE))
+        late = {grpc.StatusCode.DEADLINE_EXCEEDED} if found.reason == "TIME_BUDGET_TOO_SHORT" else set()
+        self._check("time budget", expected, found, late)
+
+    def _bad(self) -> None:
+        """A request that must be refused, with the reason that is documented for it."""
+        name = self._any(list(CASES))
+        case = CASES[name]
+        found = outcome_of(lambda: self._stub.Explain(case.request, timeout=PATIENCE))
+        right = (found.code, found.reason) == (case.code, case.reason)
+        self._count("bad request", found, name, [] if right else [f"{found}, expected {case.code.name} {case.reason}"])
+
+    def _raising(self) -> None:
+        """Passes every check and fails in the model."""
+        found = outcome_of(lambda: self._stub.Explain(RAISING, timeout=PATIENCE))
+        self._count("model that raises", found, "", [] if found.reason == "MODEL_RAISED" else [str(found)])
+
+    def _slow_reader(self) -> None:
+        """A large answer, read slowly."""
+        expected = self._any(self._large)
+        with self._slow_stub(float(self._random.uniform(2e5, 2e6))) as (stub, _):
+            found = outcome_of(lambda: stub.Explain(expected.drawn.request, timeout=PATIENCE))
+        self._check("slow reader", expected, found)
+
+    def _vanish(self) -> None:
+        """A connection that breaks."""
+        expected = self._any(self._large)
+        with self._slow_stub(1e5) as (stub, reader):
+            call = stub.Explain.future(expected.drawn.request, timeout=PATIENCE)
+            time.sleep(self._random.exponential(0.2))
+            reader.vanish()
+            self._check("vanish", expected, outcome_of(call.result), {grpc.StatusCode.UNAVAILABLE})
+
+    def _stream(self) -> None:
+        """All events of a stream; it ends with what Explain gives."""
+        expected = self._any(self._explained)
+        found = outcome_of(lambda: _final(self._stub.ExplainStream(self._streamed(expected), timeout=PATIENCE)))
+        self._check("stream", expected, found)
+
+    def _satisfied(self) -> None:
+        """A client that stops a stream after a few events."""
+        expected = self._any(self._adaptive)
+        events = self._stub.ExplainStream(self._streamed(expected), timeout=PATIENCE)
+        found = outcome_of(lambda: [next(events) for _ in range(int(self._random.integers(1, 4)))])
+        events.cancel()
+        self.tally.add("stream that is stopped", Outcome(found.code, found.reason), str(expected.drawn), [])
+
+    def _streamed(self, expected: Expected) -> pb.ExplainStreamRequest:
+        return pb.ExplainStreamRequest(explain=expected.drawn.request, include_partial_maps=self._random.random() < 0.5)
+
+    @contextmanager
+    def _slow_stub(self, bytes_per_second: float) -> Iterator[tuple[ExplainerServiceStub, Any]]:
+        options = [*OPTIONS, ("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+        with (
+            reading_slowly(self.address, bytes_per_second) as reader,
+            grpc.insecure_channel(reader.address, options=options) as channel,
+        ):
+            yield ExplainerServiceStub(channel), reader
+
+    def _check(
+        self, action: str, expected: Expected, found: Outcome, allowed: Collection[grpc.StatusCode] = ()
+    ) -> None:
+        """Compares an outcome; `allowed` are codes that this action may end with as well."""
+        compared = found.code not in allowed
+        wrong = list(expected.differences(found)) if compared else []
+        self._count(action, found, str(expected.drawn), wrong, compared and found.response is not None)
+
+    def _count(self, action: str, found: Outcome, what: str, wrong: Sequence[str], compared: bool = False) -> None:
+        if found.code in self.excused:
+            wrong = []
+        elif found.reason == "QUEUE_FULL":
+            wrong = ["no RetryInfo"] if found.retry_seconds is None else []
+        self.tally.add(action, found, what, wrong, compared)
+
+    def _any(self, choices: Sequence[Any]) -> Any:
+        return choices[int(self._random.integers(len(choices)))]
+
+
+RAISING = request(
+    "multi_input",
+    {"image": normal(1, 3, 4, 4), "ids": np.full((1, 5), 10**6, np.int64)},
+    targets=[element(0)],
+)
+"""An index beyond the embedding."""
+
+
+def _is_fixed(explain: pb.ExplainRequest) -> bool:
+    return any(method.integrated_gradients.HasField("step_count") for method in explain.methods)
+
+
+def _final(events: Iterator[pb.ExplainStreamResponse]) -> pb.ExplainResponse:
+    """The last event, which is what Explain gives."""
+    return deque(events, maxlen=1).pop().final
+
+
+def reload_models(
+    address: str, tally: Tally, stopping: threading.Event, excused: frozenset[grpc.StatusCode] = frozenset()
+) -> None:
+    """Unloads and loads one model again and again."""
+    named = {"name": RELOADED}
+    with grpc.insecure_channel(address) as channel:
+        stub = ModelRepositoryServiceStub(channel)
+        while not stopping.wait(0.5):
+            for call in (
+                lambda: stub.UnloadModel(repository_pb.UnloadModelRequest(model=named), timeout=PATIENCE),
+                lambda: stub.LoadModel(repository_pb.LoadModelRequest(model=named), timeout=PATIENCE),
+            ):
+                found = outcome_of(call)
+                right = found.response is not None or found.code in excused
+                tally.add("reload", found, RELOADED, [] if right else [str(found)])
