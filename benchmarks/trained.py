@@ -1,4 +1,4 @@
-"""Two classifiers of the two-digits pictures at 224x224, trained here in minutes: a ReLU network and a transformer."""
+"""Classifiers of the two-digits pictures, trained here in minutes: ReLU networks and transformers, small and large."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from networks import ResNet, VisionTransformer, served
 from pictures import CLASS_COUNT, Digits, digit_split, load_pairs, single_pictures
 from train import epoch_pictures, epoch_targets
 
-SIDE = 224
 LEVEL, CONTRAST = MEAN[0], STD[0]
 """Mean and standard deviation of pixels, the same in all channels."""
 BATCH_SIZE = 16
@@ -30,43 +29,47 @@ BATCH_SIZE = 16
 class Recipe:
     """A network and how it is trained."""
 
+    side: int
     build: Callable[[], nn.Module]
     epochs: int
     peak_learning_rate: float
 
 
 RECIPES = {
-    "convolutional": Recipe(lambda: ResNet((1, 1, 1, 1), 1, width=24, classes=CLASS_COUNT), 6, 4e-3),
-    "transformer": Recipe(lambda: VisionTransformer(SIDE, 16, 96, 3, 3, CLASS_COUNT, True), 20, 2e-3),
+    "convolutional-28": Recipe(28, lambda: ResNet((1, 1), 1, width=24, classes=CLASS_COUNT), 10, 4e-3),
+    "transformer-28": Recipe(28, lambda: VisionTransformer(28, 4, 96, 3, 3, CLASS_COUNT, True), 20, 2e-3),
+    "convolutional-224": Recipe(224, lambda: ResNet((1, 1, 1, 1), 1, width=24, classes=CLASS_COUNT), 6, 4e-3),
+    "transformer-224": Recipe(224, lambda: VisionTransformer(224, 16, 96, 3, 3, CLASS_COUNT, True), 20, 2e-3),
 }
-"""A ReLU network with max pooling and residual blocks; a GELU transformer with a stem of convolutions."""
+"""ReLU networks with max pooling and residual blocks; GELU transformers with a stem of convolutions."""
 
 
-def enlarged(pictures: Tensor) -> Tensor:
-    """Bilinear, shape (rows, 3, 224, 224)."""
-    return functional.interpolate(pictures, (SIDE, SIDE), mode="bilinear", align_corners=False)
+def resized(pictures: Tensor, side: int) -> Tensor:
+    """Bilinear, shape (rows, 3, side, side); without aliasing where pictures shrink."""
+    return functional.interpolate(pictures, (side, side), mode="bilinear", align_corners=False, antialias=True)
 
 
-def explained_pictures() -> NDArray[np.float32]:
-    """The two-digit pictures of the demo as model inputs, shape (count, 3, 224, 224)."""
-    return enlarged(normalized(np.stack([pair.picture.image for pair in load_pairs()]))).numpy()
+def explained_pictures(side: int) -> NDArray[np.float32]:
+    """The two-digit pictures of the demo as model inputs, shape (count, 3, side, side)."""
+    return resized(normalized(np.stack([pair.picture.image for pair in load_pairs()])), side).numpy()
 
 
-def gray() -> NDArray[np.float32]:
-    """The mid-gray picture as a model input, shape (3, 224, 224)."""
-    return np.full((3, SIDE, SIDE), (0.5 - LEVEL) / CONTRAST, np.float32)
+def gray(side: int) -> NDArray[np.float32]:
+    """The mid-gray picture as a model input, shape (3, side, side)."""
+    return np.full((3, side, side), (0.5 - LEVEL) / CONTRAST, np.float32)
 
 
-def load_or_train(name: str, folder: Path) -> tuple[nn.Module, float]:
-    """A network of RECIPES in evaluation mode and its accuracy on held-out digits; weights are kept in `folder`."""
+def load_or_train(name: str, folder: Path) -> nn.Module:
+    """A network of RECIPES in evaluation mode; weights are kept in `folder`."""
     path = folder / f"{name}.pt"
-    training, held_out = digit_split()
     if not path.exists():
-        torch.save(train(name, training).state_dict(), path)
+        training, held_out = digit_split()
+        net = train(name, training)
+        torch.save(net.state_dict(), path)
+        print(f"accuracy of {name} on held-out digits: {accuracy(name, served(net), held_out):.3f}", flush=True)
     net = RECIPES[name].build()
     net.load_state_dict(torch.load(path, weights_only=True))
-    net = served(net)
-    return net, accuracy(net, held_out)
+    return served(net)
 
 
 def train(name: str, digits: Digits) -> nn.Module:
@@ -82,7 +85,7 @@ def train(name: str, digits: Digits) -> nn.Module:
     for epoch in range(recipe.epochs):
         pictures, losses = epoch_pictures(random, digits), []
         for rows in torch.from_numpy(random.permutation(len(targets))).split(BATCH_SIZE):
-            loss = functional.cross_entropy(net(enlarged(pictures[rows])), targets[rows])
+            loss = functional.cross_entropy(net(resized(pictures[rows], recipe.side)), targets[rows])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -93,9 +96,10 @@ def train(name: str, digits: Digits) -> nn.Module:
     return net
 
 
-def accuracy(net: nn.Module, held_out: Digits) -> float:
+def accuracy(name: str, net: nn.Module, held_out: Digits) -> float:
     """The share of held-out digits, each in a picture of its own, whose logit is the largest."""
     pictures = normalized(single_pictures(np.random.default_rng(5), held_out))
+    side = RECIPES[name].side
     with torch.no_grad():
-        predicted = torch.cat([net(enlarged(rows)).argmax(1) for rows in pictures.split(BATCH_SIZE)])
+        predicted = torch.cat([net(resized(rows, side)).argmax(1) for rows in pictures.split(BATCH_SIZE)])
     return float((predicted.numpy() == held_out.labels).mean())

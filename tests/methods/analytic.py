@@ -63,9 +63,8 @@ def rounds(
     answer: Attribution | Plan = method.plan(asked)
     while isinstance(answer, Plan):
         plans.append(answer)
-        answer = method.attribution(asked, answer, function.evaluate(answer))
-        if len(plans) >= final_after and isinstance(answer, Plan):
-            answer = method.so_far(asked, answer)
+        final = len(plans) >= final_after
+        answer = method.attribution(asked, answer, function.evaluate(answer), final=final)
     return answer, plans
 
 

@@ -1,0 +1,151 @@
+"""The parts of benchmarks that judge answers: an error there would hide one elsewhere."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from equality import differences
+from explainserve.rpc.tensors import encode
+from explainserve.v1 import attribution_pb2, statistics_pb2
+from explainserve.v1 import explainer_service_pb2 as pb
+from slow_reader import reading_slowly
+
+ROOT = Path(__file__).parents[1]
+MAP = np.array([3.0, 4.0], np.float32)
+
+
+def answer(values: np.ndarray[Any, Any] = MAP, **fields: Any) -> pb.ExplainResponse:
+    """One map of a fixed rule, with its norm."""
+    norm = float(np.linalg.norm(values.astype(np.float64)))
+    statistics = statistics_pb2.Statistics(view="VIEW_ELEMENTS", finite_count=values.size, l2_norm=norm)
+    part = attribution_pb2.InputAttribution(name="x", tensor=encode(values), statistics=[statistics])
+    attribution = {"inputs": [part], "step_count": 8, "instance_output_value": 1.0, **fields}
+    return pb.ExplainResponse(attributions=[attribution], provenance={"noise_floor": 1e-6})
+
+
+def test_equal_answers_have_no_differences() -> None:
+    assert not list(differences(answer(), answer()))
+    assert not list(differences(answer(MAP + np.float32(1e-6)), answer()))
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (answer(MAP[::-1].copy()), "relative distance"),
+        (answer(np.array([np.nan, 4.0], np.float32)), "relative distance"),
+        (answer(step_count=9), "fixed rule"),
+        (answer(target_index=1), "position"),
+        (answer(instance_output_value=1.1), "instance_output_value"),
+        (pb.ExplainResponse(provenance={"noise_floor": 1e-6}), "0 attributions"),
+    ],
+)
+def test_what_is_wrong_is_told(found: pb.ExplainResponse, told: str) -> None:
+    assert told in "; ".join(differences(found, answer()))
+
+
+def test_figures_of_another_map_are_told() -> None:
+    mixed = answer()
+    mixed.attributions[0].inputs[0].statistics[0].l2_norm = 7.0
+
+    assert "statistics of x" in "; ".join(differences(mixed, answer()))
+
+
+def test_adaptive_maps_of_other_points_agree_within_their_estimates() -> None:
+    alone = answer(step_count=24, map_error=0.01)
+
+    assert not list(differences(answer(MAP * np.float32(1.03), step_count=16, map_error=0.01), alone))
+    assert list(differences(answer(MAP * np.float32(1.05), step_count=16, map_error=0.01), alone))
+
+
+@pytest.mark.torch
+def test_rows_to_an_error_are_read_between_the_points_of_a_curve() -> None:
+    pytest.importorskip("captum")
+    from curves import rows_to
+
+    curve = [(4, 0.4), (16, 0.1), (64, 0.025)]
+
+    assert rows_to(curve, 0.5) == 4
+    assert rows_to(curve, 0.2) == 8
+    assert rows_to(curve, 0.1) == 16
+    assert rows_to(curve, 0.01) is None
+
+
+@pytest.mark.torch
+def test_contestants_give_the_same_map() -> None:
+    """What the benchmark calls in process is our explainer, and what it calls Captum is Captum."""
+    pytest.importorskip("captum")
+    from contestants import Ask, Captum, InProcess, Rule
+    from subjects import Subject, Task
+
+    folder = ROOT / "examples" / "two_digits"
+    random = np.random.default_rng(0)
+    x, baseline = random.standard_normal((2, 3, 64, 64)).astype(np.float32), np.zeros((3, 64, 64), np.float32)
+    subject = Subject("two-digits", folder, ("models",), None)
+    task = Task("image", x, baseline, (3, 8), 10, probability=True)
+    ask = Ask(x, (3, 8), Rule("midpoint", 4))
+
+    ours = InProcess(subject, task, threads=1).explain([ask, ask])
+    theirs = Captum(task, two_digits(), threads=1).explain([ask, ask])
+
+    assert [rows for _, rows in ours] == [rows for _, rows in theirs] == [4, 4]
+    for (mine, _), (other, _) in zip(ours, theirs, strict=True):
+        assert mine.shape == other.shape == (4, 3, 64, 64)
+        np.testing.assert_allclose(mine, other, atol=1e-5 * float(np.abs(other).max()))
+
+
+def two_digits() -> Any:
+    import three_formats  # noqa: F401  # puts the example on the path
+    from network import load_weights
+
+    return load_weights()
+
+
+def test_slow_reader_passes_everything_on_and_vanishes() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=_echo, args=(listener,), daemon=True).start()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with reading_slowly(address, 1e6) as reader:
+            host, _, port = reader.address.rpartition(":")
+            with socket.create_connection((host, int(port)), timeout=30) as client:
+                client.sendall(bytes(20_000))
+                answer_stream = client.makefile("rb")
+                assert answer_stream.read(20_000) == bytes(20_000)
+                reader.vanish()
+                assert answer_stream.read(1) == b""
+
+
+def _echo(listener: socket.socket) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        while data := connection.recv(4096):
+            connection.sendall(data)
+
+
+@pytest.mark.torch
+def test_summary_takes_the_place_of_the_one_that_is_quoted() -> None:
+    pytest.importorskip("captum")
+    from contestants import Run
+    from table import CAPTUM, GRPC, IN_PROCESS, Line, Question, quoted
+
+    runs = {name: [Run(wall, 0.0, 0)] for name, wall in ((CAPTUM, 1.0), (IN_PROCESS, 0.25), (GRPC, 0.5))}
+    line = Line("mine", Question.STEPS, "32 steps", 1, 1, {}, runs)
+
+    readme = quoted("## How fast\n\nWords.\n\n| old |\n| --- |\n| 1 |\n\n## Read\n", [line])
+
+    assert readme.startswith("## How fast\n\nWords.\n\n| model |")
+    assert readme.endswith("| mine | 0.50 | 0.25 | — | — | — |\n\n## Read\n")
+
+
+def test_readme_quotes_the_results() -> None:
+    results = (ROOT / "benchmarks" / "results" / "benchmark.md").read_text(encoding="utf-8")
+    summary = results.partition("## Summary")[2].partition("## All lines")[0]
+    lines = [line for line in summary.splitlines() if line.startswith("|")]
+
+    assert len(lines) > 2
+    assert "\n".join(lines) in (ROOT / "README.md").read_text(encoding="utf-8")
