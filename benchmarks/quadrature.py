@@ -165,7 +165,7 @@ class Model:
         """Rounds until the method answers."""
         answer: Attribution | Plan = method.plan(question)
         while isinstance(answer, Plan):
-            answer = method.attribution(question, answer, self.evaluate(answer), final=False)
+            answer = method.attribution(question, answer, self.evaluate(answer))
         return answer
 
 

@@ -26,6 +26,7 @@ from explainserve.explainer import (
     Answer,
     Explainer,
     Query,
+    Round,
 )
 from explainserve.explanation import Instance, StopReason
 from explainserve.methods import IntegratedGradients
@@ -283,6 +284,44 @@ async def test_questions_in_flight_are_bounded_and_all_are_answered(explainer: E
     answer = await explain(explainer, query(model, X[:1], baselines=noise, method=IntegratedGradients(step_count=2)))
 
     assert [e.baseline_index for e in answer.explanations] == list(range(100))
+
+
+async def test_every_round_of_every_path_is_observed(explainer: Explainer, model: ServedModel) -> None:
+    """On the event loop, also where targets share their rows; the last of a path is its answer."""
+    told: list[Round] = []
+    threads = set()
+
+    def observe(latest: Round) -> None:
+        told.append(latest)
+        threads.add(threading.current_thread())
+
+    asked = query(model, targets=(target(0), target(1)), method=replace(ENDLESS, max_step_count=64))
+    answer = await explainer.explain(explainer.prepare(asked), observe)
+
+    assert threads == {threading.current_thread()}
+    assert len({latest.place for latest in told}) == len(answer.explanations) == 4
+    for own in answer.explanations:
+        place = own.instance_index, own.target_index, own.baseline_index
+        *earlier, last = [latest.explanation(asked.method) for latest in told if latest.place == place]
+        assert [one.attribution.step_count for one in earlier] == [8, 16, 24, 32, 48]
+        assert {one.attribution.stop_reason for one in earlier} == {StopReason.UNFINISHED}
+        assert last.attribution is own.attribution
+
+
+async def test_the_end_of_a_time_budget_is_observed(
+    explainer: Explainer, model: ServedModel, loaded: ClosedForm
+) -> None:
+    """The map before it and the answer are the same but for the reason."""
+    told: list[Round] = []
+    loaded.holds_after = 1
+    asked = query(model, X[:1], method=ENDLESS, budget_ends_at=soon(1.0))
+    (own,) = (await explainer.explain(explainer.prepare(asked), told.append)).explanations
+
+    before, last = (latest.explanation(asked.method).attribution for latest in told)
+    assert (before.stop_reason, last.stop_reason) == (StopReason.UNFINISHED, StopReason.TIME_BUDGET)
+    assert (before.step_count, before.map_error) == (last.step_count, last.map_error)
+    assert before.tensors["x"].tobytes() == last.tensors["x"].tobytes()
+    assert last is own.attribution
 
 
 # What ends it early

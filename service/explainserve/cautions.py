@@ -123,7 +123,7 @@ CAUTIONS: dict[CautionKind, Caution] = {
 }
 
 # Names of StopReason that mean that tolerances were asked for and not reached.
-_UNREACHED = frozenset({"MAX_STEPS", "TIME_BUDGET", "NON_CONVERGENT", "NON_FINITE"})
+_UNREACHED = frozenset({"MAX_STEPS", "TIME_BUDGET", "NON_CONVERGENT", "NON_FINITE", "UNFINISHED"})
 
 
 def cautions_for_response(*, map_count: int, needs_baseline: bool = True) -> list[Caution]:

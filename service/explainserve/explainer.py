@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from explainserve.baselines import BaselineSpec
 from explainserve.engine import Engine
 from explainserve.errors import DeadlineExceeded, InvalidRequest, LimitExceeded
-from explainserve.explanation import Attribution, Baseline, Instance, Question, Target
+from explainserve.explanation import Attribution, Baseline, Instance, Question, StopReason, Target
 from explainserve.methods import Method
 from explainserve.plan import Differentiation, Evaluation, Plan, Segment, SegmentEvaluation, Tensors
 from explainserve.repository import ServedModel
@@ -109,6 +110,34 @@ class Explanation:
     baseline_index: int
     question: Question
     attribution: Attribution
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """What became of a path in one round, or when its time ended.
+
+    Attributes:
+        outcome: the answer, or the upcoming round, which remembers the earlier ones.
+    """
+
+    place: Place
+    question: Question
+    outcome: Attribution | Plan
+
+    def explanation(self, method: Method) -> Explanation:
+        """The answer, or the best map so far: computed here, so that rounds nobody looks at cost nothing."""
+        attribution = self.outcome
+        if isinstance(attribution, Plan):
+            attribution = replace(method.so_far(self.question, attribution), stop_reason=StopReason.UNFINISHED)
+        return Explanation(*self.place, self.question, attribution)
+
+
+Observer = Callable[[Round], None]
+"""Called on the event loop after each round of each path; the last call of a path has its answer."""
+
+
+def unobserved(_: Round) -> None:
+    """The observer of a query that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -250,8 +279,8 @@ class Explainer:
         self._admit(query, cost)
         return Prepared(query, baselines, end_points, cost)
 
-    async def explain(self, prepared: Prepared) -> Answer:
-        """Computes all attributions.
+    async def explain(self, prepared: Prepared, observe: Observer = unobserved) -> Answer:
+        """Computes all attributions, round by round.
 
         Raises:
             QueueFull: the server has no room for it now (QUEUE_FULL), before anything is evaluated.
@@ -264,7 +293,8 @@ class Explainer:
             scores = await self._scores(query, prepared.end_points, usage)
             questions = await asyncio.to_thread(_questions, query, prepared.baselines, scores)
             usage.saved_rows = 2 * len(questions) - usage.forward_rows
-            explanations = await self._explanations(query, questions, usage)
+            inquiries = [_Inquiry(place, question, observe) for place, question in questions]
+            explanations = await self._explanations(query, inquiries, usage)
         return Answer(query, explanations, prepared.baselines, usage)
 
     async def outputs(
@@ -317,11 +347,8 @@ class Explainer:
             raise _too_short() from None
         return _Scores(end_points, [_only_output(segment) for segment in evaluation.segments])
 
-    async def _explanations(
-        self, query: Query, questions: Sequence[tuple[Place, Question]], usage: Usage
-    ) -> tuple[Explanation, ...]:
+    async def _explanations(self, query: Query, inquiries: Sequence[_Inquiry], usage: Usage) -> tuple[Explanation, ...]:
         """With a time budget the first round of all questions comes first, so that each has a map when it ends."""
-        inquiries = [_Inquiry(place, question) for place, question in questions]
         groups, gate = _sharing_groups(inquiries), _Gate(CONCURRENT_QUESTIONS)
         if query.budget_ends_at is not None:
             await _all([self._begin(query, group, usage, gate) for group in groups])
@@ -339,7 +366,8 @@ class Explainer:
                 await self._first_round(query, group, usage)
             while upcoming := [(one, one.outcome) for one in group if isinstance(one.outcome, Plan)]:
                 if not await self._round(query, upcoming, usage):
-                    await _all([asyncio.to_thread(inquiry.end, query.method) for inquiry, _ in upcoming])
+                    so_far = query.method.so_far
+                    await _all([one.settle(partial(so_far, one.question, plan)) for one, plan in upcoming])
 
     async def _first_round(self, query: Query, group: _Group, usage: Usage) -> None:
         plans = await _all([asyncio.to_thread(query.method.plan, inquiry.question) for inquiry in group])
@@ -357,9 +385,11 @@ class Explainer:
         except TimeoutError:
             return False
         usage.saved_rows += sum(plan.row_count for plan in plans) - together.plan.row_count
-        evaluations = together.dealt(evaluation)
-        arrived = [(inquiry, plan, own) for (inquiry, plan), own in zip(upcoming, evaluations, strict=True)]
-        await _all([asyncio.to_thread(i.judge, query.method, plan, own) for i, plan, own in arrived])
+        judged = [
+            one.settle(partial(query.method.attribution, one.question, plan, own))
+            for (one, plan), own in zip(upcoming, together.dealt(evaluation), strict=True)
+        ]
+        await _all(judged)
         return True
 
     async def _evaluate(self, model: ServedModel, plan: Plan, request: Request, usage: Usage) -> Evaluation:
@@ -374,30 +404,24 @@ class _Inquiry:
     """A question on its way to an answer.
 
     Attributes:
-        evaluated: the last round with what came back for it, as long as there may be another.
-        outcome: what the method made of it: the answer or the next round; None before the first.
+        observe: is told of every outcome.
+        outcome: what the method made of the last round: the answer or the next round; None before the first.
     """
 
     place: Place
     question: Question
-    evaluated: tuple[Plan, Evaluation] | None = None
+    observe: Observer
     outcome: Attribution | Plan | None = None
 
-    def judge(self, method: Method, plan: Plan, evaluation: Evaluation) -> None:
-        """Lets the method say what follows from a round."""
-        self.outcome = method.attribution(self.question, plan, evaluation, final=False)
-        self.evaluated = (plan, evaluation) if isinstance(self.outcome, Plan) else None
-
-    def end(self, method: Method) -> None:
-        """Answers from what there is."""
-        assert self.evaluated is not None
-        self.outcome = method.attribution(self.question, *self.evaluated, final=True)
-        self.evaluated = None
+    async def settle(self, judge: Callable[[], Attribution | Plan]) -> None:
+        """Lets the method say what follows from a round, beside the event loop."""
+        self.outcome = await asyncio.to_thread(judge)
+        self.observe(Round(self.place, self.question, self.outcome))
 
     @property
     def explanation(self) -> Explanation:
         """The answer."""
-        assert isinstance(self.outcome, Attribution), "A method asked for rows after its final round. This is a bug."
+        assert isinstance(self.outcome, Attribution), "A question was left before its answer. This is a bug."
         return Explanation(*self.place, self.question, self.outcome)
 
 

@@ -14,7 +14,7 @@ from explainserve.signature import Score, ScoreHead
 
 
 class StopReason(enum.Enum):
-    """Why a path integral ended."""
+    """Why a path integral ended, or that it has not."""
 
     FIXED_STEPS = "fixed_steps"
     CONVERGED = "converged"
@@ -22,6 +22,7 @@ class StopReason(enum.Enum):
     TIME_BUDGET = "time_budget"
     NON_CONVERGENT = "non_convergent"
     NON_FINITE = "non_finite"
+    UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True, eq=False)

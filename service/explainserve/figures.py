@@ -292,6 +292,7 @@ def _entry(explanation: Explanation) -> Entry:
 
 _WORST_FIRST = (
     StopReason.NON_FINITE,
+    StopReason.UNFINISHED,
     StopReason.NON_CONVERGENT,
     StopReason.TIME_BUDGET,
     StopReason.MAX_STEPS,

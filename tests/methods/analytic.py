@@ -63,8 +63,9 @@ def rounds(
     answer: Attribution | Plan = method.plan(asked)
     while isinstance(answer, Plan):
         plans.append(answer)
-        final = len(plans) >= final_after
-        answer = method.attribution(asked, answer, function.evaluate(answer), final=final)
+        answer = method.attribution(asked, answer, function.evaluate(answer))
+        if len(plans) >= final_after and isinstance(answer, Plan):
+            answer = method.so_far(asked, answer)
     return answer, plans
 
 

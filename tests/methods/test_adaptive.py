@@ -61,7 +61,7 @@ def test_every_point_carries_its_share_of_the_path(max_step_count, seed):
     while hasattr(answer, "segments"):
         alphas += [alpha for segment in answer.segments for alpha in segment.alphas]
         evaluation = Evaluation(tuple(sums(segment) for segment in answer.segments))
-        answer = method.attribution(asked, answer, evaluation, final=False)
+        answer = method.attribution(asked, answer, evaluation)
     weights = answer.tensors["x"][: len(alphas)][np.argsort(alphas)].astype(np.float64)
     nodes = np.sort(alphas)
     edges = np.concatenate([[0], (nodes[1:] + nodes[:-1]) / 2, [1]])

@@ -350,7 +350,7 @@ def test_two_inputs_share_one_path(options):
     )
     answer = IntegratedGradients(**options).plan(asked)
     while isinstance(answer, Plan):
-        answer = IntegratedGradients(**options).attribution(asked, answer, evaluate(answer), final=False)
+        answer = IntegratedGradients(**options).attribution(asked, answer, evaluate(answer))
     expected = attributions(f, x, baseline, **options)
     assert {name: tensor.tolist() for name, tensor in answer.tensors.items()} == {
         name: expected[part].tolist() for name, part in parts.items()
@@ -384,7 +384,7 @@ def test_infinite_scores_end_the_path():
     method = IntegratedGradients()
     plan = method.plan(asked)
     bad = Evaluation(tuple(SegmentEvaluation(np.array([np.inf]), {"x": np.ones(1, np.float32)}) for _ in plan.segments))
-    answer = method.attribution(asked, plan, bad, final=False)
+    answer = method.attribution(asked, plan, bad)
     assert answer.stop_reason is StopReason.NON_FINITE and answer.map_error is None
 
 

@@ -21,7 +21,6 @@ def drained(answers: Iterable[Any]) -> list[Any]:
 
 
 EXPLAINER: dict[str, Callable[[ExplainerServiceStub], object]] = {
-    "ExplainStream": lambda stub: drained(stub.ExplainStream(pb.ExplainStreamRequest(), timeout=60)),
     "Compare": lambda stub: drained(stub.Compare(pb.CompareRequest(), timeout=60)),
     "Evaluate": lambda stub: drained(stub.Evaluate(pb.EvaluateRequest(), timeout=60)),
 }

@@ -50,14 +50,17 @@ class Method(Protocol):
         """The first round of rows."""
         ...
 
-    def attribution(self, question: Question, plan: Plan, evaluation: Evaluation, *, final: bool) -> Attribution | Plan:
-        """The answer, or the next round of rows.
+    def attribution(self, question: Question, plan: Plan, evaluation: Evaluation) -> Attribution | Plan:
+        """The answer, or the next round of rows: a subclass of Plan that remembers the earlier ones.
 
         Args:
-            plan: the plan that was evaluated; a method may return a subclass of Plan that remembers earlier rounds.
+            plan: the plan that was evaluated.
             evaluation: what came back for it.
-            final: no further round fits into the time budget: answer with what there is.
         """
+        ...
+
+    def so_far(self, question: Question, upcoming: Plan) -> Attribution:
+        """The answer if time ended before `upcoming`, which `attribution` returned: the best map of the rounds."""
         ...
 
     def cost(self) -> Cost:

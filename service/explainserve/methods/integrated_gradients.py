@@ -87,7 +87,7 @@ class IntegratedGradients:
         )
         return Plan((segment,))
 
-    def attribution(self, question: Question, plan: Plan, evaluation: Evaluation, *, final: bool) -> Attribution | Plan:
+    def attribution(self, question: Question, plan: Plan, evaluation: Evaluation) -> Attribution | Plan:
         """The map; or, for the adaptive rule while it has not stopped, the next round.
 
         A map with NaN or infinite elements is returned as it is and says NON_FINITE.
@@ -98,8 +98,13 @@ class IntegratedGradients:
         if not path.finite:
             return _adaptive_attribution(path, StopReason.NON_FINITE)
         upcoming = next_round(path, self._tolerances, self.max_step_count)
-        reason = self._stop_reason(path, upcoming, final=final)
+        reason = self._stop_reason(path, upcoming)
         return upcoming if reason is None else _adaptive_attribution(path, reason)
+
+    def so_far(self, question: Question, upcoming: Plan) -> Attribution:
+        """The map of the adaptive rule before its next round, with TIME_BUDGET; a fixed rule has no next round."""
+        assert isinstance(upcoming, AdaptivePlan) and upcoming.path is not None, "No round came before. This is a bug."
+        return _adaptive_attribution(upcoming.path, StopReason.TIME_BUDGET)
 
     def cost(self) -> Cost:
         """Rows of one path."""
@@ -115,14 +120,12 @@ class IntegratedGradients:
     def _tolerances(self) -> Tolerances:
         return Tolerances(self.tolerance, self.completeness_tolerance)
 
-    def _stop_reason(self, path: Path, upcoming: Plan, *, final: bool) -> StopReason | None:
+    def _stop_reason(self, path: Path, upcoming: Plan) -> StopReason | None:
         if path.converged(self._tolerances):
             return StopReason.CONVERGED
         if path.stalled(self._tolerances):
             return StopReason.NON_CONVERGENT
-        if not upcoming.segments:
-            return StopReason.MAX_STEPS
-        return StopReason.TIME_BUDGET if final else None
+        return None if upcoming.segments else StopReason.MAX_STEPS
 
     def _check_quadrature(self) -> None:
         known = (*RULES, ADAPTIVE)

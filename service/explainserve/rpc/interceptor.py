@@ -6,6 +6,7 @@ Our own instead of OpenTelemetry's, whose interceptors misreport status codes on
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import time
 import uuid
@@ -96,27 +97,29 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
             identifier = _request_id(context)
             structlog.contextvars.bind_contextvars(request_id=identifier)
             context.set_trailing_metadata(((REQUEST_ID_KEY, identifier),))
-            started = time.monotonic()
-            code = grpc.StatusCode.OK
-            failure: Exception | None = None
+            finish = functools.partial(self._finish, method, time.monotonic())
             with self._metrics.active_requests.labels(method).track_inprogress():
                 try:
-                    return await handler(self._message(deserialize, message), context)
+                    reply = await handler(self._message(deserialize, message), context)
                 except asyncio.CancelledError:
-                    code = _cancelled_code(context)
+                    finish(_cancelled_code(context))
                     raise
                 except grpc.aio.AbortError:
-                    code = context.code()
+                    finish(context.code())
                     raise
                 except Exception as error:
-                    failure, code = error, status.code(error)
-                    await context.abort_with_status(_with_request_id(status.status(error), identifier))
-                finally:
-                    self._finish(method, code, time.monotonic() - started, failure)
+                    finish(status.code(error), error)
+                    refused = status.status(error)
+                else:
+                    finish(grpc.StatusCode.OK)
+                    return reply
+            # Here, where nothing holds the error and its frames any more: it waits for the reader of a stream.
+            await context.abort_with_status(_with_request_id(refused, identifier))
 
         return observed
 
-    def _finish(self, method: str, code: grpc.StatusCode, seconds: float, error: Exception | None) -> None:
+    def _finish(self, method: str, started: float, code: grpc.StatusCode, error: Exception | None = None) -> None:
+        seconds = time.monotonic() - started
         self._metrics.requests.labels(method, code.name).inc()
         self._metrics.request_seconds.labels(method).observe(seconds)
         fields: dict[str, Any] = {"method": method, "code": code.name, "seconds": round(seconds, 6)}

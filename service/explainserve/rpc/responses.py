@@ -19,7 +19,7 @@ from explainserve import __version__
 from explainserve import baselines as domain_baselines
 from explainserve.backends import Layer
 from explainserve.cautions import Caution, cautions_for_map, cautions_for_response
-from explainserve.explainer import Answer, Cost, Usage
+from explainserve.explainer import Answer, Cost, Prepared, Round, Usage
 from explainserve.explanation import Baseline, StopReason, Target, absolute_sum, attribution_sum
 from explainserve.figures import Entry, InputFigures, JointFigures, entries, group_sizes, input_figures
 from explainserve.figures import joint_figures as joint_figures_of
@@ -55,6 +55,7 @@ _STOP_REASONS = {
     StopReason.TIME_BUDGET: attribution_pb2.STOP_REASON_TIME_BUDGET,
     StopReason.NON_CONVERGENT: attribution_pb2.STOP_REASON_NON_CONVERGENT,
     StopReason.NON_FINITE: attribution_pb2.STOP_REASON_NON_FINITE,
+    StopReason.UNFINISHED: attribution_pb2.STOP_REASON_UNFINISHED,
 }
 _KINDS = {
     OutputKind.LOGITS: model_pb2.OUTPUT_KIND_LOGITS,
@@ -92,6 +93,30 @@ def explain_response(request: Explain, answer: Answer) -> explainer_service_pb2.
             cautions_for_response(map_count=len(maps), needs_baseline=request.query.method.reading_guide.needs_baseline)
         ),
     )
+
+
+def round_messages(
+    request: Explain, prepared: Prepared, latest: Round, *, include_map: bool
+) -> tuple[explainer_service_pb2.Progress, attribution_pb2.Attribution | None]:
+    """Where a path stands after a round, and where asked for its map, with the figures that Explain gives."""
+    query = prepared.query
+    answer = Answer(query, (latest.explanation(query.method),), prepared.baselines, Usage())
+    (own,) = entries(answer, fold_baselines=False)
+    progress = explainer_service_pb2.Progress(
+        position=statistics_pb2.AttributionSelector(
+            method_index=0,
+            instance_index=own.instance_index,
+            target_index=own.target_index,
+            baseline_index=own.baseline_index,
+        ),
+        step_count=own.step_count,
+        max_step_count=query.method.cost().max_gradient_rows,
+        map_error=own.map_error,
+        convergence_delta=_delta(own, query.method),
+        stop_reason=_STOP_REASONS[own.stop_reason],
+        path_count=prepared.cost.question_count,
+    )
+    return progress, _attribution(own, request, answer) if include_map else None
 
 
 def shapes(request: Explain) -> dict[str, tuple[int, ...]]:
@@ -402,7 +427,7 @@ METHOD_WRITERS: dict[type, Callable[[Any], method_pb2.MethodSpec]] = {Integrated
 
 def _attribution(entry: Entry, request: Explain, answer: Answer) -> attribution_pb2.Attribution:
     model, options = request.query.model, request.options
-    delta = _delta(entry) if request.query.method.reading_guide.complete else None
+    delta = _delta(entry, request.query.method)
     message = attribution_pb2.Attribution(
         instance_index=entry.instance_index,
         target_index=entry.target_index,
@@ -434,10 +459,10 @@ def _attribution(entry: Entry, request: Explain, answer: Answer) -> attribution_
     return message
 
 
-def _delta(entry: Entry) -> float | None:
-    """None where a map or score is not finite."""
+def _delta(entry: Entry, method: Method) -> float | None:
+    """None where the method is not complete, or a map or score is not finite."""
     delta = attribution_sum(entry.tensors) - entry.output_change
-    return delta if math.isfinite(delta) else None
+    return delta if method.reading_guide.complete and math.isfinite(delta) else None
 
 
 def _map_cautions(entry: Entry, request: Explain, answer: Answer) -> list[Caution]:
@@ -665,6 +690,7 @@ __all__ = [
     "prediction_bytes",
     "provenance",
     "reply_bytes",
+    "round_messages",
     "set_serialize_duration",
     "shapes",
 ]

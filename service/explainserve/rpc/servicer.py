@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, NoReturn
 
 import grpc
 
-from explainserve.errors import LimitExceeded, Unimplemented
-from explainserve.explainer import Explainer
+from explainserve.errors import DeadlineExceeded, LimitExceeded, Unimplemented
+from explainserve.explainer import Explainer, Observer, Prepared, Round, unobserved
 from explainserve.metrics import Metrics
 from explainserve.plan import Differentiation
 from explainserve.repository import Repository, ServedModel
-from explainserve.rpc import requests, responses
-from explainserve.rpc.response_cache import ResponseCache
+from explainserve.rpc import requests, responses, streaming
+from explainserve.rpc.response_cache import Lookup, ResponseCache
 from explainserve.scheduling import Request
 from explainserve.settings import Settings
 from explainserve.signature import OutputSpec
@@ -47,15 +49,18 @@ class Servicer(ExplainerServiceServicer):
         self._admit_reply(
             await asyncio.to_thread(responses.reply_bytes, checked, prepared.cost, self._settings.row_limit)
         )
-        answer = await self._explainer.explain(prepared)
-        started = time.monotonic()
-        response = await asyncio.to_thread(responses.explain_response, checked, answer)
-        seconds = time.monotonic() - started
-        responses.set_serialize_duration(response.provenance, seconds)
-        self._metrics.serialize_seconds.labels(checked.query.model.name).observe(seconds)
-        self._observe(response, checked.query.method_name)
-        await self._cache.keep(lookup, answer, response)
-        return response
+        return await self._computed(checked, prepared, lookup)
+
+    async def ExplainStream(  # type: ignore[override]  # a coroutine that writes to the context is a stream too
+        self, request: pb.ExplainStreamRequest, context: Context
+    ) -> None:
+        """What becomes of each path while it is computed, then what Explain gives, with tensors in chunks."""
+        chunks = streaming.Chunks(request.chunk_bytes, self._settings.max_message_bytes)
+        checked = await self._checked(request.explain, context)
+        async with _until(checked.query.request.expires_at):
+            # kept nowhere, so that the response's memory is free while the chunks are sent
+            events = await asyncio.to_thread(chunks.final, await self._told(checked, request, chunks, context))
+            await _write(context, events)
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         """Outputs of the model with their highest classes."""
@@ -99,19 +104,49 @@ class Servicer(ExplainerServiceServicer):
             reply_bytes_limit=self._settings.max_message_bytes,
         )
 
-    async def ExplainStream(  # type: ignore[override]  # a coroutine that writes to the context is a stream too
-        self, request: pb.ExplainStreamRequest, context: Context
+    async def Compare(  # type: ignore[override]  # a coroutine that writes to the context is a stream too
+        self, request: pb.CompareRequest, context: Context
     ) -> NoReturn:
-        """Not built yet."""
-        raise _unimplemented("ExplainStream", "progress, partial maps and maps in pieces; use Explain")
-
-    async def Compare(self, request: pb.CompareRequest, context: Context) -> NoReturn:  # type: ignore[override]
         """Not built yet."""
         raise _unimplemented("Compare", "comparisons of several explanations; use Explain with groups")
 
     async def Evaluate(self, request: pb.EvaluateRequest, context: Context) -> NoReturn:  # type: ignore[override]
         """Not built yet."""
         raise _unimplemented("Evaluate", "checks whether an explanation can be trusted")
+
+    async def _told(
+        self, checked: requests.Explain, request: pb.ExplainStreamRequest, chunks: streaming.Chunks, context: Context
+    ) -> pb.ExplainResponse:
+        """The response of Explain; meanwhile the client is told what becomes of each path."""
+        lookup = await self._cache.lookup(checked)
+        if lookup.response is not None:
+            return lookup.response
+        prepared = await asyncio.to_thread(self._explainer.prepare, checked.query)
+        self._admit_reply(
+            await asyncio.to_thread(streaming.head_bytes, checked, prepared.cost, self._settings.row_limit)
+        )
+
+        async def tell(latest: Round) -> None:
+            told = await asyncio.to_thread(
+                responses.round_messages, checked, prepared, latest, include_map=request.include_partial_maps
+            )
+            await _write(context, chunks.round(*told))
+
+        return await streaming.watched(functools.partial(self._computed, checked, prepared, lookup), tell)
+
+    async def _computed(
+        self, checked: requests.Explain, prepared: Prepared, lookup: Lookup, observe: Observer = unobserved
+    ) -> pb.ExplainResponse:
+        """The response of Explain, which is kept where the cache has none."""
+        answer = await self._explainer.explain(prepared, observe)
+        started = time.monotonic()
+        response = await asyncio.to_thread(responses.explain_response, checked, answer)
+        seconds = time.monotonic() - started
+        responses.set_serialize_duration(response.provenance, seconds)
+        self._metrics.serialize_seconds.labels(checked.query.model.name).observe(seconds)
+        self._observe(response, checked.query.method_name)
+        await self._cache.keep(lookup, answer, response)
+        return response
 
     async def _checked(self, request: pb.ExplainRequest, context: Context) -> requests.Explain:
         arrived, model, deadline = time.monotonic(), self._model(request.model), self._deadline(context)
@@ -170,6 +205,22 @@ def _stated_shape(spec: OutputSpec) -> tuple[int, ...] | None:
     sizes = [axis.size for axis in spec.axes[1:]]
     known = tuple(size for size in sizes if size is not None)
     return known if len(known) == len(sizes) else None
+
+
+@asynccontextmanager
+async def _until(deadline: float) -> AsyncIterator[None]:
+    """Ends the block at a time of `time.monotonic`: a stream whose reader stands still would stay for ever."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded("DEADLINE_EXCEEDED", "time ran out before the whole answer was sent") from None
+
+
+async def _write(context: Context, events: Iterable[pb.ExplainStreamResponse]) -> None:
+    """As fast as the client reads."""
+    for event in events:
+        await context.write(event)
 
 
 def _stop_reason(code: attribution_pb2.StopReason.ValueType) -> str:

@@ -63,6 +63,8 @@ class _StopReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StopReason
     """
     STOP_REASON_NON_FINITE: _StopReason.ValueType  # 6
     """A gradient or score on the path was NaN or infinite."""
+    STOP_REASON_UNFINISHED: _StopReason.ValueType  # 7
+    """It has not ended: a partial map of a stream, never in a final response."""
 
 class StopReason(_StopReason, metaclass=_StopReasonEnumTypeWrapper):
     """Why a path integral ended."""
@@ -82,6 +84,8 @@ operator).
 """
 STOP_REASON_NON_FINITE: StopReason.ValueType  # 6
 """A gradient or score on the path was NaN or infinite."""
+STOP_REASON_UNFINISHED: StopReason.ValueType  # 7
+"""It has not ended: a partial map of a stream, never in a final response."""
 Global___StopReason: _TypeAlias = StopReason  # noqa: Y015
 
 class _CautionKind:

@@ -255,12 +255,16 @@ class ExplainStreamRequest(_message.Message):
     INCLUDE_PARTIAL_MAPS_FIELD_NUMBER: _builtins.int
     CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     include_partial_maps: _builtins.bool
-    """Optional. Whether partial maps are sent after each round."""
+    """Optional. Whether the map so far follows each Progress."""
     chunk_bytes: _builtins.int
-    """Optional. Largest tensor payload per message in bytes. Default 1 MiB."""
+    """Optional. Largest `data` of one TensorChunk in bytes, in [1024, 2097152]; pieces are smaller where the server's message
+    limit is. Default 1 MiB.
+    """
     @_builtins.property
     def explain(self) -> Global___ExplainRequest:
-        """Required. The request."""
+        """Required. The request, refused as Explain refuses it, save that only what is no tensor must fit into one message. Its
+        response options hold for partial maps too.
+        """
 
     def __init__(
         self,
@@ -279,7 +283,9 @@ Global___ExplainStreamRequest: _TypeAlias = ExplainStreamRequest  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):
-    """Progress of one path."""
+    """One path after a round of it. A reader that is slower than the rounds gets the newest of each path; the one with the stop
+    reason always comes.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -287,12 +293,21 @@ class Progress(_message.Message):
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     MAX_STEP_COUNT_FIELD_NUMBER: _builtins.int
     MAP_ERROR_FIELD_NUMBER: _builtins.int
+    CONVERGENCE_DELTA_FIELD_NUMBER: _builtins.int
+    STOP_REASON_FIELD_NUMBER: _builtins.int
+    PATH_COUNT_FIELD_NUMBER: _builtins.int
     step_count: _builtins.int
     """Gradient evaluations so far."""
     max_step_count: _builtins.int
-    """Gradient evaluations that were planned at most."""
+    """Gradient evaluations at most."""
     map_error: _builtins.float
-    """Estimated relative L2 error of the map so far."""
+    """Estimated relative L2 error of the map so far; absent where the rule gives no estimate."""
+    convergence_delta: _builtins.float
+    """Sum of the map so far minus (F(x) - F(x')); absent where it is not finite."""
+    stop_reason: _attribution_pb2.StopReason.ValueType
+    """Why the path ended; UNFINISHED while it goes on."""
+    path_count: _builtins.int
+    """Paths of the request: instances x targets x baselines, also where baselines are folded."""
     @_builtins.property
     def position(self) -> _statistics_pb2.AttributionSelector:
         """The (method, instance, target, baseline)."""
@@ -304,46 +319,52 @@ class Progress(_message.Message):
         step_count: _builtins.int = ...,
         max_step_count: _builtins.int = ...,
         map_error: _builtins.float | None = ...,
+        convergence_delta: _builtins.float | None = ...,
+        stop_reason: _attribution_pb2.StopReason.ValueType = ...,
+        path_count: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_map_error", b"_map_error", "map_error", b"map_error", "position", b"position"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_convergence_delta", b"_convergence_delta", "_map_error", b"_map_error", "convergence_delta", b"convergence_delta", "map_error", b"map_error", "position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_map_error", b"_map_error", "map_error", b"map_error", "max_step_count", b"max_step_count", "position", b"position", "step_count", b"step_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_convergence_delta", b"_convergence_delta", "_map_error", b"_map_error", "convergence_delta", b"convergence_delta", "map_error", b"map_error", "max_step_count", b"max_step_count", "path_count", b"path_count", "position", b"position", "step_count", b"step_count", "stop_reason", b"stop_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__convergence_delta: _TypeAlias = _typing.Literal["convergence_delta"]  # noqa: Y015
+    _WhichOneofArgType__convergence_delta: _TypeAlias = _typing.Literal["_convergence_delta", b"_convergence_delta"]  # noqa: Y015
     _WhichOneofReturnType__map_error: _TypeAlias = _typing.Literal["map_error"]  # noqa: Y015
     _WhichOneofArgType__map_error: _TypeAlias = _typing.Literal["_map_error", b"_map_error"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__convergence_delta) -> _WhichOneofReturnType__convergence_delta | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__map_error) -> _WhichOneofReturnType__map_error | None: ...
 
 Global___Progress: _TypeAlias = Progress  # noqa: Y015
 
 @_typing.final
 class TensorChunk(_message.Message):
-    """A piece of a tensor."""
+    """A piece of a tensor. The pieces of a message's tensors follow it directly: keys in the order in which the message has the
+    tensors, offsets ascending without gaps.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    ATTRIBUTION_INDEX_FIELD_NUMBER: _builtins.int
-    INPUT_FIELD_NUMBER: _builtins.int
+    CHUNK_KEY_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
-    attribution_index: _builtins.int
-    """Position in the final response's attributions."""
-    input: _builtins.str
-    """Name of the input."""
+    chunk_key: _builtins.int
+    """The tensor with this `chunk_key`."""
     offset: _builtins.int
-    """Offset of `data` in bytes."""
+    """Position of the first byte of `data` in the tensor."""
     data: _builtins.bytes
     """Bytes of the tensor."""
     def __init__(
         self,
         *,
-        attribution_index: _builtins.int = ...,
-        input: _builtins.str = ...,
+        chunk_key: _builtins.int = ...,
         offset: _builtins.int = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribution_index", b"attribution_index", "data", b"data", "input", b"input", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_key", b"chunk_key", "data", b"data", "offset", b"offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -351,7 +372,9 @@ Global___TensorChunk: _TypeAlias = TensorChunk  # noqa: Y015
 
 @_typing.final
 class ExplainStreamResponse(_message.Message):
-    """One event of a stream."""
+    """One event of a stream: for each round a Progress, followed where asked for by the partial map and its chunks; at the end
+    the final response and its chunks.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -365,15 +388,18 @@ class ExplainStreamResponse(_message.Message):
 
     @_builtins.property
     def partial(self) -> _attribution_pb2.Attribution:
-        """A partial map with its error estimate."""
+        """The map so far of the path of the Progress before it, as Explain would give it if time ran out here, with every figure;
+        of each baseline also where they are folded. Its stop reason is UNFINISHED, or, once the path has ended, the one that
+        the final map has. Tensors with elements have a `chunk_key` in the place of `data`.
+        """
 
     @_builtins.property
     def final(self) -> Global___ExplainResponse:
-        """The final response, tensors left out where they follow in pieces."""
+        """What Explain gives. Tensors with elements have a `chunk_key` in the place of `data`."""
 
     @_builtins.property
     def chunk(self) -> Global___TensorChunk:
-        """A piece of a tensor of the final response."""
+        """A piece of a tensor."""
 
     def __init__(
         self,

@@ -93,7 +93,8 @@ class ExplainerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExplainStream(self, request, context):
-        """The same, with progress, partial maps and maps in pieces. UNIMPLEMENTED so far.
+        """The same, with progress and, where asked for, partial maps after each round of each path, and with tensors in pieces: a
+        reply may be larger than a message. Cancel it at any time; the rows that still wait are dropped.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,7 +39,9 @@ class ExplainerServiceStub:
     Explain: _grpc.UnaryUnaryMultiCallable[_explainer_service_pb2.ExplainRequest, _explainer_service_pb2.ExplainResponse]
     """Raw attributions of a batch of instances, with all figures needed to draw or compare them."""
     ExplainStream: _grpc.UnaryStreamMultiCallable[_explainer_service_pb2.ExplainStreamRequest, _explainer_service_pb2.ExplainStreamResponse]
-    """The same, with progress, partial maps and maps in pieces. UNIMPLEMENTED so far."""
+    """The same, with progress and, where asked for, partial maps after each round of each path, and with tensors in pieces: a
+    reply may be larger than a message. Cancel it at any time; the rows that still wait are dropped.
+    """
     Compare: _grpc.UnaryStreamMultiCallable[_explainer_service_pb2.CompareRequest, _explainer_service_pb2.CompareResponse]
     """Explanations of several models, inputs or methods side by side. UNIMPLEMENTED so far."""
     Evaluate: _grpc.UnaryStreamMultiCallable[_explainer_service_pb2.EvaluateRequest, _explainer_service_pb2.EvaluateResponse]
@@ -64,7 +66,9 @@ class ExplainerServiceAsyncStub(ExplainerServiceStub):
     Explain: _aio.UnaryUnaryMultiCallable[_explainer_service_pb2.ExplainRequest, _explainer_service_pb2.ExplainResponse]  # type: ignore[assignment]
     """Raw attributions of a batch of instances, with all figures needed to draw or compare them."""
     ExplainStream: _aio.UnaryStreamMultiCallable[_explainer_service_pb2.ExplainStreamRequest, _explainer_service_pb2.ExplainStreamResponse]  # type: ignore[assignment]
-    """The same, with progress, partial maps and maps in pieces. UNIMPLEMENTED so far."""
+    """The same, with progress and, where asked for, partial maps after each round of each path, and with tensors in pieces: a
+    reply may be larger than a message. Cancel it at any time; the rows that still wait are dropped.
+    """
     Compare: _aio.UnaryStreamMultiCallable[_explainer_service_pb2.CompareRequest, _explainer_service_pb2.CompareResponse]  # type: ignore[assignment]
     """Explanations of several models, inputs or methods side by side. UNIMPLEMENTED so far."""
     Evaluate: _aio.UnaryStreamMultiCallable[_explainer_service_pb2.EvaluateRequest, _explainer_service_pb2.EvaluateResponse]  # type: ignore[assignment]
@@ -98,7 +102,9 @@ class ExplainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _explainer_service_pb2.ExplainStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_explainer_service_pb2.ExplainStreamResponse], _abc.AsyncIterator[_explainer_service_pb2.ExplainStreamResponse]]:
-        """The same, with progress, partial maps and maps in pieces. UNIMPLEMENTED so far."""
+        """The same, with progress and, where asked for, partial maps after each round of each path, and with tensors in pieces: a
+        reply may be larger than a message. Cancel it at any time; the rows that still wait are dropped.
+        """
 
     @_abc_1.abstractmethod
     def Compare(

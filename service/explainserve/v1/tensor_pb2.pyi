@@ -12,10 +12,10 @@ import builtins as _builtins
 import sys
 import typing as _typing
 
-if sys.version_info >= (3, 11):
-    from typing import TypeAlias as _TypeAlias, Never as _Never
+if sys.version_info >= (3, 10):
+    from typing import TypeAlias as _TypeAlias
 else:
-    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
+    from typing_extensions import TypeAlias as _TypeAlias
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -72,10 +72,13 @@ class Tensor(_message.Message):
     DATA_TYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    CHUNK_KEY_FIELD_NUMBER: _builtins.int
     data_type: Global___DataType.ValueType
     """Required. Element type of `data`."""
     data: _builtins.bytes
     """Required. Elements in row-major order, little-endian, without padding."""
+    chunk_key: _builtins.int
+    """Only in answers of ExplainStream, unique in one stream: `data` is empty and follows in the TensorChunks with this key."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Required. Extent of each axis, each at least 0; empty for a scalar. The product times the element size is exactly the
@@ -88,11 +91,14 @@ class Tensor(_message.Message):
         data_type: Global___DataType.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         data: _builtins.bytes = ...,
+        chunk_key: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chunk_key", b"_chunk_key", "chunk_key", b"chunk_key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "data_type", b"data_type", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chunk_key", b"_chunk_key", "chunk_key", b"chunk_key", "data", b"data", "data_type", b"data_type", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__chunk_key: _TypeAlias = _typing.Literal["chunk_key"]  # noqa: Y015
+    _WhichOneofArgType__chunk_key: _TypeAlias = _typing.Literal["_chunk_key", b"_chunk_key"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chunk_key) -> _WhichOneofReturnType__chunk_key | None: ...
 
 Global___Tensor: _TypeAlias = Tensor  # noqa: Y015

@@ -1,0 +1,122 @@
+"""Rounds on their way to one reader, without a server: what a reader of any speed gets, and what ends it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from explainserve.explainer import Observer, Round
+from explainserve.rpc.streaming import NewestRounds, watched
+
+Told = list[tuple[int, int]]
+
+
+def a_round(path: int, number: int) -> Round:
+    outcome: Any = number
+    question: Any = None
+    return Round((0, path, 0), question, outcome)
+
+
+def numbers(rounds: list[Round]) -> Told:
+    """(path, number) of each."""
+    return [(latest.place[1], latest.outcome) for latest in rounds]  # type: ignore[misc]
+
+
+async def test_a_reader_gets_the_newest_of_each_path_the_longest_waiting_first() -> None:
+    rounds = NewestRounds()
+    for path, number in [(0, 1), (1, 1), (0, 2), (2, 1), (1, 2), (0, 3)]:
+        rounds.put(a_round(path, number))
+    rounds.close()
+
+    assert numbers([latest async for latest in rounds]) == [(0, 3), (1, 2), (2, 1)]
+
+
+async def test_a_reader_that_keeps_up_gets_every_round() -> None:
+    read: list[Round] = []
+
+    async def compute(observe: Observer) -> str:
+        for number in range(5):
+            observe(a_round(0, number))
+            while len(read) <= number:
+                await asyncio.sleep(0)
+        return "answer"
+
+    async def tell(latest: Round) -> None:
+        read.append(latest)
+
+    assert await watched(compute, tell) == "answer"
+    assert numbers(read) == [(0, number) for number in range(5)]
+
+
+async def test_a_slow_reader_does_not_hold_up_the_computation() -> None:
+    computed, read = asyncio.Event(), []
+
+    async def compute(observe: Observer) -> None:
+        for number in range(100):
+            observe(a_round(number % 2, number))
+            await asyncio.sleep(0)
+        computed.set()
+
+    async def tell(latest: Round) -> None:
+        read.append(latest)
+        await computed.wait()
+
+    await watched(compute, tell)
+
+    assert numbers(read) == [(0, 0), (1, 99), (0, 98)]
+
+
+async def test_what_the_computation_raises_comes_out() -> None:
+    async def compute(observe: Observer) -> None:
+        observe(a_round(0, 0))
+        raise ValueError("no gradient today")
+
+    async def tell(latest: Round) -> None:
+        pass
+
+    with pytest.raises(ValueError, match="no gradient today"):
+        await watched(compute, tell)
+
+
+async def test_a_reader_that_is_gone_ends_the_computation() -> None:
+    """It is over when `watched` is, so that no row outlives its stream."""
+    ended = []
+
+    async def compute(observe: Observer) -> None:
+        observe(a_round(0, 0))
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    async def tell(latest: Round) -> None:
+        raise ConnectionError("gone")
+
+    with pytest.raises(ConnectionError):
+        await watched(compute, tell)
+
+    assert ended == [True]
+
+
+async def test_cancelling_ends_the_computation() -> None:
+    running, ended = asyncio.Event(), []
+
+    async def compute(observe: Observer) -> None:
+        running.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    async def tell(latest: Round) -> None:
+        pass
+
+    watching = asyncio.create_task(watched(compute, tell))
+    await running.wait()
+    watching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await watching
+
+    assert ended == [True]
