@@ -59,6 +59,9 @@ class ClosedForm:
         self.backward_count = 0
         self.forward_rows = 0
 
+    def interrupt(self) -> None:
+        """A held evaluation cannot be ended, like one of torch."""
+
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
         if rows.function.wrt and self.holds_after is not None and self.gradient_rows >= self.holds_after:
             self.entered.set()

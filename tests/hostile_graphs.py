@@ -36,6 +36,20 @@ def endless() -> onnx.ModelProto:
     return model([loop], [("x", [1, 3])], [("y", [1, 3])], {"count": np.array(2**62, np.int64)})
 
 
+def patient() -> onnx.ModelProto:
+    """y = x after as many rounds of a loop as the largest element says."""
+    values = [("i", TensorProto.INT64, []), ("go", TensorProto.BOOL, []), ("v", TensorProto.FLOAT, ["batch", 4])]
+    inputs = [helper.make_tensor_value_info(*value) for value in values]
+    outputs = [helper.make_tensor_value_info(f"{name}_out", *rest) for name, *rest in values[1:]]
+    body = [node("Identity", ["go"], ["go_out"]), node("Identity", ["v"], ["v_out"])]
+    nodes = [
+        node("ReduceMax", ["x"], ["largest"], keepdims=0),
+        node("Cast", ["largest"], ["count"], to=TensorProto.INT64),
+        node("Loop", ["count", "", "x"], ["y"], body=helper.make_graph(body, "body", inputs, outputs)),
+    ]
+    return model(nodes, [("x", ["batch", 4])], [("y", ["batch", 4])])
+
+
 def doubled(depth: int) -> onnx.ModelProto:
     """One call of a function that calls another one twice, and so on: 2^depth nodes in all."""
     imports = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]

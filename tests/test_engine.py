@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from explainserve.metrics import Metrics
 from explainserve.plan import Plan, Rows, Segment, SegmentEvaluation
 from explainserve.repository import ServedModel
 from explainserve.scheduling import Request, Scheduler
+from explainserve.watchdog import HANGS, Watchdog
 
 
 @pytest.fixture
@@ -228,6 +230,136 @@ async def test_too_little_memory_for_one_row_fails_its_request(
     assert isinstance(failed, EvaluationFailed)
     assert failed.reason == "OUT_OF_MEMORY"
     assert loaded.batches == [4, 2, 1]
+
+
+class Hanging(ClosedForm):
+    """Never returns from a batch that holds a certain row, unless it can be ended and is."""
+
+    def __init__(self, bad_alpha: float, *, can_be_ended: bool) -> None:
+        super().__init__()
+        self.bad_alpha = bad_alpha
+        self.can_be_ended = can_be_ended
+        self.ended = threading.Event()
+        self.interruptions = 0
+
+    def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
+        if any(self.bad_alpha in segment.alphas for segment in rows.segments):
+            assert self.ended.wait(PATIENCE), "nobody ended it"
+            self.ended.clear()
+            raise RuntimeError("ended")
+        return super().evaluate(rows)
+
+    def interrupt(self) -> None:
+        self.interruptions += 1
+        if self.can_be_ended:
+            self.ended.set()
+
+
+BAD = path(2, offset=0.1)
+"""Makes a model hang."""
+
+
+@dataclass
+class Watched:
+    """An engine with a short-tempered watchdog, and what it told."""
+
+    engine: Engine
+    metrics: Metrics
+    disowned: list[tuple[ServedModel, ExplainServeError]]
+
+
+@pytest_asyncio.fixture
+async def watched() -> AsyncIterator[Watched]:
+    metrics, disowned = Metrics(CollectorRegistry()), []  # type: ignore[var-annotated]
+    engine = Engine(Scheduler(1000), metrics, Watchdog(0.2), lambda *told: disowned.append(told))
+    engine.start()
+    yield Watched(engine, metrics, disowned)
+    await asyncio.to_thread(engine.stop)
+
+
+async def test_run_that_can_be_ended_fails_only_the_request_to_blame(watched: Watched) -> None:
+    """It shared its batch with others, which are answered; the model is served on."""
+    loaded = Hanging(BAD.alphas[1], can_be_ended=True)
+    model = served(loaded, max_batch_rows=16)
+    hold(loaded)
+    first = asyncio.create_task(watched.engine.evaluate(model, plan(path(1)), Request()))
+    await entered(loaded)
+    plans = [plan(path(3)), plan(BAD), plan(path(5))]
+    tasks = [asyncio.create_task(watched.engine.evaluate(model, own, Request())) for own in plans]
+    await asyncio.sleep(0)
+    loaded.gate.set()
+
+    await first
+    good, failed, other = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert isinstance(failed, EvaluationFailed) and failed.reason == "MODEL_HANGS"
+    assert not isinstance(good, BaseException) and not isinstance(other, BaseException)
+    assert sample(watched.metrics, "explainserve_failed_batches_total", model="closed", reason="MODEL_HANGS") == 2
+    assert not watched.disowned
+    assert await watched.engine.evaluate(model, plan(path(2)), Request())
+
+
+async def test_model_that_must_be_ended_again_and_again_is_disowned(watched: Watched) -> None:
+    loaded = Hanging(BAD.alphas[1], can_be_ended=True)
+    model = served(loaded)
+
+    reasons = [(await failure(watched.engine.evaluate(model, plan(BAD), Request()))).reason for _ in range(HANGS + 2)]
+
+    assert reasons == ["MODEL_HANGS"] * (HANGS + 2)
+    assert loaded.interruptions == HANGS, "further requests are refused without a run"
+    assert [(own, error.reason) for own, error in watched.disowned] == [(model, "MODEL_HANGS")]
+
+
+async def test_others_go_on_when_a_run_cannot_be_ended(watched: Watched) -> None:
+    """Its jobs fail, those that wait included; when it comes back at last, nobody takes what it brings."""
+    loaded = Hanging(BAD.alphas[1], can_be_ended=False)
+    model, other = served(loaded), served(ClosedForm(), "other")
+    threads = device_thread_count()
+    hung = asyncio.create_task(watched.engine.evaluate(model, plan(BAD), Request()))
+    await until(lambda: watched.engine._run is not None)
+    waiting = [asyncio.create_task(watched.engine.evaluate(m, plan(path(9)), Request())) for m in (model, other)]
+
+    same, different = await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert (await failure(hung)).reason == "MODEL_HANGS"
+    assert isinstance(same, EvaluationFailed) and same.reason == "MODEL_HANGS"
+    assert not isinstance(different, BaseException)
+    assert [own for own, _ in watched.disowned] == [model]
+    assert (await failure(watched.engine.evaluate(model, plan(path(1)), Request()))).reason == "MODEL_HANGS"
+    assert sample(watched.metrics, "explainserve_lost_threads") == 1
+    assert device_thread_count() == threads + 1
+
+    loaded.ended.set()
+    await until(lambda: sample(watched.metrics, "explainserve_lost_threads") == 0)
+
+    await until(lambda: device_thread_count() == threads)
+    assert await watched.engine.evaluate(other, plan(path(5)), Request())
+
+
+async def test_a_late_run_does_not_hit_the_next_one(watched: Watched, loaded: ClosedForm, model: ServedModel) -> None:
+    """A run that comes back in time is not overdue, however long the engine idles afterwards."""
+    await watched.engine.evaluate(model, plan(path(3)), Request())
+    await asyncio.sleep(0.5)
+    await watched.engine.evaluate(model, plan(path(3)), Request())
+
+    assert sample(watched.metrics, "explainserve_lost_threads") == 0
+    assert not watched.disowned
+
+
+async def test_stop_leaves_a_run_that_cannot_be_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LAST_BATCH_SECONDS", "INTERRUPTED_BATCH_SECONDS"):
+        monkeypatch.setattr(f"explainserve.engine.{name}", 0.1)
+    loaded = Hanging(BAD.alphas[1], can_be_ended=False)
+    engine = Engine(Scheduler(1000), Metrics(CollectorRegistry()))
+    engine.start()
+    hung = asyncio.create_task(engine.evaluate(served(loaded), plan(BAD), Request()))
+    await until(lambda: engine._run is not None)
+
+    await asyncio.to_thread(engine.stop)
+
+    assert isinstance(await failure(hung), ShuttingDown)
+    assert loaded.interruptions == 1
+    loaded.ended.set()
 
 
 async def test_own_errors_pass_as_they_are(engine: Engine, model: ServedModel, loaded: ClosedForm) -> None:

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from explainserve import backends
 from explainserve.backends import LoadOptions
-from explainserve.errors import ModelRefused, NotFound, Unsupported
+from explainserve.errors import EvaluationFailed, ModelRefused, NotFound, Unsupported
 from explainserve.repository import (
     DEFAULT_BATCH_ROWS,
     NO_VERSION,
@@ -360,6 +360,24 @@ class TestRepository:
         assert model_error.value.metadata["models"] == "bad, good"
         assert version_error.value.reason == "UNKNOWN_VERSION"
         assert version_error.value.metadata["versions"] == "1, 2, 3"
+
+    def test_a_model_that_failed_while_it_was_served_is_served_no_longer(self, mixed: Repository) -> None:
+        model = mixed.get("good", 1)
+
+        mixed.fail(model, EvaluationFailed("MODEL_HANGS", "it did not return"))
+
+        with pytest.raises(Unsupported) as caught:
+            mixed.get("good", 1)
+        assert (caught.value.reason, caught.value.metadata["error_reason"]) == ("MODEL_FAILED", "MODEL_HANGS")
+        assert "it did not return" in caught.value.message
+
+    def test_a_model_that_was_replaced_fails_alone(self, mixed: Repository) -> None:
+        old = mixed.get("good", 1)
+        mixed.load("good", 1)
+
+        mixed.fail(old, EvaluationFailed("MODEL_HANGS", "it did not return"))
+
+        assert mixed.get("good", 1) is not old
 
     def test_every_state_is_reported_in_turn(self, tmp_path: Path) -> None:
         put(tmp_path, "good")

@@ -1,5 +1,10 @@
-"""The engine: one thread per device that pulls micro-batches from the scheduler. The only threads, futures and
-locks."""
+"""The engine: one thread per device that pulls micro-batches from the scheduler, and one that watches it. The only
+threads, futures and locks.
+
+A model may raise, return nonsense, run out of memory or hang; it fails its own requests only. A run that hangs is asked
+to end. Where its library cannot do that, nothing can: its thread is lost, another takes its place, and the model is
+disowned, for the lost one may still be at work in it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -15,7 +20,8 @@ from explainserve.errors import EvaluationFailed, ExplainServeError, ShuttingDow
 from explainserve.metrics import Metrics
 from explainserve.plan import Evaluation, Plan, SegmentEvaluation
 from explainserve.repository import ServedModel
-from explainserve.scheduling import Batch, Job, Request, RowLimit, Scheduler
+from explainserve.scheduling import Job, Request, Scheduler
+from explainserve.watchdog import Conduct, Run, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +31,11 @@ OUT_OF_MEMORY = "OUT_OF_MEMORY"
 LAST_BATCH_SECONDS = 10.0
 """Time that the batch on the device gets when the engine stops."""
 
+INTERRUPTED_BATCH_SECONDS = 1.0
+"""Time that it gets after that, once it was asked to end."""
+
+Tell = Callable[[ServedModel, ExplainServeError], None]
+
 
 class Engine:
     """Evaluates plans on one device.
@@ -32,30 +43,50 @@ class Engine:
     Args:
         scheduler: decides which rows go next.
         metrics: instruments to feed.
+        watchdog: decides how long a run may take.
+        tell_disowned: called with a model that is evaluated no longer and the reason; it must not block.
     """
 
-    def __init__(self, scheduler: Scheduler, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        watchdog: Watchdog | None = None,
+        tell_disowned: Tell = lambda model, error: None,
+    ) -> None:
         self._scheduler = scheduler
         self._metrics = metrics
-        self._wake = threading.Condition()
+        self._watchdog = watchdog or Watchdog(0)
+        self._tell_disowned = tell_disowned
+        lock = threading.Lock()
+        self._wake = threading.Condition(lock)
+        self._wake_watcher = threading.Condition(lock)
         self._futures: dict[Job, asyncio.Future[None]] = {}
-        self._limits: WeakKeyDictionary[ServedModel, RowLimit] = WeakKeyDictionary()
+        self._conducts: WeakKeyDictionary[ServedModel, Conduct] = WeakKeyDictionary()
+        self._run: Run | None = None
         self._stopping = False
-        self._thread = threading.Thread(target=self._work, name="device", daemon=True)
+        self._thread = self._device_thread()
+        self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Starts the device thread."""
+        """Starts the threads."""
         self._thread.start()
+        self._watcher.start()
 
     def stop(self) -> None:
-        """Ends the device thread after the batch it is at; what waits is ended with ShuttingDown.
+        """Ends the threads after the batch on the device; what waits is ended with ShuttingDown.
 
-        A batch that takes longer than LAST_BATCH_SECONDS is left to itself: nothing can interrupt it.
+        A batch that takes longer than LAST_BATCH_SECONDS is asked to end, and left to itself where it does not.
         """
         with self._wake:
             self._stopping = True
             self._wake.notify_all()
+            self._wake_watcher.notify_all()
+        self._watcher.join()
         self._thread.join(LAST_BATCH_SECONDS)
+        if (run := self._run) is not None:
+            self._interrupt(run)
+            self._thread.join(INTERRUPTED_BATCH_SECONDS)
         for job in list(self._futures):
             job.error = ShuttingDown("SHUTTING_DOWN", "the server is shutting down")
             self._settle([job])
@@ -84,13 +115,17 @@ class Engine:
 
         Raises:
             DeadlineExceeded: `request.expires_at`, in seconds of `time.monotonic`, passed.
-            EvaluationFailed: the model raised.
+            EvaluationFailed: the model raised (MODEL_RAISED), one row does not fit into memory (OUT_OF_MEMORY), or the
+                model does not return (MODEL_HANGS).
         """
         future = asyncio.get_running_loop().create_future()
         with self._wake:
             if self._stopping:
                 raise ShuttingDown("SHUTTING_DOWN", "the server is shutting down")
-            job = Job(model, plan, request, self._limits.setdefault(model, RowLimit(model.max_batch_rows)))
+            conduct = self._conduct(model)
+            if conduct.disowned:
+                raise _hangs(model)
+            job = Job(model, plan, request, conduct.limit)
             self._scheduler.submit(job, time.monotonic())
             self._futures[job] = future
             self._wake.notify()
@@ -105,45 +140,21 @@ class Engine:
         self._metrics.queue_seconds.labels(model.name).observe(queue_seconds)
         return job.evaluation, queue_seconds
 
+    def _device_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._work, name="device", daemon=True)
+
     def _work(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            try:
-                started = time.monotonic()
-                parts = _model(batch).loaded.evaluate(batch.rows)
-                seconds = time.monotonic() - started
-            except Exception as error:  # a model may raise anything; it fails its own requests only
-                self._settle(self._failed(batch, _as_evaluation_failure(error)))
-            else:
-                self._settle(self._completed(batch, parts, seconds))
+        while (run := self._next_run()) is not None:
+            outcome = _outcome(run)
+            with self._wake:
+                if self._run is not run:
+                    self._came_back(run)
+                    return
+                self._run = None
+                self._settle(self._concluded(run, outcome))
+            del run, outcome  # else an unloaded model would stay until the next batch
 
-    def _completed(self, batch: Batch, parts: Sequence[SegmentEvaluation], seconds: float) -> list[Job]:
-        """Jobs that are done with a batch; or that it fails, where the model returned nonsense."""
-        self._observe(batch, seconds)
-        with self._wake:
-            try:
-                return self._scheduler.complete(batch, parts, seconds)
-            except Exception as error:
-                return self._scheduler.fail(batch, _as_evaluation_failure(error))
-
-    def _failed(self, batch: Batch, error: ExplainServeError) -> list[Job]:
-        """Jobs that a failure ends: those of one request, after it was tried without others and in small enough parts.
-
-        So a request fails for its own rows only, and memory that does not suffice for a batch is enough for its half.
-        """
-        model = _model(batch)
-        self._metrics.failed_batches.labels(model.name, error.reason).inc()
-        with self._wake:
-            if error.reason == OUT_OF_MEMORY and batch.rows.row_count > 1:
-                self._scheduler.retry_in_halves(batch)
-                text = "model %s ran out of memory with %d rows; its micro-batches hold %d at most from now on"
-                logger.warning(text, model.name, batch.rows.row_count, self._limits[model].rows)
-                return []
-            if len(batch.requests) > 1:
-                self._scheduler.retry_alone(batch)
-                return []
-            return self._scheduler.fail(batch, error)
-
-    def _next_batch(self) -> Batch | None:
+    def _next_run(self) -> Run | None:
         """Waits for rows; None when the engine stops."""
         with self._wake:
             while not self._stopping:
@@ -152,17 +163,120 @@ class Engine:
                 batch = self._scheduler.next_batch(now)
                 self._metrics.waiting_rows.set(self._scheduler.waiting_row_count)
                 if batch is not None:
-                    return batch
+                    assert isinstance(batch.model, ServedModel)
+                    due_at = self._watchdog.due_at(self._conduct(batch.model), now)
+                    self._run = Run(batch, batch.model, now, due_at)
+                    return self._run
                 self._wake.wait()
         return None
 
-    def _observe(self, batch: Batch, seconds: float) -> None:
-        model = _model(batch)
-        kind = "gradient" if batch.rows.function.wrt else "forward"
-        self._metrics.compute_seconds.labels(model.name).observe(seconds)
-        self._metrics.batch_rows.labels(model.name).observe(batch.rows.row_count)
-        self._metrics.rows.labels(model.name, kind).inc(batch.rows.row_count)
-        self._metrics.backward_evaluations.labels(model.name).inc(batch.rows.backward_count)
+    def _concluded(self, run: Run, outcome: Sequence[SegmentEvaluation] | ExplainServeError) -> list[Job]:
+        """Jobs that end with a run."""
+        if not isinstance(outcome, ExplainServeError):
+            return self._completed(run, outcome)
+        if run.interrupted:
+            return self._hung(run)
+        return self._failed(run, outcome)
+
+    def _completed(self, run: Run, parts: Sequence[SegmentEvaluation]) -> list[Job]:
+        """Jobs that are done now; all of the batch's where the model returned nonsense."""
+        seconds = time.monotonic() - run.started_at
+        self._conduct(run.model).completed(seconds)
+        self._observe(run, seconds)
+        try:
+            return self._scheduler.complete(run.batch, parts, seconds)
+        except Exception as error:
+            return self._scheduler.fail(run.batch, _as_evaluation_failure(error))
+
+    def _failed(self, run: Run, error: ExplainServeError) -> list[Job]:
+        """Jobs that a failure ends: those of one request, after it was tried without others and in small enough parts.
+
+        So a request fails for its own rows only, and memory that does not suffice for a batch is enough for its half.
+        """
+        batch = run.batch
+        self._metrics.failed_batches.labels(run.model.name, error.reason).inc()
+        if error.reason == OUT_OF_MEMORY and batch.rows.row_count > 1:
+            self._scheduler.retry_in_halves(batch)
+            text = "model %s ran out of memory with %d rows; its micro-batches hold %d at most from now on"
+            logger.warning(text, run.model.name, batch.rows.row_count, self._conduct(run.model).limit.rows)
+            return []
+        if len(batch.requests) > 1:
+            self._scheduler.retry_alone(batch)
+            return []
+        return self._scheduler.fail(batch, error)
+
+    def _hung(self, run: Run) -> list[Job]:
+        """Jobs that end with a run that had to be ended: as with any failure, until it is one too many."""
+        ended = self._failed(run, _hangs(run.model))
+        logger.warning("a run of model %s took too long and was ended", run.model.name)
+        if self._conduct(run.model).hung():
+            ended += self._disown(run.model)
+        return ended
+
+    def _disown(self, model: ServedModel) -> list[Job]:
+        """Evaluates a model no longer; its jobs end."""
+        self._conduct(model).disowned = True
+        self._tell_disowned(model, _hangs(model))
+        return self._scheduler.drop(model, _hangs(model))
+
+    def _watch(self) -> None:
+        """Asks a run that is overdue to end, and gives it up where it does not."""
+        while (run := self._overdue()) is not None:
+            if run.interrupted:
+                self._give_up(run)
+            else:
+                self._interrupt(run)
+            del run  # as above
+
+    def _overdue(self) -> Run | None:
+        """Waits for a run that is overdue; None when the engine stops."""
+        with self._wake_watcher:
+            while not self._stopping:
+                if (seconds := self._seconds_left()) <= 0:
+                    return self._run
+                self._wake_watcher.wait(min(seconds, threading.TIMEOUT_MAX))
+        return None
+
+    def _seconds_left(self) -> float:
+        """Time until a run can be overdue; one that begins from now on is not before the watchdog's own time."""
+        return self._watchdog.seconds if self._run is None else self._run.due_at - time.monotonic()
+
+    def _interrupt(self, run: Run) -> None:
+        with self._wake:
+            if self._run is run:  # else another has begun, which must not be hit
+                run.interrupted = True
+                run.due_at = self._watchdog.given_up_at(time.monotonic())
+                run.model.loaded.interrupt()
+
+    def _give_up(self, run: Run) -> None:
+        """Leaves a thread to itself and puts another in its place."""
+        with self._wake:
+            if self._run is not run:
+                return
+            self._run = None
+            self._metrics.failed_batches.labels(run.model.name, _hangs(run.model).reason).inc()
+            self._metrics.lost_threads.inc()
+            self._settle(self._disown(run.model))
+            self._thread = self._device_thread()
+            self._thread.start()
+        logger.error("a run of model %s cannot be ended; the server goes on without its thread", run.model.name)
+
+    def _came_back(self, run: Run) -> None:
+        """A thread that was lost ends; what it brings is nobody's any more."""
+        self._metrics.lost_threads.dec()
+        logger.warning("a run of model %s that was given up has ended", run.model.name)
+
+    def _conduct(self, model: ServedModel) -> Conduct:
+        if model not in self._conducts:
+            self._conducts[model] = Conduct.at_load(model)
+        return self._conducts[model]
+
+    def _observe(self, run: Run, seconds: float) -> None:
+        rows, name = run.batch.rows, run.model.name
+        self._metrics.compute_seconds.labels(name).observe(seconds)
+        self._metrics.batch_rows.labels(name).observe(rows.row_count)
+        self._metrics.rows.labels(name, "gradient" if rows.function.wrt else "forward").inc(rows.row_count)
+        self._metrics.backward_evaluations.labels(name).inc(rows.backward_count)
 
     def _settle(self, jobs: list[Job]) -> None:
         """Tells the coroutines that wait for these jobs."""
@@ -172,9 +286,18 @@ class Engine:
                 future.get_loop().call_soon_threadsafe(_resolve, future, job.error)
 
 
-def _model(batch: Batch) -> ServedModel:
-    assert isinstance(batch.model, ServedModel)
-    return batch.model
+def _outcome(run: Run) -> Sequence[SegmentEvaluation] | ExplainServeError:
+    """What the device makes of a batch; a model may raise anything, and it fails its own requests only."""
+    try:
+        return run.model.loaded.evaluate(run.batch.rows)
+    except Exception as error:
+        return _as_evaluation_failure(error)
+
+
+def _hangs(model: ServedModel) -> EvaluationFailed:
+    return EvaluationFailed(
+        "MODEL_HANGS", f"model {model.name!r} did not return in time", model=model.name, version=model.version
+    )
 
 
 def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:

@@ -66,6 +66,9 @@ class Metrics:
             ["model", "reason"],
             registry=registry,
         )
+        self.lost_threads = Gauge(
+            "explainserve_lost_threads", "Threads in runs of models that cannot be ended.", registry=registry
+        )
         self.waiting_rows = Gauge("explainserve_waiting_rows", "Rows that wait for the device.", registry=registry)
         self.reserved_bytes = Gauge(
             "explainserve_reserved_bytes",

@@ -398,6 +398,13 @@ class Repository:
         self._put(ModelEntry(entry.name, entry.version, entry.format, ModelState.UNLOADED))
         return self._entries[entry.name, entry.version]
 
+    def fail(self, model: ServedModel, error: ExplainServeError) -> None:
+        """Serves a model no longer because of what it did, until it is loaded again."""
+        entry = self._entries.get((model.name, model.version))
+        if entry is not None and entry.served is model:  # else another has replaced it
+            state, reason = ModelState.FAILED, error.message
+            self._put(replace(entry, state=state, reason=reason, error_reason=error.reason, served=None))
+
     def index(self) -> tuple[ModelEntry, ...]:
         """All versions, and those in the folder that were never loaded, by name and version.
 

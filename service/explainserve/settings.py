@@ -39,6 +39,7 @@ class Settings(BaseSettings):
         max_instances: cap of instances of one request.
         response_cache_bytes: memory for answers that are kept for equal requests; 0 keeps none.
         allow_model_control: whether clients may load and unload models.
+        watchdog_seconds: time that any micro-batch may take before it is ended; 0 lets all take for ever.
         grace_seconds: time that running requests get on shutdown.
         default_timeout_seconds: limit of requests that come without a deadline.
         trial_seconds: time that a model file gets in the process that tries it first; 0 loads files without a trial.
@@ -69,6 +70,7 @@ class Settings(BaseSettings):
     max_instances: PositiveInt = 256
     response_cache_bytes: Annotated[int, Field(ge=0)] = 0
     allow_model_control: bool = False
+    watchdog_seconds: Annotated[float, Field(ge=0)] = 60.0
     grace_seconds: Annotated[float, Field(ge=0)] = 30.0
     default_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     trial_seconds: Annotated[float, Field(ge=0)] = 60.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported
 from explainserve.model_config import ModelConfig
 from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector, Tensors
 from explainserve.signature import ScoreHead
+from hostile_graphs import patient
 from onnx_graphs import linear, make_external, model, node, save
 
 OPTIONS = LoadOptions(thread_count=1)
@@ -672,3 +674,24 @@ def test_a_session_that_fell_back_silently_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr(onnx_session, "_providers", lambda device: [onnx_session.CPU])
 
     assert refusal(save(linear(WEIGHTS), tmp_path), LoadOptions("cuda")).reason == "DEVICE_UNAVAILABLE"
+
+
+def test_an_evaluation_is_ended_from_another_thread_and_the_next_one_is_not(loaded: Callable[..., OnnxModel]) -> None:
+    """In the middle of a loop that would take years."""
+    patient_model = loaded(patient())
+    endless = np.full(4, 2.0**50, np.float32)
+    failures: list[str] = []
+
+    def run() -> None:
+        with pytest.raises(EvaluationFailed) as caught:
+            forward(patient_model, {"x": endless})
+        failures.append(caught.value.reason)
+
+    running = threading.Thread(target=run)
+    running.start()
+    while running.is_alive():
+        patient_model.interrupt()
+        running.join(0.05)
+
+    assert failures == ["MODEL_RAISED"]
+    np.testing.assert_array_equal(forward(patient_model, {"x": np.ones(4, np.float32)}), np.ones(4))

@@ -85,7 +85,7 @@ class Memory:
 
 
 class LoadedModel(Protocol):
-    """A model in memory. Used by one thread at a time.
+    """A model in memory. Used by one thread at a time, but for `interrupt`.
 
     Attributes:
         backend: "onnxruntime", "torch.export" or "torchscript".
@@ -124,6 +124,13 @@ class LoadedModel(Protocol):
         Raises:
             EvaluationFailed: the model raised.
             Unsupported: a gradient is asked of a model with gaps (NOT_DIFFERENTIABLE).
+        """
+        ...
+
+    def interrupt(self) -> None:
+        """Asks the evaluation that is in progress on another thread to end; it then raises.
+
+        Has no effect where nothing is in progress, or where the library cannot do it.
         """
         ...
 

@@ -21,7 +21,7 @@ from explainserve.backends.contract import LoadOptions, Memory, OperatorGap
 from explainserve.backends.gradient_cache import GradientCache, cache_key
 from explainserve.backends.onnx_batch import with_rows
 from explainserve.backends.onnx_blocks import state_block_size
-from explainserve.backends.onnx_session import QUIET, available_device, open_session, resident_bytes
+from explainserve.backends.onnx_session import Interruption, available_device, open_session, resident_bytes
 from explainserve.backends.onnx_subnormal import flush_subnormals
 from explainserve.backends.onnx_verification import LARGEST_DIFFERENCE, largest_difference
 from explainserve.backends.onnx_weights import Weights, stored_bytes
@@ -72,11 +72,12 @@ class _Function:
     """A session that computes scores, and gradients where it has a cotangent input."""
 
     session: onnxruntime.InferenceSession
+    interruption: Interruption
     cotangent: str = ""
 
     def __call__(self, feeds: Blocks) -> list[Array]:
         try:
-            outputs: list[Array] = self.session.run(None, feeds, QUIET)
+            outputs: list[Array] = self.session.run(None, feeds, self.interruption.options)
         except Exception as error:  # onnxruntime's own exceptions derive from Exception directly
             if is_out_of_memory(error):
                 raise EvaluationFailed("OUT_OF_MEMORY", f"no memory is left: {first_line(error)}") from error
@@ -115,6 +116,7 @@ class OnnxModel:
         self._unbatched = unbatched
         self._options = options
         self._functions: dict[Differentiation, _Function] = {}
+        self._interruption = Interruption()
         self._score_shapes: dict[tuple[object, ...], tuple[int, ...]] = {}
         self.gaps = _gaps(graph, signature, weights)
         self.layers = onnx_graph.layers(graph)
@@ -122,6 +124,7 @@ class OnnxModel:
 
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
         """See `contract.LoadedModel`. Rows are interpolated on the host, which onnxruntime reads or copies once."""
+        self._interruption.begin()
         function = self._function(rows.function)
         blocks = {spec.name: _block(spec, rows) for spec in self.signature.inputs}
         if not rows.function.wrt:
@@ -144,6 +147,10 @@ class OnnxModel:
             )
             for selector, (segment, piece) in zip(selectors, _pieces(rows), strict=True)
         ]
+
+    def interrupt(self) -> None:
+        """See `contract.LoadedModel`."""
+        self._interruption.interrupt()
 
     @property
     def _has_gradient(self) -> bool:
@@ -220,7 +227,7 @@ class OnnxModel:
 
     def _forward(self, function: Differentiation) -> _Function:
         graph, score = self._with_head(function)
-        return _Function(self._open(graph, [score]))
+        return _Function(self._open(graph, [score]), self._interruption)
 
     def _gradient(self, function: Differentiation) -> _Function:
         if not self._has_gradient:
@@ -232,7 +239,7 @@ class OnnxModel:
         self._weights.take(result.model)
         outputs = [score, *(result.gradients[name] for name in function.wrt)]
         try:
-            gradient = _Function(self._open(result.model, outputs), result.cotangent)
+            gradient = _Function(self._open(result.model, outputs), self._interruption, result.cotangent)
         except ModelRefused as refusal:
             text = f"the gradient does not run on {self.device}: {refusal.message}"
             raise Unsupported("NOT_DIFFERENTIABLE", text, device=self.device) from refusal
@@ -251,7 +258,7 @@ class OnnxModel:
     def _check_device(self, gradient: _Function, graph: onnx.ModelProto, function: Differentiation) -> None:
         """Refuses a gradient that the CPU provider does not confirm on random rows."""
         on_cpu = open_session(graph, replace(self._options, device="cpu"), self._weights)
-        reference = _Function(on_cpu, gradient.cotangent)
+        reference = _Function(on_cpu, self._interruption, gradient.cotangent)
         for extents in free_extents(self.signature):
             try:
                 difference = self._difference(gradient, reference, self._random_rows(function, extents))

@@ -35,9 +35,34 @@ small operator; but on a busy machine long spinning takes the processor from who
 _OWN_COMPILERS = frozenset({"openvino", "tensorrt"})
 """They are handed the serialized graph and cannot follow its references."""
 
-QUIET = onnxruntime.RunOptions()
-"""For runs whose failure is caught and told: onnxruntime would print it on standard error besides."""
-QUIET.log_severity_level = 4
+
+def quiet() -> onnxruntime.RunOptions:
+    """For runs whose failure is caught and told: onnxruntime would print it on standard error besides."""
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = 4
+    return options
+
+
+QUIET = quiet()
+
+
+class Interruption:
+    """Lets another thread end the runs of one evaluation: onnxruntime looks between nodes, those of loops included.
+
+    Attributes:
+        options: for every run of the evaluation that is in progress.
+    """
+
+    def __init__(self) -> None:
+        self.options = quiet()
+
+    def begin(self) -> None:
+        """A new evaluation, which nobody has ended."""
+        self.options = quiet()
+
+    def interrupt(self) -> None:
+        """Makes the runs raise that are in progress, and those that are to come before the next evaluation."""
+        self.options.terminate = True
 
 
 def open_session(

@@ -67,6 +67,9 @@ class TorchModel:
         evaluation = self._gradients if rows.function.wrt else self._scores
         return _guarded(lambda: evaluation(rows))
 
+    def interrupt(self) -> None:
+        """See `contract.LoadedModel`: torch cannot."""
+
     def _scores(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
         with torch.inference_mode():
             scores = self._score_tensor(rows.function, self._points(rows))

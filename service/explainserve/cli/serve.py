@@ -102,6 +102,16 @@ def serve(
         bool,
         _knob("allow_model_control", "Let clients load and unload models: whoever reaches the server can."),
     ] = False,
+    watchdog_seconds: Annotated[
+        float,
+        _knob(
+            "watchdog_seconds",
+            "Seconds after which a micro-batch is ended as one that hangs, or 20 times what those of its model take "
+            "where that is longer; 0 lets it take for ever.",
+            "SECONDS",
+            min=0,
+        ),
+    ] = 60.0,
     grace_seconds: Annotated[
         float,
         _knob(

@@ -20,11 +20,19 @@ class HttpServer:
     Args:
         host, port: where to listen; port 0 picks a free one.
         registry: what /metrics shows.
-        ready: whether /readyz answers 200.
+        alive, ready: whether /livez and /readyz answer 200.
     """
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry, ready: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        alive: Callable[[], bool],
+        ready: Callable[[], bool],
+    ) -> None:
         self._metrics = make_wsgi_app(registry)
+        self._alive = alive
         self._ready = ready
         kind = _ThreadingServer6 if ":" in host else _ThreadingServer
         self._server = make_server(host, port, self._answer, kind, _QuietHandler)
@@ -50,8 +58,10 @@ class HttpServer:
             case "/metrics":
                 exposition: Iterable[bytes] = self._metrics(environ, start_response)
                 return exposition
-            case "/livez":
+            case "/livez" if self._alive():
                 return _text(start_response, "200 OK", "alive\n")
+            case "/livez":
+                return _text(start_response, "503 Service Unavailable", "stuck\n")
             case "/readyz" if self._ready():
                 return _text(start_response, "200 OK", "ready\n")
             case "/readyz":

@@ -18,9 +18,10 @@ from explainserve.backends import LoadOptions
 from explainserve.backends.trial import TrialLimits
 from explainserve.backends.tried import Tried
 from explainserve.engine import Engine
+from explainserve.errors import ExplainServeError
 from explainserve.explainer import Explainer
 from explainserve.metrics import Metrics
-from explainserve.repository import ModelEntry, ModelState, Repository
+from explainserve.repository import ModelEntry, ModelState, Repository, ServedModel
 from explainserve.rpc.http import HttpServer
 from explainserve.rpc.interceptor import ObservingInterceptor
 from explainserve.rpc.repository_servicer import RepositoryServicer
@@ -30,6 +31,7 @@ from explainserve.settings import Settings
 from explainserve.v1 import explainer_service_pb2, model_repository_service_pb2
 from explainserve.v1.explainer_service_pb2_grpc import add_ExplainerServiceServicer_to_server
 from explainserve.v1.model_repository_service_pb2_grpc import add_ModelRepositoryServiceServicer_to_server
+from explainserve.watchdog import Watchdog
 
 SERVICE = explainer_service_pb2.DESCRIPTOR.services_by_name["ExplainerService"].full_name
 _REPOSITORY_SERVICE = model_repository_service_pb2.DESCRIPTOR.services_by_name["ModelRepositoryService"].full_name
@@ -50,6 +52,8 @@ class Server:
         self._log = log
         self._metrics = Metrics(CollectorRegistry())
         self._ready = False
+        self._any_hung = False
+        self._stuck = False
         self.http_port = 0
         self.port = 0
 
@@ -64,7 +68,14 @@ class Server:
         settings = self._settings
         # numpy's own BLAS threads spin beside the model's: measured, they doubled the processor time of small models
         ThreadpoolController().select(internal_api="openblas").limit(limits=1)
-        self._http = HttpServer(settings.host, settings.http_port, self._metrics.registry, lambda: self._ready)
+        self._loop = asyncio.get_running_loop()
+        self._http = HttpServer(
+            settings.host,
+            settings.http_port,
+            self._metrics.registry,
+            alive=lambda: not self._stuck,
+            ready=lambda: self._ready and not self._stuck,
+        )
         self._http.start()
         self.http_port = self._http.port
         try:
@@ -88,7 +99,12 @@ class Server:
         self._repository = Repository(
             settings.models, options, settings.max_batch_rows, limits, tried, settings.warm_up_seconds, self._report
         )
-        self._engine = Engine(Scheduler(settings.max_waiting_rows, settings.max_waiting_bytes), self._metrics)
+        self._engine = Engine(
+            Scheduler(settings.max_waiting_rows, settings.max_waiting_bytes),
+            self._metrics,
+            Watchdog(settings.watchdog_seconds),
+            self._fail,
+        )
         explainer = Explainer(self._engine, settings.row_limit, settings.byte_limit)
         self._health = health.aio.HealthServicer()
         self._control = RepositoryServicer(self._repository, enabled=settings.allow_model_control)
@@ -97,9 +113,8 @@ class Server:
         await asyncio.to_thread(self._repository.load_all)
         self._engine.start()
         await self._server.start()
-        for service in ("", SERVICE):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self._ready = True
+        await self._tell_health()
 
     async def stop(self, grace_seconds: float | None = None) -> None:
         """Refuses new requests at once, gives running ones the grace period, then ends them."""
@@ -122,8 +137,22 @@ class Server:
         states = Counter(each.state for each in self._repository.entries)
         for state in ModelState:
             self._metrics.models.labels(state.value).set(states[state])
+        self._stuck = self._any_hung and not states[ModelState.READY]
+        if self._ready:
+            asyncio.run_coroutine_threadsafe(self._tell_health(), self._loop)
         line = self._log.error if entry.reason else self._log.info
         line("model", name=entry.name, version=entry.version, state=entry.state.name, reason=entry.reason)
+
+    def _fail(self, model: ServedModel, error: ExplainServeError) -> None:
+        """A model hung. The engine must not wait for the log, so the event loop goes on from here."""
+        self._any_hung = True
+        self._loop.call_soon_threadsafe(self._repository.fail, model, error)
+
+    async def _tell_health(self) -> None:
+        """The server is healthy until the last model that was ready hangs: then only a restart helps, or a load."""
+        state = health_pb2.HealthCheckResponse.NOT_SERVING if self._stuck else health_pb2.HealthCheckResponse.SERVING
+        for service in ("", SERVICE):
+            await self._health.set(service, state)
 
     def _grpc_server(self, servicer: Servicer) -> grpc.aio.Server:
         limit = self._settings.max_message_bytes

@@ -174,6 +174,17 @@ class Scheduler:
             self._end(job, error)
         return failed
 
+    def drop(self, model: Hashable, error: Exception) -> list[Job]:
+        """Ends every job of a model.
+
+        Returns:
+            Those jobs, each with the error.
+        """
+        ended = [job for request in self._deadlines for job in request.jobs if job.model is model]
+        for job in ended:
+            self._end(job, error)
+        return ended
+
     def retry_in_halves(self, batch: Batch) -> None:
         """Lets the rows of a batch that was too large for memory wait again, in batches of half its size at most."""
         limit = batch.slices[0].job.limit

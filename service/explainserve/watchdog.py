@@ -1,0 +1,92 @@
+"""What is learned of a model while it is served, and when a run of it has taken too long.
+
+Plain values: times come in as arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from explainserve.repository import ServedModel
+from explainserve.scheduling import Batch, RowLimit
+
+BATCHES = 20
+"""A run that takes as long as so many usual micro-batches of its model is no slow one."""
+
+HANGS = 3
+"""So many runs of a model may have to be ended before it is served no longer: each keeps the device from all others."""
+
+INTERRUPTION_SECONDS = 5.0
+"""Time that a run gets to end after it was asked to, or the watchdog's own time where that is shorter."""
+
+_KEPT = 0.9
+"""Share of the usual time that stays when a further batch is counted."""
+
+
+@dataclass
+class Conduct:
+    """How one model has behaved.
+
+    Attributes:
+        limit: rows of its micro-batches, halved where memory ran out.
+        batch_seconds: time of a micro-batch of late.
+        hangs: runs that had to be ended.
+        disowned: whether it is evaluated no longer.
+    """
+
+    limit: RowLimit
+    batch_seconds: float = 0.0
+    hangs: int = 0
+    disowned: bool = False
+
+    @classmethod
+    def at_load(cls, model: ServedModel) -> Conduct:
+        """What is known when it was loaded."""
+        return cls(RowLimit(model.max_batch_rows), (model.seconds_per_row or 0.0) * model.max_batch_rows)
+
+    def completed(self, seconds: float) -> None:
+        """Counts the time of a batch that came back."""
+        kept = _KEPT if self.batch_seconds else 0.0
+        self.batch_seconds = kept * self.batch_seconds + (1 - kept) * seconds
+
+    def hung(self) -> bool:
+        """Counts a run that had to be ended; whether it was one too many."""
+        self.hangs += 1
+        return self.hangs >= HANGS
+
+
+@dataclass(eq=False)
+class Run:
+    """A batch on the device.
+
+    Attributes:
+        model: that is evaluated.
+        due_at: time at which something must be done about it.
+        interrupted: whether it was asked to end.
+    """
+
+    batch: Batch
+    model: ServedModel
+    started_at: float
+    due_at: float
+    interrupted: bool = False
+
+
+class Watchdog:
+    """Says when runs are overdue.
+
+    Args:
+        seconds: that any run may take; 0 lets all take for ever.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds or math.inf
+
+    def due_at(self, conduct: Conduct, now: float) -> float:
+        """When a run that begins now has taken too long."""
+        return now + max(self.seconds, BATCHES * conduct.batch_seconds)
+
+    def given_up_at(self, now: float) -> float:
+        """When a run that is asked to end now is given up."""
+        return now + min(self.seconds, INTERRUPTION_SECONDS)
