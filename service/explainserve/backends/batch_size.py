@@ -26,6 +26,9 @@ AS_FAST = 1.03
 PROMISING = 1.2
 """Time per row, relative to the fastest, up to which a size is timed again: what else the machine does disturbs."""
 
+CHEAP_SECONDS = 0.05
+"""A micro-batch that is shorter does not end the search: on a busy machine, two sizes in a row can be slow by chance."""
+
 _ROUNDS = 3
 _LEAST_SECONDS = 0.01
 """What is shorter is run more often: it is noisier."""
@@ -48,7 +51,7 @@ class BatchSize:
 def fastest(
     model: LoadedModel, limit: int, seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> BatchSize:
-    """Times micro-batches of 1, 2, 4... rows until two sizes in a row bring nothing.
+    """Times micro-batches of 1, 2, 4... rows until two sizes in a row bring nothing and more of them would take long.
 
     Args:
         limit: most rows.
@@ -81,7 +84,7 @@ class _Timed:
         return None if rows is None else BatchSize(rows, self._times[rows])
 
     def climb(self, limit: int, ends_at: float) -> None:
-        """Times ascending sizes until one does not run, two in a row bring nothing, or the time does not suffice."""
+        """Times ascending sizes until one does not run, long ones bring nothing, or the time does not suffice."""
         useless = 0
         for size in _sizes(limit):
             best = min(self._times.values(), default=0.0)
@@ -93,7 +96,7 @@ class _Timed:
             except EvaluationFailed:
                 return
             useless = useless + 1 if self._times[size] * AS_FAST > best > 0 else 0
-            if useless == 2:
+            if useless == 2 and size * self._times[size] >= CHEAP_SECONDS:
                 return
 
     def repeat(self, ends_at: float) -> None:
