@@ -256,17 +256,18 @@ def _listed(values: Sequence[float], form: str = "") -> str:
 
 
 def measure(word: str, cache: Path, threads: int, extent: Extent) -> tuple[list[Line], str]:
-    """Lines of one model, and what was chosen for Captum."""
+    """Lines of one model, and what was chosen for the contestants."""
     found = subject(word, cache, tuple(FORMATS)[: 1 if extent.quick else None])
     lines: list[Line] = []
     with ExitStack() as stack:
         served = stack.enter_context(serving(found.folder / found.formats[0], threads, cache / "server.log"))
         asked = task(found, served.client, max(CLIENTS))
         contestants: dict[str, Worker | OverGrpc] = {}
-        note = f"{found.name}: no torch module for Captum"
+        note = f"{found.name}, ours: batches of {served.client.model(found.name).max_batch_rows}"
         if found.module is not None:
             captum = stack.enter_context(worker(captum_of, found, asked, threads=threads))
-            contestants[CAPTUM], note = captum, f"{found.name}: {captum.get('description')}"
+            contestants[CAPTUM] = captum
+            note += f"; Captum: {captum.get('description')}"
         contestants[IN_PROCESS] = stack.enter_context(worker(InProcess, found, asked, threads=threads))
         contestants[GRPC] = OverGrpc(served, asked, found.name)
         lines += Bench(found, asked, contestants, extent).lines(cache)
@@ -309,7 +310,9 @@ def main() -> None:
             "",
             *machine_lines(arguments.threads, now.others_share(started)),
             "",
-            f"Captum, with what was fastest for it: {'; '.join(notes)}.",
+            "With what was fastest for each:",
+            "",
+            *(f"- {note}" for note in notes),
         ]
         arguments.output.write_text(page(heading, lines), encoding="utf-8")
     print(arguments.output.read_text(encoding="utf-8"))

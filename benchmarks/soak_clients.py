@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1 import model_repository_service_pb2 as repository_pb
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
 from explainserve.v1.model_repository_service_pb2_grpc import ModelRepositoryServiceStub
+from explainserve.v1.tensor_pb2 import Tensor
 from rpc.bad_requests import CASES
 from rpc.loopback import element, normal, of_error, request
 from slow_reader import reading_slowly
@@ -295,7 +296,11 @@ class SoakClient:
         self.tally.add("stream that is stopped", Outcome(found.code, found.reason), str(expected.drawn), [])
 
     def _streamed(self, expected: Expected) -> pb.ExplainStreamRequest:
-        return pb.ExplainStreamRequest(explain=expected.drawn.request, include_partial_maps=self._random.random() < 0.5)
+        return pb.ExplainStreamRequest(
+            explain=expected.drawn.request,
+            include_partial_maps=bool(self._random.random() < 0.5),
+            chunk_bytes=int(self._random.choice([0, 1024, 65536])),
+        )
 
     @contextmanager
     def _slow_stub(self, bytes_per_second: float) -> Iterator[tuple[ExplainerServiceStub, Any]]:
@@ -338,8 +343,26 @@ def _is_fixed(explain: pb.ExplainRequest) -> bool:
 
 
 def _final(events: Iterator[pb.ExplainStreamResponse]) -> pb.ExplainResponse:
-    """The last event, which is what Explain gives."""
-    return deque(events, maxlen=1).pop().final
+    """What Explain gives, its tensors put together from the chunks."""
+    final, pieces = pb.ExplainResponse(), defaultdict[int, bytearray](bytearray)
+    for event in events:
+        if event.HasField("final"):
+            final.CopyFrom(event.final)
+        elif event.HasField("chunk"):
+            assert event.chunk.offset == len(pieces[event.chunk.chunk_key])
+            pieces[event.chunk.chunk_key] += event.chunk.data
+    for tensor in _tensors(final):
+        if tensor.HasField("chunk_key"):
+            tensor.data = bytes(pieces.pop(tensor.chunk_key))
+            tensor.ClearField("chunk_key")
+    return final
+
+
+def _tensors(response: pb.ExplainResponse) -> Iterator[Tensor]:
+    for attribution in response.attributions:
+        yield from (tensor for part in attribution.inputs for tensor in (part.tensor, part.spread))
+    for baseline in response.baselines:
+        yield from (part.tensor for part in baseline.inputs)
 
 
 def reload_models(

@@ -208,9 +208,11 @@ def _external_data(path: Path) -> set[str]:
 
 
 def _read(path: Path) -> nn.Module:
-    """A file of TorchScript or torch.export as a module."""
+    """A file of TorchScript or torch.export as a module; scripted ones lack `requires_grad_`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces the end of TorchScript
-        if path.suffix == ".pt2":
-            return torch.export.load(path).module().requires_grad_(False)
-        return torch.jit.load(str(path)).eval().requires_grad_(False)
+        exported = path.suffix == ".pt2"
+        net = torch.export.load(path).module() if exported else torch.jit.load(str(path)).eval()
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    return net
