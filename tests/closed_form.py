@@ -38,6 +38,7 @@ class ClosedForm:
     backend = "closed_form"
     gradient_mode = "autograd"
     device = "cpu"
+    execution = ""
     fixed_batch = False
     gaps: tuple[OperatorGap, ...] = ()
     library_versions: Mapping[str, str] = {}

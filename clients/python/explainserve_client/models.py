@@ -283,6 +283,7 @@ class ModelInfo:
         methods: by name, such as "integrated_gradients".
         gaps: operators without a gradient, all of them.
         layers: intermediate tensors that can be picked, by name, in the order of the graph.
+        execution: how the backend runs it where it has a choice, such as "channels_last"; "" where it has none.
         noise_floor: relative L2 noise of the gradients; None where there is none.
         memory: what it takes in the server; None where the backend does not tell.
         max_batch_rows: rows that are evaluated together at most, found to be fastest when the model was loaded.
@@ -301,6 +302,7 @@ class ModelInfo:
     layers: Table[Layer]
     backend: str
     device: str
+    execution: str
     noise_floor: float | None
     data_baselines: tuple[str, ...]
     default_target: int | None
@@ -339,6 +341,7 @@ class ModelInfo:
             layers=Table("layer", ((layer.name, Layer.from_proto(layer)) for layer in message.layers)),
             backend=message.backend,
             device=message.device,
+            execution=message.execution,
             noise_floor=message.noise_floor if message.HasField("noise_floor") else None,
             data_baselines=tuple(message.data_baselines),
             default_target=message.default_target if message.HasField("default_target") else None,

@@ -193,6 +193,7 @@ class Provenance:
         backend: "onnxruntime", "torch.export" or "torchscript".
         gradient_mode: "gradient_graph", "autograd" or "black_box"; `gradient_rule`: "standard" or one that alters the
             pass.
+        execution: how the backend ran the model where it has a choice, such as "channels_last"; "" where it has none.
         noise_floor: relative L2 noise of the gradients; None where not measured.
         effective_methods: with every effective parameter, defaults included.
         row_count, forward_count, backward_count: rows, and evaluations of them. A row that several targets share has
@@ -210,6 +211,7 @@ class Provenance:
     gradient_mode: str
     gradient_rule: str
     device: str
+    execution: str
     precision: str
     noise_floor: float | None
     effective_methods: tuple[Method, ...]
@@ -235,6 +237,7 @@ class Provenance:
             gradient_mode=message.gradient_mode,
             gradient_rule=message.gradient_rule,
             device=message.device,
+            execution=message.execution,
             precision=message.precision,
             noise_floor=message.noise_floor if message.HasField("noise_floor") else None,
             effective_methods=tuple(map(used_method, message.effective_methods)),

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import dataclass
 
 from explainserve.backends.contract import LoadedModel
-from explainserve.backends.probe import gradient_rows, has_free_axes, output_rows, sample_instances
-from explainserve.errors import EvaluationFailed, Unsupported
-from explainserve.plan import Rows, Segment
+from explainserve.backends.probe import has_free_axes
+from explainserve.backends.timing import random_row, repeated
+from explainserve.errors import EvaluationFailed
 
 UNMEASURED_ROWS = 16
 """Rows of a micro-batch where none was timed: extents of free axes are known only when a request comes."""
@@ -74,7 +72,7 @@ class _Timed:
 
     def __init__(self, model: LoadedModel, clock: Callable[[], float]) -> None:
         self._model, self._clock = model, clock
-        self._row = _random_row(model)
+        self._row = random_row(model)
         self._times: dict[int, float] = {}
 
     @property
@@ -122,8 +120,7 @@ class _Timed:
                 return
 
     def _evaluate(self, size: int) -> None:
-        segment = replace(self._row, alphas=np.ones(size), weights=np.ones(size))
-        self._model.evaluate(Rows(segment.function, (segment,)))
+        self._model.evaluate(repeated(self._row, size))
 
 
 def _sizes(limit: int) -> Iterator[int]:
@@ -133,16 +130,3 @@ def _sizes(limit: int) -> Iterator[int]:
         yield size
         size *= 2
     yield limit
-
-
-def _random_row(model: LoadedModel) -> Segment:
-    """One row of the first output that has a gradient; forward-only where none has."""
-    instances = sample_instances(model.signature, 1)
-    differentiable = not (model.signature.undifferentiable_reason or model.gaps)
-    for rows in gradient_rows(model.signature, instances) if differentiable else ():
-        try:
-            model.evaluate(rows)
-        except (Unsupported, EvaluationFailed):
-            continue
-        return rows.segments[0]
-    return next(output_rows(model.signature, instances)).segments[0]

@@ -108,6 +108,13 @@ class LoadedModel(Protocol):
     library_versions: Mapping[str, str]
 
     @property
+    def execution(self) -> str:
+        """How the backend runs it where it has a choice, made at load for speed; "" where it has none. Results of
+        choices differ by rounding.
+        """
+        ...
+
+    @property
     def memory(self) -> Memory | None:
         """What it takes now; None where the backend does not tell."""
         ...

@@ -89,6 +89,7 @@ class OnnxModel:
     """A loaded ONNX model; see `contract.LoadedModel`."""
 
     backend = "onnxruntime"
+    execution = ""
 
     def __init__(
         self,

@@ -155,8 +155,8 @@ class _Comparison:
 
     @classmethod
     def of(cls, model: LoadedModel, rows: Rows) -> _Comparison:
-        together, again = _values(model.evaluate(rows)), _values(model.evaluate(rows))
-        alone = [_values(model.evaluate(Rows(rows.function, (segment,))))[0] for segment in rows.segments]
+        together, again = values(model.evaluate(rows)), values(model.evaluate(rows))
+        alone = [values(model.evaluate(Rows(rows.function, (segment,))))[0] for segment in rows.segments]
         return cls(
             tuple(together),
             tuple(relative_difference(a, b) for a, b in zip(together, alone, strict=True)),
@@ -230,7 +230,7 @@ def _shape(spec: InputSpec, extents: FreeExtents) -> tuple[int, ...]:
     return tuple(guess if axis.size is None else axis.size for axis, guess in zip(axes, guessed, strict=True))
 
 
-def _values(evaluations: Iterable[SegmentEvaluation]) -> list[NDArray[np.float64]]:
+def values(evaluations: Iterable[SegmentEvaluation]) -> list[NDArray[np.float64]]:
     """All numbers of each one-row segment: its outputs, or its gradients."""
     return [
         np.concatenate([np.asarray(part, np.float64).ravel() for part in _parts(evaluation)])

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.export.passes import move_to_device_pass
@@ -26,12 +27,16 @@ from explainserve.backends.contract import LoadedModel, LoadOptions
 from explainserve.backends.torch_archive import require_exported_program
 from explainserve.backends.torch_folding import fold_batch_norm
 from explainserve.backends.torch_gradient import gradient_gaps
+from explainserve.backends.torch_layout import in_faster_layout
 from explainserve.backends.torch_rows import TorchModel, resolve_device, use_threads
 from explainserve.errors import ModelRefused, first_line
 from explainserve.model_config import InputConfig, ModelConfig, OutputConfig
 from explainserve.signature import Axis, InputSpec, OutputSpec, Signature
 
 _TRAINING_ARGUMENTS = {"aten.batch_norm": 5, "aten.dropout": 2, "aten.feature_dropout": 2, "aten.alpha_dropout": 2}
+_CONVOLUTIONS = frozenset(
+    {torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default, torch.ops.aten.conv_transpose2d.input}
+)
 _BATCH = "batch"
 
 _Spec = TypeVar("_Spec", InputSpec, OutputSpec)
@@ -54,9 +59,12 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> LoadedModel:
     signature = config.signature(_renamed(_found_signature(program), config))
     _require_batch_axis(signature)
     fixed_batch = any(spec.batched and spec.axes[0].size == 1 for spec in signature.inputs)
-    model = TorchModel("torch.export", signature, _Forward.of(program, device), device, fixed_batch)
+    forward = _Forward.of(program, device)
+    model = TorchModel("torch.export", signature, forward, device, fixed_batch)
     model.gaps = gradient_gaps(model, _captured_no_grad(program))
-    return model
+    if not forward.has_convolutions:
+        return model
+    return in_faster_layout(model, lambda: model.in_channels_last(_in_channels_last(program, device)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,12 +91,32 @@ class _Forward:
         kept = tuple(i for i, a in enumerate(_user_outputs(program)) if isinstance(a, TensorArgument))
         return cls(fold_batch_norm(module), leaves, program.call_spec.in_spec, kept)
 
+    @property
+    def has_convolutions(self) -> bool:
+        """Whether it convolves images."""
+        return any(node.target in _CONVOLUTIONS for node in self.module.graph.nodes)
+
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         tensors = iter(inputs)
         leaves = [next(tensors) if leaf is None else leaf for leaf in self.leaves]
         arguments, keywords = pytree.tree_unflatten(leaves, self.in_spec)
         outputs = pytree.tree_leaves(self.module(*arguments, **keywords), is_leaf=lambda value: value is None)
         return [outputs[position] for position in self.kept]
+
+
+def _in_channels_last(program: ExportedProgram, device: torch.device) -> _Forward:
+    """The same function on weights of its own, which have their channels last in memory."""
+    forward = _Forward.of(program, device)
+    for part in forward.module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(_last_channels(parameter), requires_grad=False))
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, name, _last_channels(buffer))
+    return forward
+
+
+def _last_channels(weights: torch.Tensor) -> torch.Tensor:
+    return weights.contiguous(memory_format=torch.channels_last) if weights.ndim == 4 else weights
 
 
 def _read(path: Path) -> ExportedProgram:

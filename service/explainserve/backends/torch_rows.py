@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class TorchModel:
         backend: "torch.export" or "torchscript".
         forward: the function; none of its parameters requires a gradient.
         fixed_batch: `forward` accepts one row at a time; several are then run one after the other.
+        memory_format: of the images that `forward` is given.
     """
 
     gradient_mode = "autograd"
@@ -49,6 +51,7 @@ class TorchModel:
         device: torch.device,
         fixed_batch: bool,
         gaps: tuple[OperatorGap, ...] = (),
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self.backend = backend
         self.signature = signature
@@ -60,6 +63,18 @@ class TorchModel:
         self.library_versions: Mapping[str, str] = {"torch": str(torch.__version__)}
         self._forward = forward
         self._device = device
+        self._memory_format = memory_format
+
+    def in_channels_last(self, forward: Forward) -> TorchModel:
+        """The same model around a function whose weights have their channels last; images are laid out alike."""
+        other = copy.copy(self)
+        other._forward, other._memory_format = forward, torch.channels_last
+        return other
+
+    @property
+    def execution(self) -> str:
+        """See `contract.LoadedModel`."""
+        return "channels_last" if self._memory_format is torch.channels_last else "contiguous"
 
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
         """See `contract.LoadedModel.evaluate`; one forward pass of all rows, and a backward pass per
@@ -127,10 +142,15 @@ class TorchModel:
         for spec in self.signature.inputs:
             first = rows.segments[0].start if spec.name in rows.segments[0].start else rows.segments[0].fixed
             shape = (rows.row_count, *first[spec.name].shape)
-            points[spec.name] = torch.empty(shape, dtype=torch_dtype(spec.dtype), device=self._device)
+            points[spec.name] = self._empty(shape, torch_dtype(spec.dtype))
             for segment, span in zip(rows.segments, _spans(rows), strict=True):
                 self._interpolate(points[spec.name][span], segment, spec.name)
         return points
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory on the device; a batch of images is laid out as the model computes."""
+        layout = self._memory_format if len(shape) == 4 else torch.contiguous_format
+        return torch.empty(shape, dtype=dtype, device=self._device, memory_format=layout)
 
     def _interpolate(self, points: Tensor, segment: Segment, name: str) -> None:
         """Writes (1 - alpha) x start + alpha x end, which is exact at both ends."""

@@ -437,6 +437,7 @@ class Provenance(_message.Message):
     COMPUTE_DURATION_FIELD_NUMBER: _builtins.int
     SERIALIZE_DURATION_FIELD_NUMBER: _builtins.int
     FROM_CACHE_FIELD_NUMBER: _builtins.int
+    EXECUTION_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Name of the model."""
     model_version: _builtins.int
@@ -470,6 +471,10 @@ class Provenance(_message.Message):
     from_cache: _builtins.bool
     """Whether the answer was kept from an earlier, equal request (setting response_cache_bytes). The counts then tell what the
     answer took when it was computed, and the durations what this request took: none in the queue and on the device.
+    """
+    execution: _builtins.str
+    """How the backend ran the model where it has a choice, made at load for speed: "contiguous" or "channels_last", the memory
+    layout of images in torch. Maps differ by rounding between choices. Empty where there is none.
     """
     @_builtins.property
     def effective_methods(self) -> _containers.RepeatedCompositeFieldContainer[_method_pb2.MethodSpec]:
@@ -514,10 +519,11 @@ class Provenance(_message.Message):
         compute_duration: _duration_pb2.Duration | None = ...,
         serialize_duration: _duration_pb2.Duration | None = ...,
         from_cache: _builtins.bool = ...,
+        execution: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_noise_floor", b"_noise_floor", "compute_duration", b"compute_duration", "noise_floor", b"noise_floor", "queue_duration", b"queue_duration", "serialize_duration", b"serialize_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_noise_floor", b"_noise_floor", "backend", b"backend", "backward_count", b"backward_count", "compute_duration", b"compute_duration", "device", b"device", "effective_methods", b"effective_methods", "forward_count", b"forward_count", "from_cache", b"from_cache", "gradient_mode", b"gradient_mode", "gradient_rule", b"gradient_rule", "library_versions", b"library_versions", "model_name", b"model_name", "model_sha256", b"model_sha256", "model_version", b"model_version", "noise_floor", b"noise_floor", "precision", b"precision", "queue_duration", b"queue_duration", "row_count", b"row_count", "saved_row_count", b"saved_row_count", "serialize_duration", b"serialize_duration", "server_version", b"server_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_noise_floor", b"_noise_floor", "backend", b"backend", "backward_count", b"backward_count", "compute_duration", b"compute_duration", "device", b"device", "effective_methods", b"effective_methods", "execution", b"execution", "forward_count", b"forward_count", "from_cache", b"from_cache", "gradient_mode", b"gradient_mode", "gradient_rule", b"gradient_rule", "library_versions", b"library_versions", "model_name", b"model_name", "model_sha256", b"model_sha256", "model_version", b"model_version", "noise_floor", b"noise_floor", "precision", b"precision", "queue_duration", b"queue_duration", "row_count", b"row_count", "saved_row_count", b"saved_row_count", "serialize_duration", b"serialize_duration", "server_version", b"server_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__noise_floor: _TypeAlias = _typing.Literal["noise_floor"]  # noqa: Y015
     _WhichOneofArgType__noise_floor: _TypeAlias = _typing.Literal["_noise_floor", b"_noise_floor"]  # noqa: Y015

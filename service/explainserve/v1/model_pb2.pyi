@@ -785,6 +785,7 @@ class Model(_message.Message):
     MEMORY_FIELD_NUMBER: _builtins.int
     MAX_BATCH_ROWS_FIELD_NUMBER: _builtins.int
     ROW_DURATION_FIELD_NUMBER: _builtins.int
+    EXECUTION_FIELD_NUMBER: _builtins.int
     sha256: _builtins.str
     """SHA-256 of the model file, lower-case hexadecimal."""
     batching: Global___Batching.ValueType
@@ -805,6 +806,8 @@ class Model(_message.Message):
     """Whether the model has a gradient graph or autograd; black-box methods need neither."""
     max_batch_rows: _builtins.int
     """Rows that are evaluated together at most, found to be fastest at load."""
+    execution: _builtins.str
+    """How the backend runs it where it has a choice, as in `Provenance.execution`."""
     @_builtins.property
     def summary(self) -> Global___ModelSummary:
         """Name, version, state."""
@@ -869,10 +872,11 @@ class Model(_message.Message):
         memory: Global___Memory | None = ...,
         max_batch_rows: _builtins.int = ...,
         row_duration: _duration_pb2.Duration | None = ...,
+        execution: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "default_target", b"default_target", "memory", b"memory", "noise_floor", b"noise_floor", "row_duration", b"row_duration", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "backend", b"backend", "batching", b"batching", "data_baselines", b"data_baselines", "default_baseline", b"default_baseline", "default_target", b"default_target", "device", b"device", "differentiable", b"differentiable", "gaps", b"gaps", "inputs", b"inputs", "layers", b"layers", "max_batch_rows", b"max_batch_rows", "memory", b"memory", "methods", b"methods", "noise_floor", b"noise_floor", "outputs", b"outputs", "row_duration", b"row_duration", "sha256", b"sha256", "summary", b"summary", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "backend", b"backend", "batching", b"batching", "data_baselines", b"data_baselines", "default_baseline", b"default_baseline", "default_target", b"default_target", "device", b"device", "differentiable", b"differentiable", "execution", b"execution", "gaps", b"gaps", "inputs", b"inputs", "layers", b"layers", "max_batch_rows", b"max_batch_rows", "memory", b"memory", "methods", b"methods", "noise_floor", b"noise_floor", "outputs", b"outputs", "row_duration", b"row_duration", "sha256", b"sha256", "summary", b"summary", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_target: _TypeAlias = _typing.Literal["default_target"]  # noqa: Y015
     _WhichOneofArgType__default_target: _TypeAlias = _typing.Literal["_default_target", b"_default_target"]  # noqa: Y015
