@@ -25,7 +25,7 @@ PROMISING = 1.2
 """Time per row, relative to the fastest, up to which a size is timed again: what else the machine does disturbs."""
 
 CHEAP_SECONDS = 0.05
-"""A micro-batch that is shorter does not end the search: on a busy machine, two sizes in a row can be slow by chance."""
+"""A micro-batch that is shorter ends no search: on a busy machine two sizes in a row can be slow by chance."""
 
 _ROUNDS = 3
 _LEAST_SECONDS = 0.01
