@@ -123,7 +123,7 @@ def together_and_alone(
     count = int(np.prod([axis.size for axis in loaded.signature.outputs[0].axes[1:]]))
     alphas, picked = np.linspace(0, 1, 5), Selector(np.array([count - 2, count - 1]), np.array([1, -2], np.float32))
     segments = [
-        Segment({"x": start}, {"x": end}, {}, function, np.array([alpha]), np.ones(1), picked) for alpha in alphas
+        Segment({"x": start}, {"x": end}, {}, function, np.array([alpha]), np.ones(1), (picked,)) for alpha in alphas
     ]
     together = [found.gradient_sums["x"] for found in loaded.evaluate(Rows(function, tuple(segments)))]
     alone = [loaded.evaluate(Rows(function, (segment,)))[0].gradient_sums["x"] for segment in segments]

@@ -7,37 +7,43 @@ without a gradient never pay for the backward part.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from explainserve.backends import onnx_file, onnx_graph
 from explainserve.backends.contract import LoadOptions, Memory, OperatorGap
 from explainserve.backends.gradient_cache import GradientCache, cache_key
 from explainserve.backends.onnx_batch import with_rows
 from explainserve.backends.onnx_blocks import state_block_size
+from explainserve.backends.onnx_function import OnnxFunction
+from explainserve.backends.onnx_rows import MULTIPLYING, RowGraph
 from explainserve.backends.onnx_session import Interruption, available_device, open_session, resident_bytes
 from explainserve.backends.onnx_subnormal import flush_subnormals
 from explainserve.backends.onnx_verification import LARGEST_DIFFERENCE, largest_difference
 from explainserve.backends.onnx_weights import Weights, stored_bytes
-from explainserve.backends.probe import FreeExtents, free_extents, gradient_rows, has_free_axes, sample_instances
-from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported, first_line, is_out_of_memory
+from explainserve.backends.probe import (
+    FreeExtents,
+    free_extents,
+    gradient_rows,
+    has_free_axes,
+    output_rows,
+    sample_instances,
+)
+from explainserve.backends.row_feeds import joined, single_rows
+from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported
 from explainserve.model_config import ModelConfig
 from explainserve.onnx_vjp import Gap, GradientGraph, UnsupportedOperators, append_score_head, find_gaps, input_gradient
 from explainserve.onnx_vjp.blocked import keep_in_blocks
 from explainserve.onnx_vjp.opset import OLDEST as OLDEST_OPSET
-from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector
-from explainserve.signature import Axis, InputSpec, ScoreHead, Signature, element_count
+from explainserve.plan import Differentiation, Rows, SegmentEvaluation
+from explainserve.signature import Axis, ScoreHead, Signature
 
 Array = NDArray[np.generic]
-Blocks = Mapping[str, Array]
-"""Arrays by input name with one leading entry per row."""
-
 NAMED_GAPS = 3
 """Gaps that an error lists; the model's metadata has all of them."""
 
@@ -65,24 +71,6 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> OnnxModel:
     loaded = OnnxModel(model, weights, signature, frozenset(unbatched), bool(unbatched) or not free, options)
     loaded.verify()
     return loaded
-
-
-@dataclass(frozen=True)
-class _Function:
-    """A session that computes scores, and gradients where it has a cotangent input."""
-
-    session: onnxruntime.InferenceSession
-    interruption: Interruption
-    cotangent: str = ""
-
-    def __call__(self, feeds: Blocks) -> list[Array]:
-        try:
-            outputs: list[Array] = self.session.run(None, feeds, self.interruption.options)
-        except Exception as error:  # onnxruntime's own exceptions derive from Exception directly
-            if is_out_of_memory(error):
-                raise EvaluationFailed("OUT_OF_MEMORY", f"no memory is left: {first_line(error)}") from error
-            raise EvaluationFailed("MODEL_RAISED", f"onnxruntime raised: {first_line(error)}") from error
-        return outputs
 
 
 class OnnxModel:
@@ -116,37 +104,25 @@ class OnnxModel:
         self._session_bytes: int | None = 0
         self._unbatched = unbatched
         self._options = options
-        self._functions: dict[Differentiation, _Function] = {}
+        self._functions: dict[Differentiation, OnnxFunction] = {}
         self._interruption = Interruption()
-        self._score_shapes: dict[tuple[object, ...], tuple[int, ...]] = {}
         self.gaps = _gaps(graph, signature, weights)
         self.layers = onnx_graph.layers(graph)
         self.gradient_mode = "gradient_graph" if self._has_gradient else "black_box"
 
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
-        """See `contract.LoadedModel`. Rows are interpolated on the host, which onnxruntime reads or copies once."""
+        """See `contract.LoadedModel`. Everything about rows is done inside the graph; see `onnx_rows`."""
         self._interruption.begin()
-        function = self._function(rows.function)
-        blocks = {spec.name: _block(spec, rows) for spec in self.signature.inputs}
-        if not rows.function.wrt:
-            (scores,) = self._run(function, blocks, rows)
-            return tuple(part for segment, piece in _pieces(rows) for part in _forward_parts(segment, scores[piece]))
-        found = [self._backward(rows, selectors, function, blocks) for selectors in rows.passes]
-        return tuple(part for parts in zip(*found, strict=True) for part in parts)
+        return tuple(self._evaluations(self._function(rows.function), rows))
 
-    def _backward(
-        self, rows: Rows, selectors: Sequence[Selector], function: _Function, blocks: Blocks
-    ) -> list[SegmentEvaluation]:
-        """What comes back for each segment at one selector of it."""
-        cotangents = self._cotangents(rows, selectors, blocks)
-        scores, *gradients = self._run(function, {**blocks, function.cotangent: cotangents}, rows)
-        by_input = dict(zip(rows.function.wrt, gradients, strict=True))
+    def _evaluations(self, function: OnnxFunction, rows: Rows) -> list[SegmentEvaluation]:
+        """All rows at once, or one after the other where the file takes one at a time."""
+        if not self.fixed_batch or rows.row_count == 1:
+            return function.evaluations(rows)
         return [
-            SegmentEvaluation(
-                _selected(scores[piece], selector),
-                {name: _weighted_sum(segment.weights, array[piece]) for name, array in by_input.items()},
-            )
-            for selector, (segment, piece) in zip(selectors, _pieces(rows), strict=True)
+            joined(parts)
+            for segment in rows.segments
+            for parts in zip(*(function.evaluations(row) for row in single_rows(segment)), strict=True)
         ]
 
     def interrupt(self) -> None:
@@ -157,7 +133,7 @@ class OnnxModel:
     def _has_gradient(self) -> bool:
         return not (self.signature.undifferentiable_reason or self.gaps)
 
-    def _function(self, function: Differentiation) -> _Function:
+    def _function(self, function: Differentiation) -> OnnxFunction:
         if function not in self._functions:
             self._functions[function] = self._gradient(function) if function.wrt else self._forward(function)
         return self._functions[function]
@@ -201,9 +177,10 @@ class OnnxModel:
     def _random_shape(self, function: Differentiation) -> tuple[int, ...] | None:
         """Shape of a random row's scores at the first free extents that run; None where none do."""
         for extents in free_extents(self.signature):
-            (instance,) = sample_instances(self.signature, 1, extents)
+            drawn = output_rows(self.signature, sample_instances(self.signature, 1, extents))
+            rows = next(rows for rows in drawn if rows.function.output == function.output)
             try:
-                return self._measured_shape(function, {name: value[None] for name, value in instance.items()})
+                return self._function(rows.function).scores(rows).shape[1:]
             except EvaluationFailed:
                 continue
         return None
@@ -226,11 +203,13 @@ class OnnxModel:
             self._session_bytes += max((resident_bytes() or before) - before, 0)
         return session
 
-    def _forward(self, function: Differentiation) -> _Function:
+    def _forward(self, function: Differentiation) -> OnnxFunction:
         graph, score = self._with_head(function)
-        return _Function(self._open(graph, [score]), self._interruption)
+        rows = RowGraph(graph, multiplies=self.device in MULTIPLYING, bare=self._unbatched)
+        rows.interpolate(self._input_names)
+        return self._opened(rows, [score], function)
 
-    def _gradient(self, function: Differentiation) -> _Function:
+    def _gradient(self, function: Differentiation) -> OnnxFunction:
         if not self._has_gradient:
             raise _not_differentiable(self.gaps, self.signature.undifferentiable_reason)
         graph, score = self._with_head(function)
@@ -238,15 +217,34 @@ class OnnxModel:
         if self.device == "cpu" and not self._options.share_weights:
             keep_in_blocks(result.model)
         self._weights.take(result.model)
-        outputs = [score, *(result.gradients[name] for name in function.wrt)]
+        rows = self._with_rows(result, function, score)
         try:
-            gradient = _Function(self._open(result.model, outputs), self._interruption, result.cotangent)
+            gradient = self._opened(rows, rows.outputs, function)
         except ModelRefused as refusal:
             text = f"the gradient does not run on {self.device}: {refusal.message}"
             raise Unsupported("NOT_DIFFERENTIABLE", text, device=self.device) from refusal
         if self.device != "cpu":
-            self._check_device(gradient, result.model, function)
+            self._check_device(gradient, function)
         return gradient
+
+    def _with_rows(self, result: GradientGraph, function: Differentiation, score: str) -> RowGraph:
+        """A gradient graph that takes segments and returns sums per segment."""
+        gradients = {result.gradients[name]: name for name in function.wrt}
+        bare = {own for own, name in {**gradients, score: function.output}.items() if name in self._unbatched}
+        kinds = {value.name: value.type.tensor_type.elem_type for value in result.model.graph.output}
+        rows = RowGraph(result.model, multiplies=self.device in MULTIPLYING, bare=bare)
+        rows.interpolate(self._input_names)
+        rows.select(score, result.cotangent)
+        rows.reduce({name: kinds[name] for name in gradients})
+        return rows
+
+    @property
+    def _input_names(self) -> set[str]:
+        return {spec.name for spec in self.signature.inputs}
+
+    def _opened(self, rows: RowGraph, outputs: Sequence[str], function: Differentiation) -> OnnxFunction:
+        session = self._open(rows.model, outputs)
+        return OnnxFunction(session, self._interruption, rows, self.signature.inputs, function.output, self._unbatched)
 
     def _built(self, graph: onnx.ModelProto, wrt: Sequence[str], score: str) -> GradientGraph:
         try:
@@ -256,15 +254,17 @@ class OnnxModel:
         except ValueError as error:
             raise Unsupported("NOT_DIFFERENTIABLE", str(error)) from error
 
-    def _check_device(self, gradient: _Function, graph: onnx.ModelProto, function: Differentiation) -> None:
+    def _check_device(self, gradient: OnnxFunction, function: Differentiation) -> None:
         """Refuses a gradient that the CPU provider does not confirm on random rows."""
-        on_cpu = open_session(graph, replace(self._options, device="cpu"), self._weights)
-        reference = _Function(on_cpu, self._interruption, gradient.cotangent)
+        on_cpu = open_session(gradient.graph.model, replace(self._options, device="cpu"), self._weights)
+        reference = replace(gradient, session=on_cpu)
         for extents in free_extents(self.signature):
+            rows = self._random_rows(function, extents)
             try:
-                difference = self._difference(gradient, reference, self._random_rows(function, extents))
+                found, expected = (self._evaluations(own, rows) for own in (gradient, reference))
             except EvaluationFailed:
                 continue
+            difference = largest_difference(_arrays(found), _arrays(expected))
             if difference <= LARGEST_DIFFERENCE:
                 return
             raise Unsupported(
@@ -274,12 +274,6 @@ class OnnxModel:
                 device=self.device,
                 difference=f"{difference:.3g}",
             )
-
-    def _difference(self, gradient: _Function, reference: _Function, rows: Rows) -> float:
-        blocks = {spec.name: _block(spec, rows) for spec in self.signature.inputs}
-        (selectors,) = rows.passes
-        blocks[gradient.cotangent] = self._cotangents(rows, selectors, blocks)
-        return largest_difference(*(self._run(function, blocks, rows) for function in (gradient, reference)))
 
     def _random_rows(self, function: Differentiation, extents: FreeExtents) -> Rows:
         instances = sample_instances(self.signature, 2, extents)
@@ -293,123 +287,9 @@ class OnnxModel:
         lacking = output.name in self._unbatched
         return append_score_head(self._graph, output.name, function.head.value, axis - lacking)
 
-    def _cotangents(self, rows: Rows, selectors: Sequence[Selector], blocks: Blocks) -> Array:
-        """Each segment's selector as dense rows, shape (rows, *score shape)."""
-        output = self.signature.output(rows.function.output)
-        shape = self._score_shape(rows, blocks)
-        dense = np.zeros((rows.row_count, element_count(shape)), output.dtype)
-        for selector, (_, piece) in zip(selectors, _pieces(rows), strict=True):
-            dense[piece] = _dense(selector, dense.shape[1], output.dtype)
-        return dense.reshape(rows.row_count, *shape)
 
-    def _score_shape(self, rows: Rows, blocks: Blocks) -> tuple[int, ...]:
-        """Shape of one row's scores; where the graph leaves it open, one forward row tells it."""
-        axes = self.signature.output(rows.function.output).axes[1:]
-        extents = tuple(axis.size for axis in axes if axis.size is not None)
-        if len(extents) == len(axes):
-            return extents
-        key = (rows.function.output, *((name, block.shape[1:]) for name, block in blocks.items()))
-        if key not in self._score_shapes:
-            self._score_shapes[key] = self._measured_shape(rows.function, blocks)
-        return self._score_shapes[key]
-
-    def _measured_shape(self, function: Differentiation, blocks: Blocks) -> tuple[int, ...]:
-        """Shape of the first row's scores, from a forward pass of it."""
-        forward = self._function(replace(function, wrt=()))
-        first = {name: block[:1] for name, block in blocks.items()}
-        return self._run_at_once(forward, first, function)[0].shape[1:]
-
-    def _run(self, function: _Function, blocks: Blocks, rows: Rows) -> list[Array]:
-        """Scores and gradients, each with one leading entry per row."""
-        count = rows.row_count
-        if not self.fixed_batch:
-            results = self._run_at_once(function, blocks, rows.function)
-        else:
-            single = [
-                self._run_at_once(function, {name: block[i : i + 1] for name, block in blocks.items()}, rows.function)
-                for i in range(count)
-            ]
-            results = single[0] if count == 1 else [np.concatenate(arrays) for arrays in zip(*single, strict=True)]
-        if len(results[0]) != count:
-            raise EvaluationFailed("MODEL_RAISED", f"the model returned {len(results[0])} rows for {count}")
-        return results
-
-    def _run_at_once(self, function: _Function, blocks: Blocks, computed: Differentiation) -> list[Array]:
-        """One call of onnxruntime. Names without a batch axis lose it on the way in and get it on the way out."""
-        bare = {*self._unbatched, function.cotangent} if computed.output in self._unbatched else self._unbatched
-        results = function({name: block[0, ...] if name in bare else block for name, block in blocks.items()})
-        names = (computed.output, *computed.wrt)
-        # A forward function has only its scores, whatever is asked of the rows it was called for.
-        return [array[None] if name in bare else array for name, array in zip(names, results, strict=False)]
-
-
-def _block(spec: InputSpec, rows: Rows) -> Array:
-    """The values of one input on all rows, shape (rows, *instance shape)."""
-    first = rows.segments[0]
-    shape = (first.fixed if spec.name in first.fixed else first.end)[spec.name].shape
-    block = np.empty((rows.row_count, *shape), spec.dtype)
-    for segment, piece in _pieces(rows):
-        if spec.name in segment.fixed:
-            block[piece] = segment.fixed[spec.name]
-        else:
-            _interpolate(segment.start[spec.name], segment.end[spec.name], segment.alphas, block[piece])
-    return block
-
-
-def _interpolate(start: Array, end: Array, alphas: NDArray[np.float64], out: NDArray[Any]) -> None:
-    """(1 - alpha) x start + alpha x end in float32 or better; exact at both ends, whatever the magnitudes."""
-    work = _work_dtype(out.dtype)
-    for row, alpha in enumerate(alphas):  # a row at a time stays in the processor's cache
-        point = np.multiply(end, alpha, dtype=work)
-        point += np.multiply(start, 1.0 - alpha, dtype=work)
-        out[row] = point
-
-
-def _pieces(rows: Rows) -> Iterator[tuple[Segment, slice]]:
-    """The segments, each with the positions of its rows in the batch."""
-    first = 0
-    for segment in rows.segments:
-        yield segment, slice(first, first + segment.row_count)
-        first += segment.row_count
-
-
-def _forward_parts(segment: Segment, scores: Array) -> Iterator[SegmentEvaluation]:
-    """Scores at each selector of forward-only rows, or their score tensors where there is none."""
-    if not segment.selectors:
-        yield SegmentEvaluation(np.empty(0, np.float64), outputs=scores)
-    for selector in segment.selectors:
-        yield SegmentEvaluation(_selected(scores, selector))
-
-
-def _selected(scores: Array, selector: Selector) -> NDArray[np.float64]:
-    """The score of each row at a selector."""
-    flat = scores.reshape(len(scores), element_count(scores.shape[1:]))
-    if selector.indices.max(initial=-1) >= flat.shape[1]:
-        raise EvaluationFailed("MODEL_RAISED", f"the model returned {flat.shape[1]} scores, fewer than it declares")
-    values: NDArray[np.float64] = flat[:, selector.indices].astype(np.float64) @ selector.weights.astype(np.float64)
-    return values
-
-
-def _weighted_sum(weights: NDArray[np.float64], gradients: Array) -> NDArray[np.floating]:
-    """Sum over rows, in float32 or better. Rows of weight 0 are selected out: 0 x NaN is NaN."""
-    shape = gradients.shape[1:]
-    used = np.flatnonzero(weights)
-    if len(used) < len(weights):
-        weights, gradients = weights[used], gradients[used]
-    work = _work_dtype(gradients.dtype)
-    flat = gradients.reshape(len(used), element_count(shape)).astype(work, copy=False)
-    total: NDArray[np.floating] = (weights.astype(work) @ flat).reshape(shape)
-    return total
-
-
-def _dense(selector: Selector, size: int, dtype: DTypeLike) -> Array:
-    row = np.zeros(size, dtype)
-    np.add.at(row, selector.indices, selector.weights.astype(dtype))
-    return row
-
-
-def _work_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    return np.result_type(dtype, np.float32)
+def _arrays(evaluations: Iterable[SegmentEvaluation]) -> list[Array]:
+    return [array for found in evaluations for array in (found.scores, *found.gradient_sums.values())]
 
 
 def _agree(declared: int | None, found: int) -> bool:

@@ -1,0 +1,115 @@
+"""A function of an ONNX model on micro-batches: the session of a graph that has the rows inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from explainserve.backends.onnx_rows import RowGraph
+from explainserve.backends.onnx_session import Interruption
+from explainserve.backends.row_feeds import Array, Feeds, RowFeeds, ends, selector_feeds, spans
+from explainserve.errors import EvaluationFailed, first_line, is_out_of_memory
+from explainserve.plan import Rows, Segment, SegmentEvaluation, Selector
+from explainserve.signature import InputSpec, element_count
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxFunction:
+    """Scores of a model, and their gradients where the graph has any.
+
+    Attributes:
+        session: of `graph`.
+        interruption: of the evaluation that is in progress.
+        inputs: of the model.
+        output: the one whose scores are computed.
+        bare: names of inputs and outputs without a batch axis; rows come one at a time then.
+    """
+
+    session: onnxruntime.InferenceSession
+    interruption: Interruption
+    graph: RowGraph
+    inputs: tuple[InputSpec, ...]
+    output: str
+    bare: Collection[str]
+
+    def evaluations(self, rows: Rows) -> list[SegmentEvaluation]:
+        """What comes back for each segment at each of its selectors, or without one; see `contract.LoadedModel`.
+
+        Raises:
+            EvaluationFailed: the model raised, or returned another number of rows (MODEL_RAISED), or memory ran out
+                (OUT_OF_MEMORY).
+        """
+        if rows.function.wrt:
+            return self._differentiated(rows)
+        scores = self.scores(rows)
+        _check_row_count(len(scores), rows)
+        return [part for segment, span in spans(rows) for part in _forward_parts(segment, scores[span])]
+
+    def scores(self, rows: Rows) -> Array:
+        """Score tensors of all rows, (rows, *score shape), of a graph without gradients."""
+        (scores,) = self._run(self._path_feeds(self._feeds(rows)))
+        return scores[None] if self.output in self.bare else scores
+
+    def _differentiated(self, rows: Rows) -> list[SegmentEvaluation]:
+        own = self._feeds(rows)
+        paths = {**self._path_feeds(own), **own.of_segments()}
+        passes = [self._at(rows, selectors, {**paths, **selector_feeds(selectors)}) for selectors in rows.passes]
+        return [evaluation for of_segment in zip(*passes, strict=True) for evaluation in of_segment]
+
+    def _at(self, rows: Rows, selectors: Sequence[Selector], feeds: Feeds) -> list[SegmentEvaluation]:
+        """What comes back for each segment at one of its selectors."""
+        shape, entries, *sums = self._run(feeds)
+        _check_row_count(1 if self.output in self.bare else shape[0], rows)
+        by_input = dict(zip(rows.function.wrt, sums, strict=True))
+        return [
+            SegmentEvaluation(
+                _dot(entries[span, : len(selector.indices)], selector),
+                {name: of_input[i].reshape(ends(segment, name)[1].shape) for name, of_input in by_input.items()},
+            )
+            for i, (selector, (segment, span)) in enumerate(zip(selectors, spans(rows), strict=True))
+        ]
+
+    def _feeds(self, rows: Rows) -> RowFeeds:
+        return RowFeeds(rows, multiplies=self.graph.multiplies)
+
+    def _path_feeds(self, feeds: RowFeeds) -> Feeds:
+        paths: Feeds = {}
+        for spec in self.inputs:
+            paths |= feeds.of_input(spec, bare=spec.name in self.bare)
+        return paths
+
+    def _run(self, feeds: Feeds) -> list[Array]:
+        named = {self.graph.prefix + name: array for name, array in feeds.items()}
+        try:
+            outputs: list[Array] = self.session.run(None, named, self.interruption.options)
+        except Exception as error:  # onnxruntime's own exceptions derive from Exception directly
+            if is_out_of_memory(error):
+                raise EvaluationFailed("OUT_OF_MEMORY", f"no memory is left: {first_line(error)}") from error
+            raise EvaluationFailed("MODEL_RAISED", f"onnxruntime raised: {first_line(error)}") from error
+        return outputs
+
+
+def _check_row_count(count: int, rows: Rows) -> None:
+    if count != rows.row_count:
+        raise EvaluationFailed("MODEL_RAISED", f"the model returned {count} rows for {rows.row_count}")
+
+
+def _forward_parts(segment: Segment, scores: Array) -> Iterator[SegmentEvaluation]:
+    """Scores at each selector of forward-only rows, or their score tensors where there is none."""
+    if not segment.selectors:
+        yield SegmentEvaluation(np.empty(0, np.float64), outputs=scores)
+    flat = scores.reshape(len(scores), element_count(scores.shape[1:]))
+    for selector in segment.selectors:
+        if selector.indices.max(initial=-1) >= flat.shape[1]:
+            raise EvaluationFailed("MODEL_RAISED", f"the model returned {flat.shape[1]} scores, fewer than it declares")
+        yield SegmentEvaluation(_dot(flat[:, selector.indices], selector))
+
+
+def _dot(entries: Array, selector: Selector) -> NDArray[np.float64]:
+    """The score of each row, of what it has at the entries of a selector."""
+    values: NDArray[np.float64] = entries.astype(np.float64) @ selector.weights.astype(np.float64)
+    return values
