@@ -87,7 +87,7 @@ class TorchModel:
 
     def _scores(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
         with torch.inference_mode():
-            scores = self._score_tensor(rows.function, self._points(rows))
+            scores = self._score_tensor(rows.function, self._points(rows, _Uploads(self._device)))
             host = scores.to("cpu").numpy()
         pairs = zip(rows.segments, _spans(rows), strict=True)
         return tuple(part for segment, span in pairs for part in _forward_parts(segment, host[span]))
@@ -95,7 +95,8 @@ class TorchModel:
     def _gradients(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
         if self.gaps:
             raise Unsupported("NOT_DIFFERENTIABLE", self.gaps[0].reason, gap_count=len(self.gaps))
-        points = self._points(rows)
+        upload = _Uploads(self._device)
+        points = self._points(rows, upload)
         wrt = {name: points[name].requires_grad_() for name in rows.function.wrt}
         with torch.enable_grad():
             scores = self._score_tensor(rows.function, points).reshape(rows.row_count, -1)
@@ -106,21 +107,28 @@ class TorchModel:
                 output=rows.function.output,
             )
         last = len(rows.passes) - 1
-        found = [self._backward(rows, s, scores, wrt, keep=k < last) for k, s in enumerate(rows.passes)]
+        found = [self._backward(rows, s, scores, wrt, upload, keep=k < last) for k, s in enumerate(rows.passes)]
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return tuple(arriving.evaluation() for parts in zip(*found, strict=True) for arriving in parts)
 
     def _backward(
-        self, rows: Rows, selectors: Sequence[Selector], scores: Tensor, wrt: Mapping[str, Tensor], *, keep: bool
+        self,
+        rows: Rows,
+        selectors: Sequence[Selector],
+        scores: Tensor,
+        wrt: Mapping[str, Tensor],
+        upload: _Uploads,
+        *,
+        keep: bool,
     ) -> list[_Arriving]:
         """One backward pass with a selector per segment; `keep` leaves the graph to further ones."""
-        cotangent = self._cotangent(rows, selectors, scores.detach())
+        cotangent = self._cotangent(rows, selectors, scores.detach(), upload)
         gradients = torch.autograd.grad(
             scores, list(wrt.values()), cotangent, retain_graph=keep, allow_unused=True, materialize_grads=True
         )
         with torch.no_grad():
-            return self._reduced(rows, selectors, scores.detach(), dict(zip(wrt, gradients, strict=True)))
+            return self._reduced(rows, selectors, scores.detach(), dict(zip(wrt, gradients, strict=True)), upload)
 
     def _score_tensor(self, function: Differentiation, points: Mapping[str, Tensor]) -> Tensor:
         """The scores of all rows, shape (rows, *score shape)."""
@@ -136,7 +144,7 @@ class TorchModel:
         specs = self.signature.inputs
         return [t[row : row + 1] if spec.batched else t[row] for spec, t in zip(specs, inputs, strict=True)]
 
-    def _points(self, rows: Rows) -> dict[str, Tensor]:
+    def _points(self, rows: Rows, upload: _Uploads) -> dict[str, Tensor]:
         """The inputs of all rows, interpolated on the device."""
         points: dict[str, Tensor] = {}
         for spec in self.signature.inputs:
@@ -144,7 +152,7 @@ class TorchModel:
             shape = (rows.row_count, *first[spec.name].shape)
             points[spec.name] = self._empty(shape, torch_dtype(spec.dtype))
             for segment, span in zip(rows.segments, _spans(rows), strict=True):
-                self._interpolate(points[spec.name][span], segment, spec.name)
+                self._interpolate(points[spec.name][span], segment, spec.name, upload)
         return points
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -152,55 +160,50 @@ class TorchModel:
         layout = self._memory_format if len(shape) == 4 else torch.contiguous_format
         return torch.empty(shape, dtype=dtype, device=self._device, memory_format=layout)
 
-    def _interpolate(self, points: Tensor, segment: Segment, name: str) -> None:
+    def _interpolate(self, points: Tensor, segment: Segment, name: str, upload: _Uploads) -> None:
         """Writes (1 - alpha) x start + alpha x end, which is exact at both ends."""
         if name not in segment.start:
-            points.copy_(self._upload(segment.fixed[name]))
+            points.copy_(upload(segment.fixed[name]))
             return
         start, end = segment.start[name], segment.end[name]
         if start is end:
-            points.copy_(self._upload(end))
+            points.copy_(upload(end))
             return
         shape = (-1, *[1] * end.ndim)
         to_end = torch.tensor(segment.alphas, dtype=points.dtype, device=self._device).reshape(shape)
         to_start = torch.tensor(1.0 - segment.alphas, dtype=points.dtype, device=self._device).reshape(shape)
-        torch.mul(self._upload(start), to_start, out=points)
-        points.addcmul_(self._upload(end), to_end)
+        torch.mul(upload(start), to_start, out=points)
+        points.addcmul_(upload(end), to_end)
 
-    def _upload(self, array: NDArray[np.generic]) -> Tensor:
-        """A copy on the device; the array may be read-only, which torch does not know."""
-        copy = torch.empty(array.shape, dtype=torch_dtype(array.dtype), pin_memory=self._device.type == "cuda")
-        copy.numpy()[...] = array
-        return copy.to(self._device, non_blocking=True)
-
-    def _cotangent(self, rows: Rows, selectors: Sequence[Selector], scores: Tensor) -> Tensor:
+    def _cotangent(self, rows: Rows, selectors: Sequence[Selector], scores: Tensor, upload: _Uploads) -> Tensor:
         """Each segment's selector on its rows, shape (rows, elements of a score tensor)."""
         cotangent = torch.zeros_like(scores)
         for selector, span in zip(selectors, _spans(rows), strict=True):
-            indices, weights = self._selector(selector, scores.dtype)
+            indices, weights = upload(selector.indices), upload(selector.weights).to(scores.dtype)
             part = cotangent[span]
             part.index_add_(1, indices, weights.expand(len(part), -1))
         return cotangent
 
-    def _selector(self, selector: Selector, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self._upload(selector.indices), self._upload(selector.weights).to(dtype)
-
     def _reduced(
-        self, rows: Rows, selectors: Sequence[Selector], scores: Tensor, gradients: Mapping[str, Tensor]
+        self,
+        rows: Rows,
+        selectors: Sequence[Selector],
+        scores: Tensor,
+        gradients: Mapping[str, Tensor],
+        upload: _Uploads,
     ) -> list[_Arriving]:
         """Scores and weighted sums per segment."""
         return [
             _Arriving(
-                self._download(self._selected(scores[span], selector)),
+                self._download(self._selected(scores[span], selector, upload)),
                 {name: self._download(self._weighted_sum(g[span], segment)) for name, g in gradients.items()},
             )
             for segment, selector, span in zip(rows.segments, selectors, _spans(rows), strict=True)
         ]
 
-    def _selected(self, scores: Tensor, selector: Selector) -> Tensor:
+    def _selected(self, scores: Tensor, selector: Selector, upload: _Uploads) -> Tensor:
         """Score of each row at the selector, float64."""
-        indices, weights = self._selector(selector, torch.float64)
-        return scores[:, indices].double() @ weights
+        return scores[:, upload(selector.indices)].double() @ upload(selector.weights).double()
 
     def _weighted_sum(self, gradients: Tensor, segment: Segment) -> Tensor:
         """Sum over rows of weight x gradient; rows of weight 0 are left out, for 0 x NaN is NaN."""
@@ -214,6 +217,26 @@ class TorchModel:
 
     def _download(self, tensor: Tensor) -> Tensor:
         return tensor.to("cpu", non_blocking=True)
+
+
+class _Uploads:
+    """Copies on a device of the arrays of one micro-batch, one of each object: all segments of a path have its ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copies: dict[int, tuple[NDArray[np.generic], Tensor]] = {}
+
+    def __call__(self, array: NDArray[np.generic]) -> Tensor:
+        """The copy, which may be used on the device only, and not changed."""
+        if id(array) not in self._copies:
+            self._copies[id(array)] = array, self._copy(array)  # with the array, lest another one gets its id
+        return self._copies[id(array)][1]
+
+    def _copy(self, array: NDArray[np.generic]) -> Tensor:
+        """The array may be read-only, which torch does not know."""
+        copy = torch.empty(array.shape, dtype=torch_dtype(array.dtype), pin_memory=self._device.type == "cuda")
+        copy.numpy()[...] = array
+        return copy.to(self._device, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)
