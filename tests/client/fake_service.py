@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,6 +39,7 @@ class FakeService(
         self.answers: dict[str, Answer] = {
             "GetModel": self._model,
             "Explain": lambda request, context: explain_response(),
+            "ExplainStream": lambda request, context: stream_responses(),
             "Health": lambda request, context: Int32Value(value=1),
         }
 
@@ -48,6 +49,9 @@ class FakeService(
 
     def Explain(self, request: Any, context: grpc.ServicerContext) -> Any:
         return self._answer("Explain", request, context)
+
+    def ExplainStream(self, request: Any, context: grpc.ServicerContext) -> Any:
+        yield from self._answer("ExplainStream", request, context)
 
     def Predict(self, request: Any, context: grpc.ServicerContext) -> Any:
         return self._answer("Predict", request, context)
@@ -260,3 +264,42 @@ def explain_response(groups: tuple[str, ...] = ("all",)) -> explainer_service_pb
         inputs=two_digits().inputs,
         provenance=attribution_pb2.Provenance(model_name="two-digits", model_version=2, backend="onnxruntime"),
     )
+
+
+def progress(step_count: int, stop_reason: str = "UNFINISHED") -> explainer_service_pb2.Progress:
+    """Of the second target of two-digits."""
+    return explainer_service_pb2.Progress(
+        position=statistics_pb2.AttributionSelector(method_index=0, instance_index=0, target_index=1, baseline_index=0),
+        step_count=step_count,
+        max_step_count=64,
+        map_error=1 / step_count,
+        stop_reason=attribution_pb2.StopReason.Value(f"STOP_REASON_{stop_reason}"),
+        path_count=2,
+    )
+
+
+def in_pieces(
+    event: explainer_service_pb2.ExplainStreamResponse, tensors: Sequence[tensor_pb2.Tensor], size: int, first_key: int
+) -> list[explainer_service_pb2.ExplainStreamResponse]:
+    """The event without the bytes of these tensors of it, and the chunks that follow."""
+    chunks = []
+    for key, one in enumerate(tensors, first_key):
+        for offset in range(0, len(one.data), size):
+            piece = one.data[offset : offset + size]
+            chunks.append(explainer_service_pb2.TensorChunk(chunk_key=key, offset=offset, data=piece))
+        one.chunk_key = key
+        one.ClearField("data")
+    return [event, *(explainer_service_pb2.ExplainStreamResponse(chunk=chunk) for chunk in chunks)]
+
+
+def stream_responses(size: int = 5000) -> list[explainer_service_pb2.ExplainStreamResponse]:
+    """Progress, a map so far, progress, and what Explain gives."""
+    partial = explainer_service_pb2.ExplainStreamResponse(partial=attribution(maps()[1], 1))
+    partial.partial.stop_reason = attribution_pb2.STOP_REASON_UNFINISHED
+    final = explainer_service_pb2.ExplainStreamResponse(final=explain_response())
+    return [
+        explainer_service_pb2.ExplainStreamResponse(progress=progress(8)),
+        *in_pieces(partial, [partial.partial.inputs[0].tensor], size, 0),
+        explainer_service_pb2.ExplainStreamResponse(progress=progress(16, "CONVERGED")),
+        *in_pieces(final, [own.inputs[0].tensor for own in final.final.attributions], size, 1),
+    ]

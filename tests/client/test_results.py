@@ -17,6 +17,7 @@ from explainserve_client import (
     ExplainResult,
     IntegratedGradients,
     MissingEntryError,
+    Progress,
     Provenance,
 )
 from explainserve_client.results import explain_result
@@ -163,6 +164,7 @@ def test_provenance_is_read_field_by_field() -> None:
         (Attribution, attribution_pb2.Attribution),
         (ExplainResult, explainer_service_pb2.ExplainResponse),
         (CostEstimate, explainer_service_pb2.EstimateCostResponse),
+        (Progress, explainer_service_pb2.Progress),
     ],
 )
 def test_every_field_of_the_contract_has_a_place(kind: type, message: type) -> None:

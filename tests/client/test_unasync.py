@@ -52,6 +52,10 @@ def test_both_clients_have_the_same_methods_and_parameters() -> None:
 
 
 def test_only_one_of_them_is_asynchronous() -> None:
-    assert not any(inspect.iscoroutinefunction(function) for function in own(Client).values())
+    assert not any(is_asynchronous(function) for function in own(Client).values())
     public = [name for name in own(AsyncClient) if not name.startswith("_")]
-    assert all(inspect.iscoroutinefunction(own(AsyncClient)[name]) for name in public)
+    assert all(is_asynchronous(own(AsyncClient)[name]) for name in public)
+
+
+def is_asynchronous(function: object) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)

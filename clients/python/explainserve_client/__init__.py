@@ -82,6 +82,7 @@ from explainserve_client.statistics import (
     Statistics,
     reduce_to_view,
 )
+from explainserve_client.streams import Progress
 from explainserve_client.table import Table
 from explainserve_client.targets import Label, Margin, ResolvedTarget, Target, TopK
 
@@ -133,6 +134,7 @@ __all__ = [
     "Prediction",
     "Preprocessed",
     "Preprocessing",
+    "Progress",
     "Provenance",
     "Region",
     "RegionSum",

@@ -110,6 +110,20 @@ async def send_async(
     return response, request_id_of(trailing) or context.request_id
 
 
+def open_stream(
+    method: grpc.UnaryStreamMultiCallable[Request, Response], request: Request, context: CallContext
+) -> Any:
+    """A call whose responses are iterated; they raise grpc.RpcError."""
+    return method(request, timeout=context.timeout, metadata=context.metadata)
+
+
+def open_async_stream(
+    method: aio.UnaryStreamMultiCallable[Request, Response], request: Request, context: CallContext
+) -> Any:
+    """A call whose responses are iterated; they raise grpc.RpcError."""
+    return method(request, timeout=context.timeout, metadata=aio.Metadata(*context.metadata))
+
+
 def health_check(channel: Any) -> Any:
     """The call grpc.health.v1.Health/Check.
 

@@ -20,7 +20,7 @@ from explainserve_client.targets import target_messages
 
 
 class ExplainOptions(TypedDict, total=False):
-    """Keyword arguments that `explain` and `estimate_cost` share; `Client.explain` documents them."""
+    """Keyword arguments that `explain`, `explain_stream` and `estimate_cost` share; `Client.explain` documents them."""
 
     method: Method | None
     targets: Any
@@ -58,7 +58,7 @@ def explain_request(
     priority: int = 0,
     **response_options: Any,
 ) -> explainer_service_pb2.ExplainRequest:
-    """The request of `explain` and `estimate_cost`, without the version where the caller named none."""
+    """The request that `explain`, `explain_stream` and `estimate_cost` hold; no version where the caller named none."""
     fixed = _names("fixed_inputs", fixed_inputs)
     return explainer_service_pb2.ExplainRequest(
         model=model_ref(info.name, version),

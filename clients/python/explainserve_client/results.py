@@ -115,7 +115,8 @@ class Attribution:
         delta_over_abs_sum: |convergence_delta| / sum|a|; None where that is zero.
         map_error: estimated relative L2 error of the map; None where the rule gives no estimate.
         step_count: gradient evaluations of this path.
-        stop_reason: "FIXED_STEPS", "CONVERGED", "MAX_STEPS", "TIME_BUDGET", "NON_CONVERGENT" or "NON_FINITE".
+        stop_reason: "FIXED_STEPS", "CONVERGED", "MAX_STEPS", "TIME_BUDGET", "NON_CONVERGENT" or "NON_FINITE";
+            "UNFINISHED" in a partial map of a stream.
         score_path: None where left out.
         applied_normalization: "NONE", always.
         cautions: for this map.
@@ -363,7 +364,7 @@ def explain_result(
 ) -> ExplainResult:
     """Reads a response; `geometries` are those of the instances that the client preprocessed."""
     inputs = Table("input", ((spec.name, InputSpec.from_proto(spec)) for spec in message.inputs))
-    attributions = tuple(_attribution(line, inputs, geometries) for line in message.attributions)
+    attributions = tuple(attribution_result(line, inputs, geometries) for line in message.attributions)
     return ExplainResult(
         attributions=attributions,
         joint=_joint(message.joint, attributions),
@@ -375,9 +376,11 @@ def explain_result(
     )
 
 
-def _attribution(
+def attribution_result(
     message: attribution_pb2.Attribution, specs: Mapping[str, InputSpec], geometries: Geometries
 ) -> Attribution:
+    """Reads one map; `specs` are those of the model's inputs by name."""
+
     def geometry(name: str) -> Geometry | None:
         found = geometries.get(name, ())
         return found[message.instance_index] if message.instance_index < len(found) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,12 @@ def to_array(tensor: tensor_pb2.Tensor) -> Array:
             f"{name} tensor of shape {tuple(tensor.shape)} came with {len(tensor.data)} bytes"
         ) from error
     return _widened(array) if name == "bfloat16" else array
+
+
+def byte_count(tensor: tensor_pb2.Tensor) -> int:
+    """Bytes that the tensor's shape and element type need; 0 for a type that this client does not know."""
+    name = short_name(tensor_pb2.DataType, tensor.data_type).lower()
+    return math.prod(tensor.shape) * _WIRE[name].itemsize if name in _WIRE else 0
 
 
 def cast(array: Array, dtype: str, what: str) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
@@ -17,8 +17,15 @@ from explainserve.v1 import (
     model_repository_service_pb2,
     model_repository_service_pb2_grpc,
 )
-from explainserve_client.connection import CallContext, health_check, health_state, open_async_channel, send_async
-from explainserve_client.errors import ClientClosedError, ServerError
+from explainserve_client.connection import (
+    CallContext,
+    health_check,
+    health_state,
+    open_async_channel,
+    open_async_stream,
+    send_async,
+)
+from explainserve_client.errors import ClientClosedError, ServerError, request_id_of, server_error
 from explainserve_client.inputs import fit
 from explainserve_client.methods import Method
 from explainserve_client.models import ModelInfo, ModelSummary, model_ref, named_model
@@ -26,6 +33,7 @@ from explainserve_client.preprocess import Preprocessed, image_input, preprocess
 from explainserve_client.regions import GroupLike, RegionLike
 from explainserve_client.requests import ExplainOptions, explain_request, predict_request
 from explainserve_client.results import CostEstimate, ExplainResult, PredictResult, explain_result
+from explainserve_client.streams import Assembly, ExplainEvent
 
 if TYPE_CHECKING:
     from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceAsyncStub
@@ -175,6 +183,57 @@ class AsyncClient:
         result = explain_result(response, instances.geometries, used_id)
         self._notice_version(info, version, result.provenance.model_version)
         return result
+
+    async def explain_stream(
+        self,
+        model: str,
+        inputs: Any,
+        *,
+        version: int | None = None,
+        partial_maps: bool = False,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[ExplainOptions],
+    ) -> AsyncGenerator[ExplainEvent, None]:
+        """What becomes of each path while an `explain` with the same arguments runs, and then its result.
+
+        Yields a Progress after each round of each path, followed by the map so far, an Attribution, where
+        `partial_maps` asks for it; its stop reason is "UNFINISHED" until it is the path's own. The last event is the
+        ExplainResult that `explain` returns, which may be larger than a message here. Whoever reads slowly gets the
+        newest round of each path, and always its last.
+
+        Nothing is sent before the first event is asked for. Closing the iterator cancels the call, and the server drops
+        the rows that wait; leaving a loop early does that as soon as nothing holds the iterator.
+
+        Args:
+            model, inputs, version, timeout, request_id, options: as in `explain`.
+            partial_maps: whether the map so far follows each Progress.
+
+        Raises:
+            RequestValueError, RequestTypeError, ServerError: as `explain`.
+            MalformedResponseError: the stream ended before its result was complete.
+        """
+        context = self._context(timeout, request_id)
+        info = await self._info(model, version, context)
+        instances = fit(inputs, info)
+        explain = explain_request(info, version, instances, **options)
+        request = explainer_service_pb2.ExplainStreamRequest(explain=explain, include_partial_maps=partial_maps)
+        assembly = Assembly(info.inputs, instances.geometries)
+        call = open_async_stream(self._stub().ExplainStream, request, context)
+        try:
+            async for message in call:
+                event = assembly.add(message)
+                if event is not None:
+                    yield event
+            used_id = request_id_of(await call.trailing_metadata())
+        except grpc.RpcError as error:
+            self._infos.pop((info.name, version), None)
+            raise server_error(error, context.request_id) from error
+        finally:
+            call.cancel()
+        result = assembly.result(used_id or context.request_id)
+        self._notice_version(info, version, result.provenance.model_version)
+        yield result
 
     async def predict(
         self,
