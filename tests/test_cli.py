@@ -36,7 +36,7 @@ from explainserve.rpc.tensors import encode
 from explainserve.settings import Settings
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
-from explainserve_client import Box, Label, Margin, TopK
+from explainserve_client import AttributionSelector, Box, Label, Margin, Progress, TopK
 from hostile_graphs import CRASHERS, endless
 from models import MODELS, write_model
 from onnx_graphs import model, node, quantized_twice, quantized_within, save
@@ -348,6 +348,47 @@ def test_long_work_shows_on_a_terminal_and_nowhere_else(monkeypatch: pytest.Monk
     assert shown[io.StringIO] == ""
 
 
+def test_progress_counts_the_paths_that_ended_and_tells_the_worst_error() -> None:
+    def told(target: int, steps: int, error: float | None, stop_reason: str = "UNFINISHED") -> Progress:
+        position = AttributionSelector(0, 0, target, 0)
+        return Progress(position, steps, 128, error, None, stop_reason, path_count=3)
+
+    paths = progress.Paths()
+    lines = []
+    for one in (
+        told(0, 8, None),
+        told(0, 16, 0.25),
+        told(1, 16, 0.5),
+        told(1, 24, 0.0625, "CONVERGED"),
+        told(0, 24, 0.03125, "CONVERGED"),
+    ):
+        paths.add(one)
+        lines.append(str(paths))
+
+    assert lines == [
+        "0 of 3 maps",
+        "0 of 3 maps, error up to 0.25",
+        "0 of 3 maps, error up to 0.5",
+        "1 of 3 maps, error up to 0.25",
+        "2 of 3 maps, error up to 0.062",
+    ]
+
+
+def test_progress_of_paths_shows_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress.working("explaining two-digits") as show:
+        show(Progress(AttributionSelector(0, 0, 0, 0), 24, 128, 0.0625, None, "CONVERGED", path_count=2))
+        deadline = time.monotonic() + 5
+        while "1 of 2 maps" not in terminal.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    assert "explaining two-digits: 1 of 2 maps, error up to 0.062" in terminal.getvalue()
+
+
 # serve
 
 
@@ -367,7 +408,7 @@ def test_serve_says_where_it_listens_and_stops_with_0(number: signal.Signals, tm
 def active_explains(running: Running) -> float:
     with urllib.request.urlopen(f"http://{running.http}/metrics", timeout=SECONDS) as response:
         text = response.read().decode()
-    found = re.search(r'^explainserve_active_requests\{method="Explain"\} (\S+)$', text, re.MULTILINE)
+    found = re.search(r'^explainserve_active_requests\{method="ExplainStream"\} (\S+)$', text, re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 
@@ -484,8 +525,8 @@ def test_the_request_id_is_in_the_log_of_the_server(server: Running, picture: Pa
 
     lines = [json.loads(line) for line in server.log.read_text().splitlines()]
     assert [
-        line["method"] for line in lines if line.get("request_id") == "find-me" and line["method"] == "Explain"
-    ] == ["Explain"]
+        line["method"] for line in lines if line.get("request_id") == "find-me" and line["method"] == "ExplainStream"
+    ] == ["ExplainStream"]
 
 
 def test_several_files_are_several_instances(server: Running, tmp_path: Path) -> None:

@@ -48,6 +48,24 @@ def test_the_python_of_the_readme_runs(address: str) -> None:
     assert names["result"].attributions[1].target.label == "8"  # type: ignore[attr-defined]
 
 
+def test_the_python_of_the_page_on_anytime_answers_runs(address: str) -> None:
+    sys.path.insert(0, str(EXAMPLE))
+    import pictures
+    from explainserve_client import Client
+
+    with Client(address) as client:
+        image = client.preprocess("two-digits", pictures.load_pairs()[0].picture.image).tensor
+    names: dict[str, object] = {"image": image}
+
+    for code in blocks(ROOT / "docs" / "anytime-answers.md", "python"):
+        exec(code.replace("localhost:8001", address), names)
+
+    (own,) = names["result"].attributions  # type: ignore[attr-defined]
+    assert names["tensor"].tobytes() == own.tensor.tobytes()  # type: ignore[attr-defined]
+    assert names["recipe"] == own.normalization("SYMMETRIC_ABS_MAX", "CHANNEL_SUM")
+    assert names["good_enough"].map_error < 0.1  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
 def test_every_model_toml_on_a_page_is_valid(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "toml"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,8 @@ from explainserve.cli.inputs import CropOption, InputsArgument, ResizeOption, re
 from explainserve.cli.spellings import Quadrature, Recipe, Scale, Score, View
 
 if TYPE_CHECKING:
-    from explainserve_client import ExplainResult
+    from explainserve_client import ExplainResult, Progress
+    from explainserve_client.streams import ExplainEvent
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="Name of the model.")]
 VersionOption = Annotated[
@@ -148,20 +150,21 @@ def explain(
 
     with connected(server, models, timeout) as client:
         given = read_inputs(client, client.model(model, version), version, inputs, resize, crop)
-        with working(f"explaining {model}"):
-            result = client.explain(
-                model,
-                given.argument,
-                version=version,
-                method=method,
-                targets=targets,
-                baselines=baselines,
-                score=None if score is None else score.name,
-                regions=given.regions(boxes),
-                views=_views(view),
-                time_budget=time_budget,
-                request_id=request_id,
-            )
+        events = client.explain_stream(  # maps may be larger than a message here, and a terminal shows how far it is
+            model,
+            given.argument,
+            version=version,
+            method=method,
+            targets=targets,
+            baselines=baselines,
+            score=None if score is None else score.name,
+            regions=given.regions(boxes),
+            views=_views(view),
+            time_budget=time_budget,
+            request_id=request_id,
+        )
+        with working(f"explaining {model}") as show:
+            result = _followed(events, show)
     _print(result)
     if output is not None:
         from explainserve.cli.documents import write_result
@@ -172,6 +175,18 @@ def explain(
 
             written.append(write_picture(output, result, given, boxes, recipe=normalization, scale=scale, view=view))
         typer.echo(f"\nwrote {', '.join(map(str, written))}")
+
+
+def _followed(events: Iterator[ExplainEvent], show: Callable[[Progress], None]) -> ExplainResult:
+    """The result, which ends the stream; the progress before it is shown."""
+    from explainserve_client import ExplainResult, Progress
+
+    for event in events:
+        if isinstance(event, Progress):
+            show(event)
+        elif isinstance(event, ExplainResult):
+            return event
+    raise AssertionError("A stream ended without a result. This is a bug.")
 
 
 def _check_output(output: str | None, png: bool) -> None:
