@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from closed_form import ClosedForm
-from explainserve.backends.batch_size import UNMEASURED_ROWS, BatchSize, fastest
+from explainserve.backends.batch_size import CALL_SECONDS, UNMEASURED_ROWS, BatchSize, fastest
 from explainserve.errors import EvaluationFailed
 from explainserve.plan import Rows, SegmentEvaluation
 from explainserve.signature import Axis, InputSpec, Signature
@@ -41,6 +41,7 @@ class Timed(ClosedForm):
     [
         (lambda n: 1.0 + 0.001 * n, 64),  # a call costs, rows are free
         (lambda n: 0.1 * n, 1),  # rows cost, calls are free
+        (lambda n: CALL_SECONDS / 2 * n, 64),  # but the server's own part of a call is not
         (lambda n: 0.1 * n * (1.0 if n <= 4 else 1.5) + 0.1, 4),  # more rows do not fit into a cache
         (lambda n: 0.1 * n * {2: 1.2, 4: 0.7}.get(n, 1.0), 4),  # one slow size does not end the search
     ],

@@ -24,6 +24,9 @@ AS_FAST = 1.03
 PROMISING = 1.2
 """Time per row, relative to the fastest, up to which a size is timed again: what else the machine does disturbs."""
 
+CALL_SECONDS = 2e-4
+"""What a micro-batch costs outside of the model, in the scheduler and between threads; measured on two cores."""
+
 CHEAP_SECONDS = 0.05
 """A micro-batch that is shorter ends no search: on a busy machine two sizes in a row can be slow by chance."""
 
@@ -105,8 +108,9 @@ class _Timed:
                     self._time(size)
 
     def _within(self, factor: float) -> list[int]:
-        best = min(self._times.values(), default=0.0)
-        return [size for size, seconds in self._times.items() if seconds <= factor * best]
+        costs = {size: seconds + CALL_SECONDS / size for size, seconds in self._times.items()}
+        best = min(costs.values(), default=0.0)
+        return [size for size, cost in costs.items() if cost <= factor * best]
 
     def _time(self, size: int) -> None:
         """Keeps the least time of one run, or of as many as fill `_LEAST_SECONDS`."""
