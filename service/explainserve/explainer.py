@@ -30,13 +30,15 @@ Place = tuple[int, int, int]
 """Instance, target of the instance, baseline of the instance."""
 
 CONCURRENT_QUESTIONS = 32
-"""Questions of one query whose rounds are in flight together: enough to fill batches, few enough to bound memory."""
+"""Most questions of one query whose rounds are in flight together: enough to fill batches."""
 
 MAX_SHARING_TARGETS = 16
 """Targets whose rows share a forward pass: more would save little, and a micro-batch takes longer with each."""
 
 FIRST_ROUND_ARRAYS = 12
 """Arrays of the size of its inputs that a path keeps after its first round, at most."""
+
+_FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +102,17 @@ class Query:
         per_question = 1 if self.budget_ends_at is None else 1 + FIRST_ROUND_ARRAYS
         return _input_bytes(self.instances) + (baselines + self.question_count * per_question) * of_one
 
+    @property
+    def path_bytes(self) -> int:
+        """Memory that the path of one question holds while its rounds are in flight, at most."""
+        elements = sum(array.size for array in self.instances[0].moving.values())
+        return self.method.cost().held_arrays * _FLOAT32_BYTES * elements
+
+    def path_count(self, max_bytes: int) -> int:
+        """Questions whose rounds are in flight together: at least one, else as many as fit beside what is held."""
+        fitting = (max_bytes - self.held_bytes) // self.path_bytes
+        return max(1, min(fitting, CONCURRENT_QUESTIONS, self.question_count))
+
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
@@ -151,6 +164,10 @@ class Cost:
         max_gradient_rows: if they share only those that are the same for every target.
         min_backward_count: if targets that may turn out to be the same one do.
         max_backward_count: if they do not.
+        path_count: questions whose rounds are in flight together.
+        held_bytes: memory of inputs, baselines and maps; see `Query.held_bytes`.
+        path_bytes: memory of all paths in flight, at most.
+        score_bytes: memory of the score tensors at the end points, axes of free extent counted as 1.
     """
 
     question_count: int
@@ -159,6 +176,15 @@ class Cost:
     max_gradient_rows: int
     min_backward_count: int
     max_backward_count: int
+    path_count: int
+    held_bytes: int
+    path_bytes: int
+    score_bytes: int
+
+    @property
+    def host_bytes(self) -> int:
+        """Most memory on the host at once, beside the model."""
+        return self.held_bytes + self.path_bytes + self.score_bytes
 
     @property
     def min_rows(self) -> int:
@@ -259,11 +285,11 @@ class Explainer:
         Raises:
             InvalidRequest: as `prepare`.
         """
-        refused = _cost(query, 0).max_rows > self._max_request_rows or query.held_bytes > self._max_request_bytes
+        refused = self._cost(query, 0).max_rows > self._max_request_rows or query.held_bytes > self._max_request_bytes
         if refused:
-            return _cost(query, _end_point_bound(query))
+            return self._cost(query, _end_point_bound(query))
         baselines = _all_baselines(query)
-        return _cost(query, _end_points(query, baselines).plan.row_count)
+        return self._cost(query, _end_points(query, baselines).plan.row_count)
 
     def prepare(self, query: Query) -> Prepared:
         """Makes the baselines, finds the distinct end points and states the cost, without evaluating anything.
@@ -272,10 +298,10 @@ class Explainer:
             InvalidRequest: a baseline does not fit, or an instance has no target or no baseline.
             LimitExceeded: more rows (REQUEST_ROWS_EXCEEDED) or memory (REQUEST_BYTES_EXCEEDED) than a request may have.
         """
-        self._admit(query, _cost(query, 0))  # before baselines take memory
+        self._admit(query, self._cost(query, 0))  # before baselines take memory
         baselines = _all_baselines(query)
         end_points = _end_points(query, baselines)
-        cost = _cost(query, end_points.plan.row_count)
+        cost = self._cost(query, end_points.plan.row_count)
         self._admit(query, cost)
         return Prepared(query, baselines, end_points, cost)
 
@@ -294,7 +320,7 @@ class Explainer:
             questions = await asyncio.to_thread(_questions, query, prepared.baselines, scores)
             usage.saved_rows = 2 * len(questions) - usage.forward_rows
             inquiries = [_Inquiry(place, question, observe) for place, question in questions]
-            explanations = await self._explanations(query, inquiries, usage)
+            explanations = await self._explanations(query, inquiries, prepared.cost.path_count, usage)
         return Answer(query, explanations, prepared.baselines, usage)
 
     async def outputs(
@@ -316,6 +342,9 @@ class Explainer:
         arrays = [_only_output(segment) for segment in evaluation.segments]
         count = len(instances)
         return {f: arrays[k * count : (k + 1) * count] for k, f in enumerate(functions)}, usage
+
+    def _cost(self, query: Query, end_point_rows: int) -> Cost:
+        return _cost(query, end_point_rows, query.path_count(self._max_request_bytes))
 
     def _admit_rows(self, row_count: int) -> None:
         if row_count > self._max_request_rows:
@@ -347,9 +376,11 @@ class Explainer:
             raise _too_short() from None
         return _Scores(end_points, [_only_output(segment) for segment in evaluation.segments])
 
-    async def _explanations(self, query: Query, inquiries: Sequence[_Inquiry], usage: Usage) -> tuple[Explanation, ...]:
+    async def _explanations(
+        self, query: Query, inquiries: Sequence[_Inquiry], path_count: int, usage: Usage
+    ) -> tuple[Explanation, ...]:
         """With a time budget the first round of all questions comes first, so that each has a map when it ends."""
-        groups, gate = _sharing_groups(inquiries), _Gate(CONCURRENT_QUESTIONS)
+        groups, gate = _sharing_groups(inquiries, _sharing_limit(path_count)), _Gate(path_count)
         if query.budget_ends_at is not None:
             await _all([self._begin(query, group, usage, gate) for group in groups])
         await _all([self._answer(query, group, usage, gate) for group in groups])
@@ -514,23 +545,29 @@ def _end_point_bound(query: Query) -> int:
     )
 
 
-def _sharing_groups(inquiries: Sequence[_Inquiry]) -> list[_Group]:
-    """Questions of the same instance, baseline and function, at most MAX_SHARING_TARGETS together."""
+def _sharing_limit(path_count: int) -> int:
+    """Most targets that share rows: their paths are in flight together."""
+    return min(MAX_SHARING_TARGETS, path_count)
+
+
+def _sharing_groups(inquiries: Sequence[_Inquiry], limit: int) -> list[_Group]:
+    """Questions of the same instance, baseline and function, at most `limit` together."""
     groups: dict[tuple[int, int, Differentiation], list[_Inquiry]] = {}
     for inquiry in inquiries:
         instance_index, _, baseline_index = inquiry.place
         groups.setdefault((instance_index, baseline_index, inquiry.question.gradient), []).append(inquiry)
-    return [part for group in groups.values() for part in _parts(group)]
+    return [part for group in groups.values() for part in _parts(group, limit)]
 
 
-def _parts(group: list[_Inquiry]) -> Iterator[list[_Inquiry]]:
-    for first in range(0, len(group), MAX_SHARING_TARGETS):
-        yield group[first : first + MAX_SHARING_TARGETS]
+def _parts(group: list[_Inquiry], limit: int) -> Iterator[list[_Inquiry]]:
+    for first in range(0, len(group), limit):
+        yield group[first : first + limit]
 
 
-def _cost(query: Query, end_point_rows: int) -> Cost:
+def _cost(query: Query, end_point_rows: int, path_count: int) -> Cost:
     of_one = query.method.cost()
-    paths = [path for index in range(len(query.instances)) for path in _paths(query, index)]
+    limit = _sharing_limit(path_count)
+    paths = [path for index in range(len(query.instances)) for path in _paths(query, index, limit)]
     apart = of_one.max_gradient_rows - of_one.common_gradient_rows
     return Cost(
         question_count=query.question_count,
@@ -540,6 +577,10 @@ def _cost(query: Query, end_point_rows: int) -> Cost:
         + apart * sum(p.count * p.targets for p in paths),
         min_backward_count=of_one.min_gradient_rows * sum(p.count * p.certain_targets for p in paths),
         max_backward_count=of_one.max_gradient_rows * sum(p.count * p.targets for p in paths),
+        path_count=path_count,
+        held_bytes=query.held_bytes,
+        path_bytes=path_count * query.path_bytes,
+        score_bytes=end_point_rows * max(spec.output_bytes(query.model.signature) for spec in query.targets),
     )
 
 
@@ -550,25 +591,23 @@ class _Paths:
     Attributes:
         count: number of baselines.
         targets: number of targets, of which `certain_targets` certainly differ.
+        groups: of targets that share rows.
     """
 
     count: int
     targets: int
     certain_targets: int
-
-    @property
-    def groups(self) -> int:
-        """Groups of targets that share rows."""
-        return -(-self.targets // MAX_SHARING_TARGETS)
+    groups: int
 
 
-def _paths(query: Query, instance_index: int) -> Iterator[_Paths]:
+def _paths(query: Query, instance_index: int, sharing_limit: int) -> Iterator[_Paths]:
     specs: dict[Differentiation, list[TargetSpec]] = {}
     for spec in query.targets_of(instance_index):
         specs.setdefault(spec.function(query.model.signature), []).append(spec)
     for own in specs.values():
         target_count = sum(spec.target_count for spec in own)
-        yield _Paths(query.baseline_count(instance_index), target_count, certain_target_count(own))
+        groups = -(-target_count // sharing_limit)
+        yield _Paths(query.baseline_count(instance_index), target_count, certain_target_count(own), groups)
 
 
 def _input_bytes(instances: Sequence[Instance]) -> int:

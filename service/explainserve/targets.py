@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -94,6 +95,15 @@ class TargetSpec:
         """
         output = signature.output(self.output)
         return Differentiation(output.name, output.score_head(self.score))
+
+    def output_bytes(self, signature: Signature) -> int:
+        """Size of the score tensor of one instance, axes of free extent counted as 1.
+
+        Raises:
+            InvalidRequest: unknown output.
+        """
+        output = signature.output(self.output)
+        return math.prod(axis.size or 1 for axis in output.axes[1:]) * output.dtype.itemsize
 
     def resolve(self, signature: Signature, scores: NDArray[np.generic]) -> list[Target]:
         """Resolves it on one instance.

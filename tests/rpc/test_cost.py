@@ -153,6 +153,18 @@ def test_reply_is_no_larger_than_estimated(stub: ExplainerServiceStub, name: str
     assert answer.ByteSize() <= expected.reply_bytes
 
 
+@pytest.mark.parametrize("name", REQUESTS)
+def test_memory_is_stated_with_its_limit(stub: ExplainerServiceStub, name: str) -> None:
+    """At least the inputs and the maps, and three copies of the reply."""
+    message = REQUESTS[name]
+    expected, answer = estimate(stub, message), stub.Explain(message, timeout=60)
+    tensors = sum(len(tensor.data) for tensor in message.inputs.values())
+    maps = sum(len(own.tensor.data) for attribution in answer.attributions for own in attribution.inputs)
+
+    assert tensors + maps <= expected.held_bytes <= expected.held_bytes_limit == 16 * expected.reply_bytes_limit
+    assert expected.held_bytes + 3 * answer.ByteSize() < expected.max_host_bytes
+
+
 def test_pairs_are_those_of_the_maps_that_a_group_selects(stub: ExplainerServiceStub) -> None:
     """Of 80 maps in one instance pair and in all of them."""
     pairs = REQUESTS["pairs"]

@@ -340,7 +340,13 @@ class PredictResult:
 
 @dataclass(frozen=True, slots=True)
 class CostEstimate:
-    """Cost of a request with an idle server: fewest and most rows and evaluations, reply bytes, the server's limits."""
+    """Cost of a request with an idle server: fewest and most rows and evaluations, bytes, the server's limits.
+
+    Attributes:
+        held_bytes: inputs, baselines and maps, on the host until the answer is complete.
+        max_host_bytes: most memory on the host, beside the model and its micro-batches.
+        micro_batch_bytes: most memory of a micro-batch on its device; None where it was not measured.
+    """
 
     min_row_count: int
     max_row_count: int
@@ -352,11 +358,17 @@ class CostEstimate:
     attribution_count: int
     row_limit: int
     reply_bytes_limit: int
+    held_bytes: int
+    held_bytes_limit: int
+    max_host_bytes: int
+    micro_batch_bytes: int | None
 
     @classmethod
     def from_proto(cls, message: explainer_service_pb2.EstimateCostResponse) -> CostEstimate:
         """Reads the message."""
-        return cls(**{stated.name: getattr(message, stated.name) for stated in message.DESCRIPTOR.fields})
+        stated = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
+        known = message.HasField("micro_batch_bytes")
+        return cls(**stated | {"micro_batch_bytes": message.micro_batch_bytes if known else None})
 
 
 def explain_result(

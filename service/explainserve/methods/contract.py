@@ -34,11 +34,13 @@ class Cost:
     Attributes:
         min_gradient_rows, max_gradient_rows: rows with one forward and one backward evaluation each.
         common_gradient_rows: those among them that are the same for every target of an instance and a baseline.
+        held_arrays: float32 arrays of the size of the moving inputs that its path holds at once, at most.
     """
 
     min_gradient_rows: int
     max_gradient_rows: int
     common_gradient_rows: int
+    held_arrays: int
 
 
 class Method(Protocol):

@@ -27,6 +27,11 @@ from explainserve.plan import Evaluation, Plan, Segment
 
 ADAPTIVE = "adaptive"
 
+_WORKING_ARRAYS = 24
+"""Held beside the gradients of the nodes, which the adaptive rule keeps to refine between them: the displacement, the
+integral and what they are computed with, in float64.
+"""
+
 
 @dataclass(frozen=True)
 class IntegratedGradients:
@@ -109,8 +114,8 @@ class IntegratedGradients:
     def cost(self) -> Cost:
         """Rows of one path."""
         if self.step_count is None:
-            return Cost(MIN_STEP_COUNT, self.max_step_count, PILOT_COUNT)
-        return Cost(self.step_count, self.step_count, self.step_count)
+            return Cost(MIN_STEP_COUNT, self.max_step_count, PILOT_COUNT, self.max_step_count + _WORKING_ARRAYS)
+        return Cost(self.step_count, self.step_count, self.step_count, _WORKING_ARRAYS)
 
     @property
     def _rule_name(self) -> str:

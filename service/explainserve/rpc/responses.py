@@ -156,13 +156,17 @@ def set_serialize_duration(message: attribution_pb2.Provenance, seconds: float) 
 
 
 def cost_response(
-    request: Explain, cost: Cost, *, row_limit: int, reply_bytes_limit: int
+    request: Explain, cost: Cost, *, message_bytes: int, row_limit: int, held_bytes_limit: int, reply_bytes_limit: int
 ) -> explainer_service_pb2.EstimateCostResponse:
     """The cost of a request on an idle server.
+
+    Args:
+        message_bytes: size of the request.
 
     Raises:
         InvalidRequest: as `reply_bytes`.
     """
+    reply = reply_bytes(request, cost, row_limit)
     figures = {
         "min_row_count": cost.min_rows,
         "max_row_count": cost.max_rows,
@@ -170,14 +174,20 @@ def cost_response(
         "max_forward_count": cost.max_rows,
         "min_backward_count": cost.min_backward_count,
         "max_backward_count": cost.max_backward_count,
-        "reply_bytes": reply_bytes(request, cost, row_limit),
+        "reply_bytes": reply,
         "attribution_count": _map_count(request, cost),
         "row_limit": row_limit,
         "reply_bytes_limit": reply_bytes_limit,
+        "held_bytes": cost.held_bytes,
+        "held_bytes_limit": held_bytes_limit,
+        "max_host_bytes": cost.host_bytes + _MESSAGE_COPIES * message_bytes + _REPLY_COPIES * reply,
     }
     # A short message can ask for more than an int64 counts.
     return explainer_service_pb2.EstimateCostResponse(**{name: min(n, 2**63 - 1) for name, n in figures.items()})
 
+
+_MESSAGE_COPIES = 2  # as it came in and as a message; decoded inputs are counted where they are held
+_REPLY_COPIES = 3  # as a message, as bytes, and on its way into the network
 
 _RESPONSE_BYTES = 8192  # provenance, cautions
 _MAP_BYTES = 4096  # numbers, and all cautions at once

@@ -100,7 +100,9 @@ class Servicer(ExplainerServiceServicer):
             responses.cost_response,
             checked,
             cost,
+            message_bytes=request.explain.ByteSize(),
             row_limit=self._settings.row_limit,
+            held_bytes_limit=self._settings.byte_limit,
             reply_bytes_limit=self._settings.max_message_bytes,
         )
 

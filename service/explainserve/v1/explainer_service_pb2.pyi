@@ -1025,6 +1025,10 @@ class EstimateCostResponse(_message.Message):
     ATTRIBUTION_COUNT_FIELD_NUMBER: _builtins.int
     ROW_LIMIT_FIELD_NUMBER: _builtins.int
     REPLY_BYTES_LIMIT_FIELD_NUMBER: _builtins.int
+    HELD_BYTES_FIELD_NUMBER: _builtins.int
+    HELD_BYTES_LIMIT_FIELD_NUMBER: _builtins.int
+    MAX_HOST_BYTES_FIELD_NUMBER: _builtins.int
+    MICRO_BATCH_BYTES_FIELD_NUMBER: _builtins.int
     min_row_count: _builtins.int
     """Fewest rows of an answer that ends by its tolerances; a time budget that ends, or a score that is not finite, can end the
     adaptive rule earlier, after its first 8 rows. Targets of the same output and score (up to 16) share rows on the path
@@ -1051,6 +1055,20 @@ class EstimateCostResponse(_message.Message):
     """The server's limit of `max_row_count`."""
     reply_bytes_limit: _builtins.int
     """The server's limit of `reply_bytes`."""
+    held_bytes: _builtins.int
+    """Memory of the inputs, baselines and maps, and with a time budget of the first rounds of all of them: what is held on the host
+    until the answer is complete.
+    """
+    held_bytes_limit: _builtins.int
+    """The server's limit of `held_bytes`. Paths whose gradients would not fit below it beside the others' wait for these."""
+    max_host_bytes: _builtins.int
+    """Most memory that the request takes on the host, beside the model and its micro-batches: `held_bytes`, the gradients that paths
+    keep between rounds, the request as it came in, and the reply while it is written.
+    """
+    micro_batch_bytes: _builtins.int
+    """Most memory that a micro-batch of the model takes on its device, its share of libraries' buffers included, measured at load;
+    absent where it was not. It is there once, whatever the number of requests.
+    """
     def __init__(
         self,
         *,
@@ -1064,11 +1082,17 @@ class EstimateCostResponse(_message.Message):
         attribution_count: _builtins.int = ...,
         row_limit: _builtins.int = ...,
         reply_bytes_limit: _builtins.int = ...,
+        held_bytes: _builtins.int = ...,
+        held_bytes_limit: _builtins.int = ...,
+        max_host_bytes: _builtins.int = ...,
+        micro_batch_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_micro_batch_bytes", b"_micro_batch_bytes", "micro_batch_bytes", b"micro_batch_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribution_count", b"attribution_count", "max_backward_count", b"max_backward_count", "max_forward_count", b"max_forward_count", "max_row_count", b"max_row_count", "min_backward_count", b"min_backward_count", "min_forward_count", b"min_forward_count", "min_row_count", b"min_row_count", "reply_bytes", b"reply_bytes", "reply_bytes_limit", b"reply_bytes_limit", "row_limit", b"row_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_micro_batch_bytes", b"_micro_batch_bytes", "attribution_count", b"attribution_count", "held_bytes", b"held_bytes", "held_bytes_limit", b"held_bytes_limit", "max_backward_count", b"max_backward_count", "max_forward_count", b"max_forward_count", "max_host_bytes", b"max_host_bytes", "max_row_count", b"max_row_count", "micro_batch_bytes", b"micro_batch_bytes", "min_backward_count", b"min_backward_count", "min_forward_count", b"min_forward_count", "min_row_count", b"min_row_count", "reply_bytes", b"reply_bytes", "reply_bytes_limit", b"reply_bytes_limit", "row_limit", b"row_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__micro_batch_bytes: _TypeAlias = _typing.Literal["micro_batch_bytes"]  # noqa: Y015
+    _WhichOneofArgType__micro_batch_bytes: _TypeAlias = _typing.Literal["_micro_batch_bytes", b"_micro_batch_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__micro_batch_bytes) -> _WhichOneofReturnType__micro_batch_bytes | None: ...
 
 Global___EstimateCostResponse: _TypeAlias = EstimateCostResponse  # noqa: Y015
