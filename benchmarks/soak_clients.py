@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import grpc
@@ -197,7 +198,10 @@ class SoakClient:
             self._stub = ExplainerServiceStub(channel)
             while not self.stopping.is_set():
                 action = str(self._random.choice(self._actions, p=self._shares))
-                getattr(self, f"_{action}")()
+                try:
+                    getattr(self, f"_{action}")()
+                except Exception as error:  # such as an answer that cannot be read; the client goes on
+                    self.tally.failures.append(f"{action}: {type(error).__name__}: {error}")
 
     def _answer(self) -> None:
         """A request that is waited for."""
@@ -291,7 +295,7 @@ class SoakClient:
         """A client that stops a stream after a few events."""
         expected = self._any(self._adaptive)
         events = self._stub.ExplainStream(self._streamed(expected), timeout=PATIENCE)
-        found = outcome_of(lambda: [next(events) for _ in range(int(self._random.integers(1, 4)))])
+        found = outcome_of(lambda: list(islice(events, int(self._random.integers(1, 4)))))
         events.cancel()
         self.tally.add("stream that is stopped", Outcome(found.code, found.reason), str(expected.drawn), [])
 

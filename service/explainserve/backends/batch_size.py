@@ -27,7 +27,7 @@ PROMISING = 1.2
 CALL_SECONDS = 2e-4
 """What a micro-batch costs outside of the model, in the scheduler and between threads; measured on two cores."""
 
-CHEAP_SECONDS = 0.05
+CHEAP_SECONDS = 0.01
 """A micro-batch that is shorter ends no search: on a busy machine two sizes in a row can be slow by chance."""
 
 _ROUNDS = 3
