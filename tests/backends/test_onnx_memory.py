@@ -280,3 +280,32 @@ def test_a_provider_that_disagrees_with_the_cpu_is_refused_with_the_figure(
     if not believed:
         (gap,) = loaded.gaps
         assert "1.4" in gap.reason and "CPU" in gap.remedy
+
+
+def test_batches_of_many_sizes_and_several_sessions_take_no_more_than_the_largest() -> None:
+    program = """
+import numpy as np
+from explainserve.backends.contract import LoadOptions
+from explainserve.backends.onnx_session import open_session, resident_bytes
+from onnx_graphs import model, node
+
+stack = [node("Softmax", [f"t{i}"], [f"t{i + 1}"]) for i in range(3)]
+graph = model([*stack, node("Sum", ["t0", "t1", "t2", "t3"], ["y"])], [("t0", ["n", 1 << 20])], [("y", ["n", 1 << 20])])
+sessions = [open_session(graph, LoadOptions(thread_count=1)) for _ in range(3)]
+block = np.ones((9, 1 << 20), np.float32)
+start = resident_bytes()
+sessions[0].run(None, {"t0": block})
+largest = resident_bytes() - start
+for session in sessions:
+    for count in range(1, 10):
+        session.run(None, {"t0": block[:count]})
+print((resident_bytes() - start) / largest)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=with_tests())
+
+    assert float(ran.stdout) < 1.5
+
+
+def with_tests() -> dict[str, str]:
+    """The environment of a process that imports what this one does."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import tempfile
@@ -94,7 +95,20 @@ def _settings(options: LoadOptions) -> onnxruntime.SessionOptions:
     settings.log_severity_level = 3  # errors
     settings.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_MICROSECONDS))
     settings.add_session_config_entry("session.force_spinning_stop", "1")
+    _share_arena()
+    settings.add_session_config_entry("session.use_env_allocators", "1")
+    # A plan of the memory for each shape that was ever run would be kept, with a block of its own for each.
+    settings.enable_mem_pattern = False
     return settings
+
+
+@functools.cache
+def _share_arena() -> None:
+    """One arena for all sessions of the process, of which one runs at a time: each would keep the most it ever took."""
+    host = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    onnxruntime.create_and_register_allocator(host, onnxruntime.OrtArenaCfg({}))
 
 
 def _session(model: onnx.ModelProto, settings: Any, options: LoadOptions) -> onnxruntime.InferenceSession:
