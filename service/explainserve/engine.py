@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 from explainserve.errors import EvaluationFailed, ExplainServeError, ShuttingDown, first_line, is_out_of_memory
 from explainserve.metrics import Metrics
 from explainserve.plan import Evaluation, Plan, SegmentEvaluation
+from explainserve.process import give_way
 from explainserve.repository import ServedModel
 from explainserve.scheduling import Job, Request, Scheduler
 from explainserve.watchdog import Conduct, Run, Watchdog
@@ -144,6 +145,7 @@ class Engine:
         return threading.Thread(target=self._work, name="device", daemon=True)
 
     def _work(self) -> None:
+        give_way()
         while (run := self._next_run()) is not None:
             outcome = _outcome(run)
             with self._wake:

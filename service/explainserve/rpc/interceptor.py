@@ -25,9 +25,15 @@ REQUEST_ID_KEY = "x-request-id"
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 _OWN_SERVICES = "/explainserve."
+"""Their messages may be large: workers read and write them. Those of others are small, and a health check must not wait
+until a worker is free.
+"""
 
 Deserializer = Callable[[bytes], Any]
 Serializer = Callable[[Any], bytes]
+
+Conversion = Callable[..., Awaitable[Any]]
+"""Calls a function with an argument, here or in a worker."""
 
 Handler = Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Awaitable[Any]]
 
@@ -57,21 +63,23 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return handler
         method = details.method.rsplit("/", 1)[-1]
+        own = details.method.startswith(_OWN_SERVICES)
+        convert: Conversion = asyncio.to_thread if own else _at_once
         if handler.unary_unary is not None:
-            whole = self._serialized(handler.unary_unary, handler.response_serializer)
-            answer = self._observed(method, handler.request_deserializer, whole)
+            whole = self._serialized(handler.unary_unary, handler.response_serializer, convert)
+            answer = self._observed(method, handler.request_deserializer, whole, convert)
             return grpc.unary_unary_rpc_method_handler(answer)
-        if handler.unary_stream is not None and details.method.startswith(_OWN_SERVICES):
-            answer = self._observed(method, handler.request_deserializer, handler.unary_stream)
+        if handler.unary_stream is not None and own:
+            answer = self._observed(method, handler.request_deserializer, handler.unary_stream, convert)
             return grpc.unary_stream_rpc_method_handler(answer, None, handler.response_serializer)
         return handler
 
-    def _serialized(self, handler: Any, serialize: Serializer | None) -> Handler:
+    def _serialized(self, handler: Any, serialize: Serializer | None, convert: Conversion) -> Handler:
         """Writes the reply itself: grpc would refuse a large one without a reason, after it was logged as OK."""
 
         async def serialized(message: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             reply = await handler(message, context)
-            data = reply if serialize is None else serialize(reply)
+            data = reply if serialize is None else await convert(serialize, reply)
             size, limit = len(data), self._max_message_bytes
             if size > limit:
                 text = f"the reply has {size} bytes, the limit is {limit}"
@@ -80,17 +88,17 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
 
         return serialized
 
-    def _message(self, deserialize: Deserializer | None, data: bytes) -> Any:
+    async def _message(self, deserialize: Deserializer | None, data: bytes, convert: Conversion) -> Any:
         size, limit = len(data), self._max_message_bytes
         if size > limit:
             text = f"the request has {size} bytes, the limit is {limit}"
             raise LimitExceeded("MESSAGE_TOO_LARGE", text, size=size, limit=limit)
         try:
-            return data if deserialize is None else deserialize(data)
+            return data if deserialize is None else await convert(deserialize, data)
         except DecodeError as error:
             raise InvalidRequest("MESSAGE_MALFORMED", f"the bytes are no message of this method: {error}") from error
 
-    def _observed(self, method: str, deserialize: Deserializer | None, handler: Any) -> Handler:
+    def _observed(self, method: str, deserialize: Deserializer | None, handler: Any, convert: Conversion) -> Handler:
         """Reads the message itself: grpc would answer a malformed or large one without a reason, and unseen."""
 
         async def observed(message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
@@ -100,7 +108,7 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
             finish = functools.partial(self._finish, method, time.monotonic())
             with self._metrics.active_requests.labels(method).track_inprogress():
                 try:
-                    reply = await handler(self._message(deserialize, message), context)
+                    reply = await handler(await self._message(deserialize, message, convert), context)
                 except asyncio.CancelledError:
                     finish(_cancelled_code(context))
                     raise
@@ -129,6 +137,10 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
             self._log.error("rpc", **fields, exc_info=error)
         else:
             self._log.info("rpc", **fields)
+
+
+async def _at_once(function: Callable[[Any], Any], argument: Any) -> Any:
+    return function(argument)
 
 
 class _StatusWithId(grpc.Status):

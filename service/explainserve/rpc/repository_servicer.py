@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from explainserve import process
 from explainserve.errors import Unsupported
 from explainserve.repository import ModelEntry, Repository
 from explainserve.rpc import requests, responses
@@ -30,7 +31,7 @@ class RepositoryServicer(ModelRepositoryServiceServicer):
     def __init__(self, repository: Repository, *, enabled: bool) -> None:
         self._repository = repository
         self._enabled = enabled
-        self._thread = ThreadPoolExecutor(1, "models")
+        self._thread = ThreadPoolExecutor(1, "models", initializer=process.give_way)
         """One load at a time: each may take the memory of two models."""
 
     async def IndexModels(self, request: pb.IndexModelsRequest, context: Context) -> pb.IndexModelsResponse:
@@ -57,7 +58,8 @@ class RepositoryServicer(ModelRepositoryServiceServicer):
         """Once begun it goes on when the caller leaves: half a change would be worse than either."""
         self._check_enabled()
         name, version = requests.named_model(model)
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, change, name, version))
+        done = asyncio.get_running_loop().run_in_executor(self._thread, _settled, change, name, version)
+        return await asyncio.shield(done)
 
     def _check_enabled(self) -> None:
         if not self._enabled:
@@ -66,3 +68,10 @@ class RepositoryServicer(ModelRepositoryServiceServicer):
                 "models of this server are not loaded and unloaded over the wire; start it with --allow-model-control",
                 setting="allow_model_control",
             )
+
+
+def _settled(change: Callable[[str, int | None], ModelEntry], name: str, version: int | None) -> ModelEntry:
+    try:
+        return change(name, version)
+    finally:
+        process.settle()

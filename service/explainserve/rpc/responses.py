@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -647,8 +648,13 @@ def _axis(axis: Axis) -> model_pb2.Axis:
 
 def _mirror(message_type: type[M], value: Any) -> M:
     """A message from a dataclass with the same field names; None is absent."""
-    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return message_type(**{name: _plain(item) for name, item in fields.items() if item is not None})
+    items = ((name, getattr(value, name)) for name in _field_names(value.__class__))
+    return message_type(**{name: _plain(item) for name, item in items if item is not None})
+
+
+@functools.cache
+def _field_names(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 _ITEMS: Mapping[str, type[Message]] = {

@@ -12,8 +12,8 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
-from threadpoolctl import ThreadpoolController
 
+from explainserve import process
 from explainserve.backends import LoadOptions
 from explainserve.backends.trial import TrialLimits
 from explainserve.backends.tried import Tried
@@ -66,8 +66,7 @@ class Server:
             NotFound: the model folder is not there (NO_MODELS_FOLDER).
         """
         settings = self._settings
-        # numpy's own BLAS threads spin beside the model's: measured, they doubled the processor time of small models
-        ThreadpoolController().select(internal_api="openblas").limit(limits=1)
+        process.prepare(asyncio.get_running_loop())
         self._loop = asyncio.get_running_loop()
         self._http = HttpServer(
             settings.host,
@@ -110,7 +109,7 @@ class Server:
         self._control = RepositoryServicer(self._repository, enabled=settings.allow_model_control)
         self._server = self._grpc_server(Servicer(self._repository, explainer, self._metrics, settings))
         self.port = self._server.add_insecure_port(_address(settings.host, settings.port))
-        await asyncio.to_thread(self._repository.load_all)
+        await _in_own_thread(self._load)
         self._engine.start()
         await self._server.start()
         self._ready = True
@@ -131,6 +130,11 @@ class Server:
             await stopped()
         finally:
             await self.stop()
+
+    def _load(self) -> None:
+        process.give_way()
+        self._repository.load_all()
+        process.settle()
 
     def _report(self, entry: ModelEntry) -> None:
         """Logs and counts a new state of a model version."""
