@@ -37,7 +37,7 @@ from explainserve.settings import Settings
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
 from explainserve_client import AttributionSelector, Box, Label, Margin, Progress, TopK
-from hostile_graphs import CRASHERS, endless
+from hostile_graphs import CRASHERS, endless, patient
 from models import MODELS, write_model
 from onnx_graphs import model, node, quantized_twice, quantized_within, save
 
@@ -405,10 +405,10 @@ def test_serve_says_where_it_listens_and_stops_with_0(number: signal.Signals, tm
     assert all(json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines())
 
 
-def active_explains(running: Running) -> float:
+def active(running: Running, method: str) -> float:
     with urllib.request.urlopen(f"http://{running.http}/metrics", timeout=SECONDS) as response:
         text = response.read().decode()
-    found = re.search(r'^explainserve_active_requests\{method="ExplainStream"\} (\S+)$', text, re.MULTILINE)
+    found = re.search(rf'^explainserve_active_requests\{{method="{method}"\}} (\S+)$', text, re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 
@@ -420,7 +420,7 @@ def test_requests_that_run_when_it_is_told_to_stop_are_finished(tmp_path: Path) 
         arguments = ["explain", tmp_path / "pictures.npy", *picked]
         request = threading.Thread(target=lambda: answers.append(run(*arguments, "--server", running.grpc)))
         request.start()
-        while request.is_alive() and not active_explains(running):
+        while request.is_alive() and not active(running, "ExplainStream"):
             time.sleep(0.01)
         assert request.is_alive(), answers
         assert running.stop() == 0
@@ -456,6 +456,33 @@ def test_work_that_outlives_the_grace_period_does_not_hold_the_process(tmp_path:
     ):
         calls = [ExplainerServiceStub(channel).Explain.future(message, timeout=3600) for _ in range(40)]
         while running.log.read_text().count("stuck") < min(32, (os.cpu_count() or 1) + 4):
+            assert not any(call.done() for call in calls)
+            time.sleep(0.01)
+        assert running.stop() == 0
+
+
+STUBBORN = """
+from explainserve.backends.onnx_runtime import OnnxModel
+from explainserve.cli import app
+
+OnnxModel.interrupt = lambda self: None
+app()
+"""
+
+
+@pytest.mark.parametrize("command", [COMMAND, [sys.executable, "-c", STUBBORN]], ids=["can be ended", "cannot"])
+def test_a_model_that_hangs_does_not_hold_the_process(command: list[str], tmp_path: Path) -> None:
+    """Told to stop while a run is under way that would take years, and others wait behind it."""
+    where = ["serve", "--models", str(tmp_path), "--port", "0", "--http-port", "0", "--grace", "0.2"]
+    save(patient(), tmp_path / "patient" / "1")
+    x = encode(np.full((1, 4), 2.0**50, np.float32))
+    message = pb.PredictRequest(model={"named": {"name": "patient"}}, inputs={"x": x})
+    with (
+        serving(tmp_path, tmp_path / "log", command=[*command, *where]) as running,
+        grpc.insecure_channel(running.grpc) as channel,
+    ):
+        calls = [ExplainerServiceStub(channel).Predict.future(message, timeout=3600) for _ in range(8)]
+        while active(running, "Predict") < len(calls):
             assert not any(call.done() for call in calls)
             time.sleep(0.01)
         assert running.stop() == 0

@@ -30,10 +30,10 @@ OUT_OF_MEMORY = "OUT_OF_MEMORY"
 """Reason with which any backend says so."""
 
 LAST_BATCH_SECONDS = 10.0
-"""Time that the batch on the device gets when the engine stops."""
+"""Time that the batch on the device gets when the engine stops and somebody waits for it."""
 
 INTERRUPTED_BATCH_SECONDS = 1.0
-"""Time that it gets after that, once it was asked to end."""
+"""Time that it gets to end when it was asked to."""
 
 Tell = Callable[[ServedModel, ExplainServeError], None]
 
@@ -77,17 +77,21 @@ class Engine:
     def stop(self) -> None:
         """Ends the threads after the batch on the device; what waits is ended with ShuttingDown.
 
-        A batch that takes longer than LAST_BATCH_SECONDS is asked to end, and left to itself where it does not.
+        A batch that nobody waits for, or that takes longer than LAST_BATCH_SECONDS, is asked to end, and left to itself
+        where it does not.
         """
         with self._wake:
             self._stopping = True
             self._wake.notify_all()
             self._wake_watcher.notify_all()
+            run = self._run
+            wanted = run is not None and self._scheduler.wants(run.batch)
         self._watcher.join()
-        self._thread.join(LAST_BATCH_SECONDS)
-        if (run := self._run) is not None:
+        if wanted:
+            self._thread.join(LAST_BATCH_SECONDS)
+        if run is not None:
             self._interrupt(run)
-            self._thread.join(INTERRUPTED_BATCH_SECONDS)
+        self._thread.join(INTERRUPTED_BATCH_SECONDS)
         for job in list(self._futures):
             job.error = ShuttingDown("SHUTTING_DOWN", "the server is shutting down")
             self._settle([job])
@@ -101,13 +105,13 @@ class Engine:
         """
         with self._wake:
             self._scheduler.admit(request, row_count, byte_count)
-            self._metrics.reserved_bytes.set(self._scheduler.reserved_bytes)
+            self._observe_queue()
         try:
             yield
         finally:
             with self._wake:
                 self._scheduler.release(request)
-                self._metrics.reserved_bytes.set(self._scheduler.reserved_bytes)
+                self._observe_queue()
 
     async def evaluate(self, model: ServedModel, plan: Plan, request: Request) -> tuple[Evaluation, float]:
         """Evaluates all rows of a plan of an admitted request; also returns the seconds that its first row waited.
@@ -129,6 +133,7 @@ class Engine:
             job = Job(model, plan, request, conduct.limit)
             self._scheduler.submit(job, time.monotonic())
             self._futures[job] = future
+            self._observe_queue()
             self._wake.notify()
         try:
             await future
@@ -136,6 +141,7 @@ class Engine:
             with self._wake:
                 self._futures.pop(job, None)
                 self._scheduler.cancel(job)
+                self._observe_queue()
         started = job.started_at if job.started_at is not None else job.submitted_at
         queue_seconds = started - job.submitted_at
         self._metrics.queue_seconds.labels(model.name).observe(queue_seconds)
@@ -163,7 +169,7 @@ class Engine:
                 now = time.monotonic()
                 self._settle(self._scheduler.expire(now))
                 batch = self._scheduler.next_batch(now)
-                self._metrics.waiting_rows.set(self._scheduler.waiting_row_count)
+                self._observe_queue()
                 if batch is not None:
                     assert isinstance(batch.model, ServedModel)
                     due_at = self._watchdog.due_at(self._conduct(batch.model), now)
@@ -272,6 +278,10 @@ class Engine:
         if model not in self._conducts:
             self._conducts[model] = Conduct.at_load(model)
         return self._conducts[model]
+
+    def _observe_queue(self) -> None:
+        self._metrics.waiting_rows.set(self._scheduler.waiting_row_count)
+        self._metrics.reserved_bytes.set(self._scheduler.reserved_bytes)
 
     def _observe(self, run: Run, seconds: float) -> None:
         rows, name = run.batch.rows, run.model.name

@@ -9,10 +9,12 @@ from typing import Any
 import grpc
 import pytest
 
+from explainserve.backends.onnx_runtime import OnnxModel
+from explainserve.plan import Rows, SegmentEvaluation
 from explainserve.v1 import attribution_pb2
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
-from rpc.loopback import Loopback, adaptive, element, normal, of_error, refusal, request, steps, until
+from rpc.loopback import PATIENCE, Loopback, adaptive, element, normal, of_error, refusal, request, steps, until
 
 X = normal(1, 4)
 LONG = request("slow", {"x": X}, targets=[element(0)], methods=steps(512))
@@ -50,6 +52,31 @@ def test_client_that_leaves_takes_its_rows_along(service: Loopback) -> None:
     assert service.stub.Explain(SHORT, timeout=60).attributions
     assert evaluated(service) - before < 512
     assert service.metric("explainserve_requests_total", method="Explain", code="CANCELLED") >= 1
+
+
+def test_rows_of_a_client_that_leaves_are_gone_before_the_next_batch(
+    service: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is held at the first batch: what waits is dropped meanwhile, and nothing comes after it."""
+    at_work, gate, batches = threading.Event(), threading.Event(), []
+    evaluate = OnnxModel.evaluate
+
+    def held(model: OnnxModel, rows: Rows) -> tuple[SegmentEvaluation, ...]:
+        batches.append(rows.row_count)
+        at_work.set()
+        assert gate.wait(PATIENCE)
+        return evaluate(model, rows)
+
+    monkeypatch.setattr(OnnxModel, "evaluate", held)
+    call = service.stub.Explain.future(LONG, timeout=60)
+    assert at_work.wait(PATIENCE)
+
+    call.cancel()
+    until(lambda: idle(service))
+    gate.set()
+    until(lambda: service.metric("explainserve_reserved_bytes") == 0)
+
+    assert len(batches) == 1
 
 
 def test_connection_that_breaks_takes_its_rows_along(service: Loopback) -> None:

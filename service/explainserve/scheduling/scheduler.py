@@ -142,6 +142,10 @@ class Scheduler:
         segments = tuple(piece.segment for piece in slices)
         return Batch(first.model, key, Rows(segments[0].function, segments), slices)
 
+    def wants(self, batch: Batch) -> bool:
+        """Whether any job still waits for a batch."""
+        return bool(_open_jobs(batch))
+
     def complete(self, batch: Batch, parts: Sequence[SegmentEvaluation], seconds: float) -> list[Job]:
         """Hands results to the jobs.
 
