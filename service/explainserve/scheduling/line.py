@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
@@ -36,34 +37,48 @@ class SortedRequests:
         del self._requests[bisect_left(self._requests, self._key(request), key=self._key)]
 
 
-class Line:
-    """Requests in the order of their turns, higher priorities first.
+class Turn(enum.Enum):
+    """Whose turn it is."""
 
-    Among equals it holds two orders: of short requests, whose waiting rows fit into one batch, and of long ones.
+    SHORT = enum.auto()
+    LONG = enum.auto()
+    LONGEST_WAITING = enum.auto()
+
+
+class Line:
+    """Requests in the order of their turns.
+
+    It holds three orders: those of short requests, whose waiting rows fit into one batch, and of long ones, higher
+    priorities first; and that of all by the time that they wait.
     """
 
     def __init__(self) -> None:
-        self._short = SortedRequests(_turn)
-        self._long = SortedRequests(_turn)
+        self._short = SortedRequests(_by_priority)
+        self._long = SortedRequests(_by_priority)
+        self._all = SortedRequests(_by_wait)
 
     def __len__(self) -> int:
-        return len(self._short) + len(self._long)
+        return len(self._all)
 
     def add(self, request: Request) -> None:
         """Puts one in its place."""
-        self._part(request).add(request)
+        for order in self._orders(request):
+            order.add(request)
 
     def remove(self, request: Request) -> None:
         """Takes out one that is in it."""
-        self._part(request).remove(request)
+        for order in self._orders(request):
+            order.remove(request)
 
-    def order(self, *, short_first: bool) -> Iterator[Request]:
-        """All of them; `short_first` says which of the two orders comes first among requests of one priority."""
-        parts = (self._short, self._long) if short_first else (self._long, self._short)
+    def order(self, turn: Turn) -> Iterator[Request]:
+        """All of them. Among requests of one priority the turn says whether short or long ones come first."""
+        if turn is Turn.LONGEST_WAITING:
+            return iter(self._all)
+        parts = (self._short, self._long) if turn is Turn.SHORT else (self._long, self._short)
         return heapq.merge(*parts, key=lambda request: -request.priority)
 
-    def _part(self, request: Request) -> SortedRequests:
-        return self._short if request.short else self._long
+    def _orders(self, request: Request) -> tuple[SortedRequests, SortedRequests]:
+        return self._all, self._short if request.short else self._long
 
 
 def deadline(request: Request) -> tuple[float, ...]:
@@ -71,5 +86,9 @@ def deadline(request: Request) -> tuple[float, ...]:
     return request.expires_at, request.arrival
 
 
-def _turn(request: Request) -> tuple[float, ...]:
-    return -request.priority, request.waits_since, request.expires_at, request.arrival
+def _by_wait(request: Request) -> tuple[float, ...]:
+    return request.waits_since, request.expires_at, request.arrival
+
+
+def _by_priority(request: Request) -> tuple[float, ...]:
+    return -request.priority, *_by_wait(request)

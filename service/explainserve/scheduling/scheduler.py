@@ -3,9 +3,9 @@
 The device thread *pulls* the next batch, so batches form while the device is busy and no timer waits.
 
 Requests take turns. Of those with the highest priority the one that waits longest leads, and between equals the one
-with the earlier deadline. Every second turn goes to a short request, all of whose rows fit into one batch, and the
-others to long ones, as long as there are both. So a short request waits for one batch of long ones at most, however
-many they are, and a stream of short ones takes no more than half of the device from them.
+with the earlier deadline. Every second turn goes to a short request, all of whose rows fit into one batch, as long as
+there is any. So a short request waits for one batch of long ones at most, however many they are; and of the other turns
+most go to long ones. Every eighth goes to whoever waits longest, whatever its priority: a low one is slow, not stuck.
 
 The leader decides which rows can join: those of the same model, function, number of selectors and shapes. Requests of
 one priority that have such rows get equal shares of the batch; what some leave goes to the others in their order, and
@@ -27,15 +27,18 @@ import sys
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, islice, takewhile
+from itertools import cycle, groupby, islice, takewhile
 
 from explainserve.errors import DeadlineExceeded
 from explainserve.plan import Rows, SegmentEvaluation, by_segment
 from explainserve.scheduling.admission import Admission
 from explainserve.scheduling.job import Job, Request, Slice, WaitingRows
-from explainserve.scheduling.line import Line, SortedRequests, deadline
+from explainserve.scheduling.line import Line, SortedRequests, Turn, deadline
 
 UNLIMITED = sys.maxsize
+
+TURNS = (*(Turn.SHORT, Turn.LONG) * 3, Turn.SHORT, Turn.LONGEST_WAITING)
+"""Who leads, over and over."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +78,8 @@ class Scheduler:
         self._lines: dict[Hashable, Line] = {}
         self._deadlines = SortedRequests(deadline)
         self._arrivals = 0
-        self._turn = 0
-        self._short_first = True
+        self._turn_count = 0
+        self._turns = cycle(TURNS)
         self._waiting_rows = 0
         self._admission = Admission(max_waiting_rows, max_waiting_bytes)
 
@@ -111,7 +114,7 @@ class Scheduler:
         request.jobs.add(job)
         with self._changing(request):
             if not request.waiting:
-                request.waits_since = self._turn
+                request.waits_since = self._turn_count
             for key, piece in job.slices:
                 request.waiting.setdefault(key, WaitingRows()).append(piece)
 
@@ -130,15 +133,14 @@ class Scheduler:
 
     def next_batch(self, now: float) -> Batch | None:
         """Packs the next batch, or None where no row waits."""
-        leader = next(self._line.order(short_first=self._short_first), None)
-        if leader is None:
+        if not len(self._line):
             return None
+        turn = next(self._turns)
+        leader = next(self._line.order(turn))
         key, waiting = next(iter(leader.waiting.items()))
         first = waiting.first.job
-        order = self._lines[key].order(short_first=self._short_first)
-        shares = list(_shares(order, key, first.limit.rows))
+        shares = list(_shares(self._lines[key], turn, key, first.limit.rows))
         slices = tuple(piece for request, share in shares for piece in self._take(request, key, share, now))
-        self._short_first = not self._short_first
         segments = tuple(piece.segment for piece in slices)
         return Batch(first.model, key, Rows(segments[0].function, segments), slices)
 
@@ -213,10 +215,10 @@ class Scheduler:
 
     def _take(self, request: Request, key: Hashable, row_count: int, now: float) -> list[Slice]:
         """Lets a request have its turn: these rows go to the device."""
-        self._turn += 1
+        self._turn_count += 1
         with self._changing(request):
             taken = list(request.waiting[key].take(row_count))
-            request.waits_since = self._turn
+            request.waits_since = self._turn_count
         self._admission.packed(request, row_count)
         for piece in taken:
             if piece.job.started_at is None:
@@ -267,9 +269,10 @@ class Scheduler:
             self._lines.setdefault(key, Line()).add(request)
 
 
-def _shares(order: Iterator[Request], key: Hashable, budget: int) -> Iterator[tuple[Request, int]]:
+def _shares(line: Line, turn: Turn, key: Hashable, budget: int) -> Iterator[tuple[Request, int]]:
     """How many rows of a key each request brings to a batch of at most `budget` rows; none of those without any."""
-    for _, members in groupby(islice(order, budget), key=lambda request: request.priority):
+    order = islice(line.order(turn), budget)
+    for _, members in groupby(order, key=lambda request: turn is Turn.LONGEST_WAITING or request.priority):
         equals = list(members)
         shares = _equal_shares(budget, [request.waiting[key].row_count for request in equals])
         budget -= sum(shares)

@@ -116,7 +116,9 @@ class ExplainRequest(_message.Message):
     baseline_reduction: _baseline_pb2.BaselineReduction.ValueType
     """Optional. Whether maps of several baselines come back each (default) or as their mean with spread."""
     priority: _builtins.int
-    """Optional. Higher goes first among waiting rows, in [-10, 10]. Default 0."""
+    """Optional. Higher goes first among waiting rows, but for one of eight micro-batches, which the request that waits
+    longest leads; in [-10, 10]. Default 0.
+    """
     @_builtins.property
     def model(self) -> _model_pb2.ModelRef:
         """Required. The model."""
