@@ -1056,7 +1056,7 @@ class EstimateCostResponse(_message.Message):
     row_limit: _builtins.int
     """The server's limit of `max_row_count`."""
     reply_bytes_limit: _builtins.int
-    """The server's limit of `reply_bytes`."""
+    """The server's limit of `reply_bytes` for Explain. ExplainStream sends tensors in pieces, and needs it for the rest only."""
     held_bytes: _builtins.int
     """Memory of the inputs, baselines and maps, and with a time budget of the first rounds of all of them: what is held on the host
     until the answer is complete.
