@@ -1,12 +1,14 @@
 """Rows inside an ONNX graph: ends of paths go in, scores at selectors and weighted sums of gradients come out.
 
-A graph that interpolates, seeds and sums by itself takes and returns arrays per segment, never per row: nothing else
-crosses to a device and back. `row_feeds` makes what such a graph takes.
+A graph that interpolates, seeds and sums by itself takes arrays of an input's size per path, and returns them per
+segment: of each row, only a few numbers cross to a device and back. `row_feeds` makes what such a graph takes.
 
-On the CPU, interpolating and summing are matrix products, which pass over the rows once. A product multiplies by zero
-what has no share in a result, and 0 x NaN is NaN. So its factor is checked first, and where a number in it is not
-finite, the graph gathers and scatters instead, which leaves out what has no share. On other devices it always does: a
-branch would wait for the host, and products may round to fewer bits than float32 has.
+On the CPU, interpolating and summing are matrix products, which pass over the rows once
+(`benchmarks/results/rows_in_graph.md`). A product multiplies by zero what has no share in a result, and 0 x NaN is NaN.
+So its factor is checked first, and where a number in it is not finite, each result is the product of what has a share
+in it. Other devices gather and scatter instead, which leaves out what has no share without looking: a branch would wait
+for the host, and products may round to fewer bits than float32 has. On the CPU that is slow: in onnxruntime's ScatterND
+threads overwrite each other's sums, and its ScatterElements has only one.
 """
 
 from __future__ import annotations
