@@ -225,6 +225,7 @@ class InProcess:
             warm_up_seconds=settings.warm_up_seconds,
         )
         repository.load_all()
+        self._loop = asyncio.new_event_loop()  # one for all runs, as in a server
         self._task = task
         self._model = repository.get(subject.name)
         scheduler = Scheduler(settings.max_waiting_rows, settings.max_waiting_bytes)
@@ -233,7 +234,7 @@ class InProcess:
         self._explainer = Explainer(engine, settings.row_limit, settings.byte_limit)
 
     def explain(self, asks: Sequence[Ask]) -> list[tuple[Array, int]]:
-        return asyncio.run(self._at_once(asks))
+        return self._loop.run_until_complete(self._at_once(asks))
 
     async def _at_once(self, asks: Sequence[Ask]) -> list[tuple[Array, int]]:
         return await asyncio.gather(*map(self._explained, asks))

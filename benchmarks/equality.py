@@ -55,10 +55,11 @@ def _of_attribution(
         yield f"position {_position(found)}, alone {_position(alone)}"
         return
     if not same_points(found, alone):
-        if not alone.HasField("map_error"):
+        if alone.stop_reason == attribution_pb2.STOP_REASON_FIXED_STEPS:
             yield f"{found.step_count} steps of a fixed rule, alone {alone.step_count}"
         cut = found.stop_reason == attribution_pb2.STOP_REASON_TIME_BUDGET
-        allowed = max(allowed, (CUT_FACTOR if cut else ESTIMATE_FACTOR) * (found.map_error + alone.map_error))
+        estimate = found.map_error + alone.map_error if found.HasField("map_error") else float("inf")
+        allowed = max(allowed, (CUT_FACTOR if cut else ESTIMATE_FACTOR) * estimate)
     for field in ("instance_output_value", "baseline_output_value"):
         if not _close(getattr(found, field), getattr(alone, field)):
             yield f"{field} {getattr(found, field)}, alone {getattr(alone, field)}"

@@ -25,7 +25,13 @@ def answer(values: np.ndarray[Any, Any] = MAP, **fields: Any) -> pb.ExplainRespo
     norm = float(np.linalg.norm(values.astype(np.float64)))
     statistics = statistics_pb2.Statistics(view="VIEW_ELEMENTS", finite_count=values.size, l2_norm=norm)
     part = attribution_pb2.InputAttribution(name="x", tensor=encode(values), statistics=[statistics])
-    attribution = {"inputs": [part], "step_count": 8, "instance_output_value": 1.0, **fields}
+    attribution = {
+        "inputs": [part],
+        "step_count": 8,
+        "instance_output_value": 1.0,
+        "stop_reason": "STOP_REASON_FIXED_STEPS",
+        **fields,
+    }
     return pb.ExplainResponse(attributions=[attribution], provenance={"noise_floor": 1e-6})
 
 
@@ -57,10 +63,11 @@ def test_figures_of_another_map_are_told() -> None:
 
 
 def test_adaptive_maps_of_other_points_agree_within_their_estimates() -> None:
-    alone = answer(step_count=24, map_error=0.01)
+    adaptive = {"map_error": 0.01, "stop_reason": "STOP_REASON_CONVERGED"}
+    alone = answer(step_count=24, **adaptive)
 
-    assert not list(differences(answer(MAP * np.float32(1.03), step_count=16, map_error=0.01), alone))
-    assert list(differences(answer(MAP * np.float32(1.05), step_count=16, map_error=0.01), alone))
+    assert not list(differences(answer(MAP * np.float32(1.03), step_count=16, **adaptive), alone))
+    assert list(differences(answer(MAP * np.float32(1.05), step_count=16, **adaptive), alone))
 
 
 @pytest.mark.torch
