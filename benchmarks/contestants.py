@@ -205,8 +205,8 @@ class InProcess:
 
     def __init__(self, subject: Subject, task: Task, threads: int) -> None:
         from prometheus_client import CollectorRegistry
-        from threadpoolctl import ThreadpoolController
 
+        from explainserve import process
         from explainserve.backends import LoadOptions
         from explainserve.engine import Engine
         from explainserve.explainer import Explainer
@@ -215,7 +215,8 @@ class InProcess:
         from explainserve.scheduling import Scheduler
         from explainserve.settings import Settings
 
-        ThreadpoolController().select(internal_api="openblas").limit(limits=1)  # as the server does
+        self._loop = asyncio.new_event_loop()
+        process.prepare(self._loop)  # and settle below: as the server does
         settings = Settings()
         options = LoadOptions(settings.device, settings.allow_device_fallback, threads, None, settings.share_weights)
         repository = Repository(
@@ -225,7 +226,7 @@ class InProcess:
             warm_up_seconds=settings.warm_up_seconds,
         )
         repository.load_all()
-        self._loop = asyncio.new_event_loop()  # one for all runs, as in a server
+        process.settle()
         self._task = task
         self._model = repository.get(subject.name)
         scheduler = Scheduler(settings.max_waiting_rows, settings.max_waiting_bytes)
