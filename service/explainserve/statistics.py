@@ -110,10 +110,10 @@ def reduce_to_view(tensor: NDArray[np.float32], view: View, channel_axis: int | 
 
 
 def _reduce_channels(channels: NDArray[np.float64], view: View) -> NDArray[np.float64]:
-    if view is View.CHANNEL_SUM:
-        return np.asarray(channels.sum(axis=0))
-    magnitudes = np.abs(channels)
-    return np.asarray(magnitudes.sum(axis=0) if view is View.CHANNEL_ABS_SUM else magnitudes.max(axis=0))
+    """Overwrites `channels`."""
+    if view is not View.CHANNEL_SUM:
+        np.abs(channels, out=channels)
+    return np.asarray(channels.max(axis=0) if view is View.CHANNEL_MAX_ABS else channels.sum(axis=0))
 
 
 def statistics(values: NDArray[np.float64], view: View) -> Statistics:
