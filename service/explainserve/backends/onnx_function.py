@@ -1,4 +1,4 @@
-"""A function of an ONNX model on micro-batches: the session of a graph that has the rows inside it."""
+"""A function of an ONNX model on micro-batches: the sessions of a graph that has the rows inside it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
+from explainserve.backends.onnx_passes import Passes
 from explainserve.backends.onnx_rows import RowGraph
-from explainserve.backends.onnx_session import Interruption
 from explainserve.backends.row_feeds import Array, Feeds, RowFeeds, ends, selector_feeds, spans
-from explainserve.errors import EvaluationFailed, first_line, is_out_of_memory
+from explainserve.errors import EvaluationFailed
 from explainserve.plan import Rows, Segment, SegmentEvaluation, Selector
 from explainserve.signature import InputSpec, element_count
 
@@ -22,15 +21,13 @@ class OnnxFunction:
     """Scores of a model, and their gradients where the graph has any.
 
     Attributes:
-        session: of `graph`.
-        interruption: of the evaluation that is in progress.
+        sessions: of `graph`.
         inputs: of the model.
         output: the one whose scores are computed.
         bare: names of inputs and outputs without a batch axis; rows come one at a time then.
     """
 
-    session: onnxruntime.InferenceSession
-    interruption: Interruption
+    sessions: Passes
     graph: RowGraph
     inputs: tuple[InputSpec, ...]
     output: str
@@ -51,18 +48,20 @@ class OnnxFunction:
 
     def scores(self, rows: Rows) -> Array:
         """Score tensors of all rows, (rows, *score shape), of a graph without gradients."""
-        (scores,) = self._run(self._path_feeds(self._feeds(rows)))
+        ((scores,),) = self._passes(self._path_feeds(self._feeds(rows)), [{}])
         return scores[None] if self.output in self.bare else scores
 
     def _differentiated(self, rows: Rows) -> list[SegmentEvaluation]:
         own = self._feeds(rows)
         paths = {**self._path_feeds(own), **own.of_segments()}
-        passes = [self._at(rows, selectors, {**paths, **selector_feeds(selectors)}) for selectors in rows.passes]
-        return [evaluation for of_segment in zip(*passes, strict=True) for evaluation in of_segment]
+        results = self._passes(paths, [selector_feeds(selectors) for selectors in rows.passes])
+        found = [self._at(rows, selectors, *arrays) for selectors, arrays in zip(rows.passes, results, strict=True)]
+        return [evaluation for of_segment in zip(*found, strict=True) for evaluation in of_segment]
 
-    def _at(self, rows: Rows, selectors: Sequence[Selector], feeds: Feeds) -> list[SegmentEvaluation]:
+    def _at(
+        self, rows: Rows, selectors: Sequence[Selector], shape: Array, entries: Array, *sums: Array
+    ) -> list[SegmentEvaluation]:
         """What comes back for each segment at one of its selectors."""
-        shape, entries, *sums = self._run(feeds)
         _check_row_count(1 if self.output in self.bare else shape[0], rows)
         by_input = dict(zip(rows.function.wrt, sums, strict=True))
         return [
@@ -82,15 +81,11 @@ class OnnxFunction:
             paths |= feeds.of_input(spec, bare=spec.name in self.bare)
         return paths
 
-    def _run(self, feeds: Feeds) -> list[Array]:
-        named = {self.graph.prefix + name: array for name, array in feeds.items()}
-        try:
-            outputs: list[Array] = self.session.run(None, named, self.interruption.options)
-        except Exception as error:  # onnxruntime's own exceptions derive from Exception directly
-            if is_out_of_memory(error):
-                raise EvaluationFailed("OUT_OF_MEMORY", f"no memory is left: {first_line(error)}") from error
-            raise EvaluationFailed("MODEL_RAISED", f"onnxruntime raised: {first_line(error)}") from error
-        return outputs
+    def _passes(self, feeds: Feeds, seeds: Sequence[Feeds]) -> Iterator[list[Array]]:
+        return self.sessions.passes(self._named(feeds), [self._named(seed) for seed in seeds])
+
+    def _named(self, feeds: Feeds) -> Feeds:
+        return {self.graph.prefix + name: array for name, array in feeds.items()}
 
 
 def _check_row_count(count: int, rows: Rows) -> None:

@@ -41,15 +41,18 @@ class RowGraph:
         model: of any operator set from 7 for `interpolate`, from 18 for `select` and `reduce`.
         multiplies: whether matrix products interpolate and sum.
         bare: names of the tensors without a batch axis; such a model is given one row at a time.
+        prefix: one that no name in the model has; parts of a model need the same.
 
     Attributes:
         prefix: see above.
         outputs: the tensors that come back, in order.
     """
 
-    def __init__(self, model: onnx.ModelProto, *, multiplies: bool, bare: Collection[str] = ()) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, *, multiplies: bool, bare: Collection[str] = (), prefix: str = ""
+    ) -> None:
         self.model = model
-        self.prefix = _unused_prefix(model.graph)
+        self.prefix = prefix or unused_prefix(model.graph)
         self.outputs: list[str] = []
         self._bare = bare
         self._numbers = itertools.count()
@@ -205,7 +208,7 @@ def _work(kind: int) -> int:
     return TensorProto.DOUBLE if kind == TensorProto.DOUBLE else TensorProto.FLOAT
 
 
-def _unused_prefix(graph: GraphProto) -> str:
+def unused_prefix(graph: GraphProto) -> str:
     """A prefix of no name in a graph."""
     taken = {value.name for value in graph.input} | set(names_within(graph))
     prefixes = ("rows" + "_" * count + "/" for count in itertools.count())

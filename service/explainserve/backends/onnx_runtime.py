@@ -1,12 +1,13 @@
 """ONNX models on onnxruntime; gradients come from graphs that `onnx_vjp` builds, so no torch is needed.
 
-Each pair of score head and differentiated inputs is a session of its own, built when it is first asked for: rows
-without a gradient never pay for the backward part.
+Each pair of score head and differentiated inputs is a function of its own, built when it is first asked for: rows
+without a gradient never pay for the backward part, and rows of several targets pay once for the forward part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from explainserve.backends.gradient_cache import GradientCache, cache_key
 from explainserve.backends.onnx_batch import with_rows
 from explainserve.backends.onnx_blocks import state_block_size
 from explainserve.backends.onnx_function import OnnxFunction
-from explainserve.backends.onnx_rows import MULTIPLYING, RowGraph
+from explainserve.backends.onnx_passes import Passes, SplitPasses, WholePasses
+from explainserve.backends.onnx_rows import MULTIPLYING, RowGraph, unused_prefix
 from explainserve.backends.onnx_session import Interruption, available_device, open_session, resident_bytes
 from explainserve.backends.onnx_subnormal import flush_subnormals
 from explainserve.backends.onnx_verification import LARGEST_DIFFERENCE, largest_difference
@@ -37,11 +39,21 @@ from explainserve.backends.probe import (
 from explainserve.backends.row_feeds import joined, single_rows
 from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported
 from explainserve.model_config import ModelConfig
-from explainserve.onnx_vjp import Gap, GradientGraph, UnsupportedOperators, append_score_head, find_gaps, input_gradient
+from explainserve.onnx_vjp import (
+    Gap,
+    GradientGraph,
+    UnsupportedOperators,
+    append_score_head,
+    find_gaps,
+    input_gradient,
+    split,
+)
 from explainserve.onnx_vjp.blocked import keep_in_blocks
 from explainserve.onnx_vjp.opset import OLDEST as OLDEST_OPSET
 from explainserve.plan import Differentiation, Rows, SegmentEvaluation
 from explainserve.signature import Axis, ScoreHead, Signature
+
+logger = logging.getLogger(__name__)
 
 Array = NDArray[np.generic]
 NAMED_GAPS = 3
@@ -105,6 +117,7 @@ class OnnxModel:
         self._unbatched = unbatched
         self._options = options
         self._functions: dict[Differentiation, OnnxFunction] = {}
+        self._split_functions: dict[Differentiation, OnnxFunction] = {}
         self._interruption = Interruption()
         self.gaps = _gaps(graph, signature, weights)
         self.layers = onnx_graph.layers(graph)
@@ -113,7 +126,9 @@ class OnnxModel:
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
         """See `contract.LoadedModel`. Everything about rows is done inside the graph; see `onnx_rows`."""
         self._interruption.begin()
-        return tuple(self._evaluations(self._function(rows.function), rows))
+        several = len(rows.passes) > 1 and rows.function.wrt
+        function = self._split_function(rows.function) if several else self._function(rows.function)
+        return tuple(self._evaluations(function, rows))
 
     def _evaluations(self, function: OnnxFunction, rows: Rows) -> list[SegmentEvaluation]:
         """All rows at once, or one after the other where the file takes one at a time."""
@@ -137,6 +152,16 @@ class OnnxModel:
         if function not in self._functions:
             self._functions[function] = self._gradient(function) if function.wrt else self._forward(function)
         return self._functions[function]
+
+    def _split_function(self, function: Differentiation) -> OnnxFunction:
+        """A gradient for rows of several targets: forward and backward apart, or whole where it cannot be parted."""
+        if function not in self._split_functions:
+            try:
+                self._split_functions[function] = self._split_gradient(function)
+            except (ModelRefused, Unsupported, ValueError) as refusal:
+                logger.warning("targets do not share forward passes for %s: %s", function.output, refusal)
+                self._split_functions[function] = self._function(function)
+        return self._split_functions[function]
 
     @property
     def memory(self) -> Memory:
@@ -205,19 +230,16 @@ class OnnxModel:
 
     def _forward(self, function: Differentiation) -> OnnxFunction:
         graph, score = self._with_head(function)
-        rows = RowGraph(graph, multiplies=self.device in MULTIPLYING, bare=self._unbatched)
+        rows = self._row_graph(graph)
         rows.interpolate(self._input_names)
         return self._opened(rows, [score], function)
 
     def _gradient(self, function: Differentiation) -> OnnxFunction:
-        if not self._has_gradient:
-            raise _not_differentiable(self.gaps, self.signature.undifferentiable_reason)
-        graph, score = self._with_head(function)
-        result = self._cache.get(cache_key(graph, function.wrt, score), lambda: self._built(graph, function.wrt, score))
-        if self.device == "cpu" and not self._options.share_weights:
-            keep_in_blocks(result.model)
-        self._weights.take(result.model)
-        rows = self._with_rows(result, function, score)
+        graph, score = self._gradient_graph(function)
+        self._keep_in_blocks(graph.model)
+        rows = self._row_graph(graph.model, self._bare_results(graph, function, score))
+        rows.interpolate(self._input_names)
+        _select_and_reduce(rows, graph, function, score)
         try:
             gradient = self._opened(rows, rows.outputs, function)
         except ModelRefused as refusal:
@@ -227,24 +249,64 @@ class OnnxModel:
             self._check_device(gradient, function)
         return gradient
 
-    def _with_rows(self, result: GradientGraph, function: Differentiation, score: str) -> RowGraph:
-        """A gradient graph that takes segments and returns sums per segment."""
-        gradients = {result.gradients[name]: name for name in function.wrt}
-        bare = {own for own, name in {**gradients, score: function.output}.items() if name in self._unbatched}
-        kinds = {value.name: value.type.tensor_type.elem_type for value in result.model.graph.output}
-        rows = RowGraph(result.model, multiplies=self.device in MULTIPLYING, bare=bare)
-        rows.interpolate(self._input_names)
-        rows.select(score, result.cotangent)
-        rows.reduce({name: kinds[name] for name in gradients})
-        return rows
+    def _split_gradient(self, function: Differentiation) -> OnnxFunction:
+        """Raises ModelRefused, Unsupported or ValueError where it cannot be parted, or the parts do not run here."""
+        graph, score = self._gradient_graph(function)
+        if self.device == "cpu":
+            flush_subnormals(graph.model, self._weights.of(graph.model))  # of what one part hands to the other, too
+        prefix, parts = unused_prefix(graph.model.graph), split(graph)
+        for part in (parts.forward, parts.backward):
+            self._keep_in_blocks(part)
+        if score not in parts.residuals:
+            parts.backward.graph.input.extend(value for value in graph.model.graph.output if value.name == score)
+        forward = self._row_graph(parts.forward, prefix=prefix)
+        forward.interpolate(self._input_names)
+        backward = self._row_graph(parts.backward, self._bare_results(graph, function, score), prefix)
+        _select_and_reduce(backward, graph, function, score)
+        handed_over = list(dict.fromkeys([score, *parts.residuals]))
+        sessions = SplitPasses(
+            self._open(parts.forward, handed_over),
+            self._open(parts.backward, backward.outputs),
+            self.device,
+            self._interruption,
+        )
+        gradient = self._with_sessions(sessions, backward, function)
+        if self.device != "cpu":
+            self._check_equal(gradient, self._function(function), function)
+        return gradient
+
+    def _gradient_graph(self, function: Differentiation) -> tuple[GradientGraph, str]:
+        """The graph, which refers to its weights, and the name of the scores in it."""
+        if not self._has_gradient:
+            raise _not_differentiable(self.gaps, self.signature.undifferentiable_reason)
+        graph, score = self._with_head(function)
+        result = self._cache.get(cache_key(graph, function.wrt, score), lambda: self._built(graph, function.wrt, score))
+        self._weights.take(result.model)
+        return result, score
+
+    def _keep_in_blocks(self, graph: onnx.ModelProto) -> None:
+        if self.device == "cpu" and not self._options.share_weights:
+            keep_in_blocks(graph)
+            self._weights.take(graph)
+
+    def _row_graph(self, model: onnx.ModelProto, bare: Collection[str] = (), prefix: str = "") -> RowGraph:
+        return RowGraph(model, multiplies=self.device in MULTIPLYING, bare={*self._unbatched, *bare}, prefix=prefix)
+
+    def _bare_results(self, graph: GradientGraph, function: Differentiation, score: str) -> set[str]:
+        """Scores and gradients without a batch axis."""
+        results = {score: function.output, **{graph.gradients[name]: name for name in function.wrt}}
+        return {own for own, name in results.items() if name in self._unbatched}
 
     @property
     def _input_names(self) -> set[str]:
         return {spec.name for spec in self.signature.inputs}
 
     def _opened(self, rows: RowGraph, outputs: Sequence[str], function: Differentiation) -> OnnxFunction:
-        session = self._open(rows.model, outputs)
-        return OnnxFunction(session, self._interruption, rows, self.signature.inputs, function.output, self._unbatched)
+        sessions = WholePasses(self._open(rows.model, outputs), self._interruption)
+        return self._with_sessions(sessions, rows, function)
+
+    def _with_sessions(self, sessions: Passes, rows: RowGraph, function: Differentiation) -> OnnxFunction:
+        return OnnxFunction(sessions, rows, self.signature.inputs, function.output, self._unbatched)
 
     def _built(self, graph: onnx.ModelProto, wrt: Sequence[str], score: str) -> GradientGraph:
         try:
@@ -255,9 +317,12 @@ class OnnxModel:
             raise Unsupported("NOT_DIFFERENTIABLE", str(error)) from error
 
     def _check_device(self, gradient: OnnxFunction, function: Differentiation) -> None:
-        """Refuses a gradient that the CPU provider does not confirm on random rows."""
+        """Refuses a gradient that the CPU provider does not confirm."""
         on_cpu = open_session(gradient.graph.model, replace(self._options, device="cpu"), self._weights)
-        reference = replace(gradient, session=on_cpu)
+        self._check_equal(gradient, replace(gradient, sessions=WholePasses(on_cpu, self._interruption)), function)
+
+    def _check_equal(self, gradient: OnnxFunction, reference: OnnxFunction, function: Differentiation) -> None:
+        """Refuses a gradient that differs from another one on random rows."""
         for extents in free_extents(self.signature):
             rows = self._random_rows(function, extents)
             try:
@@ -286,6 +351,13 @@ class OnnxModel:
         axis = output.class_axis if output.class_axis is not None else len(output.axes) - 1
         lacking = output.name in self._unbatched
         return append_score_head(self._graph, output.name, function.head.value, axis - lacking)
+
+
+def _select_and_reduce(rows: RowGraph, graph: GradientGraph, function: Differentiation, score: str) -> None:
+    """Seeds the gradients in a graph with one selector per segment, and sums them per segment."""
+    kinds = {value.name: value.type.tensor_type.elem_type for value in rows.model.graph.output}
+    rows.select(score, graph.cotangent)
+    rows.reduce({name: kinds[name] for name in (graph.gradients[own] for own in function.wrt)})
 
 
 def _arrays(evaluations: Iterable[SegmentEvaluation]) -> list[Array]:

@@ -186,6 +186,12 @@ def _try_device(options: LoadOptions) -> None:
     open_session(_identity_model(), options)
 
 
+def memory_of(device: str) -> tuple[str, int]:
+    """Kind and number, as onnxruntime names them, of the memory that sessions of a device compute in."""
+    name, _, index = device.partition(":")
+    return ("cuda", int(index or "0")) if name in ("cuda", "tensorrt") else ("cpu", 0)
+
+
 def _provider(device: str) -> str:
     return CPU if device == "cpu" else PROVIDERS[device.partition(":")[0]][0]
 
