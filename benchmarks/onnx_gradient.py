@@ -47,7 +47,7 @@ from explainserve.onnx_vjp.blocked import keep_in_blocks
 from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector
 from explainserve.repository import DEFAULT_BATCH_ROWS
 from explainserve.signature import ScoreHead
-from serving import Occupation
+from machine import Occupation
 
 HERE = Path(__file__).parent
 CACHE = HERE / "cache"
@@ -170,9 +170,9 @@ def one_class(rows: int) -> Array:
 def micro_batches(image: Array, rows_at_once: int, wrt: tuple[str, ...]) -> list[Rows]:
     """Every image as a row of its own: of its score tensor, or of the gradient of one class."""
     function = Differentiation("logits", ScoreHead.IDENTITY, wrt)
-    selector = Selector(np.array([TARGET], np.int64), np.ones(1, np.float32)) if wrt else None
+    selectors = (Selector(np.array([TARGET], np.int64), np.ones(1, np.float32)),) if wrt else ()
     points = [{"image": row} for row in image]
-    segments = [Segment(point, point, {}, function, np.ones(1), np.ones(1), selector) for point in points]
+    segments = [Segment(point, point, {}, function, np.ones(1), np.ones(1), selectors) for point in points]
     starts = range(0, len(segments), rows_at_once)
     return [Rows(function, tuple(segments[start : start + rows_at_once])) for start in starts]
 
