@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,6 +28,16 @@ DTYPES = (
     "float32",
     "float64",
 )
+
+
+class Precision(enum.Enum):
+    """Arithmetic of a model's products and convolutions; inputs, outputs, score heads and sums stay in float32."""
+
+    FLOAT32 = "float32"
+    TF32 = "tf32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
 
 Extent = Annotated[int, Field(ge=1, strict=True)]
 Position = Annotated[int, Field(strict=True)]
@@ -102,6 +113,7 @@ class ModelConfig(_Table):
     default_target: Position | str | None = None
     default_baseline: str = "zeros"
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    precision: Precision = Precision.FLOAT32
     layers: tuple[str, ...] = ()
     baselines: dict[str, BaselineConfig] = {}
     limits: LimitsConfig = LimitsConfig()

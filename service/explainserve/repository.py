@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainserve import backends
-from explainserve.backends import LOADERS, LoadedModel, LoadOptions, batch_size, probe
+from explainserve.backends import LOADERS, LoadedModel, LoadOptions, batch_size, precision, probe
 from explainserve.backends.batch_size import BatchSize
 from explainserve.backends.probe import ProbeResult
 from explainserve.backends.trial import TrialLimits, Trials
@@ -31,7 +31,7 @@ from explainserve.backends.tried import Tried
 from explainserve.baselines import NAMED, Data, InputBaseline
 from explainserve.errors import ExplainServeError, ModelRefused, NotFound, Unsupported
 from explainserve.fingerprint import fingerprint
-from explainserve.model_config import BaselineConfig, ModelConfig, read_model_config
+from explainserve.model_config import BaselineConfig, ModelConfig, Precision, read_model_config
 from explainserve.signature import InputSpec, Signature
 
 logger = logging.getLogger(__name__)
@@ -143,6 +143,14 @@ class ServedModel:
         return fingerprint((self.name, self.version, self.sha256, stated, self.signature, self.data_baselines))
 
     @property
+    def precision(self) -> str:
+        """The precision that model.toml chooses, or else the element type of the file."""
+        if self.config.precision is not Precision.FLOAT32:
+            return str(self.config.precision.value)
+        types = [spec.dtype.name for spec in self.signature.inputs if spec.differentiable]
+        return str(types[0]) if types else "float32"
+
+    @property
     def row_by_row(self) -> bool:
         """Whether rows cannot be evaluated together."""
         return _row_by_row(self.loaded, self.probe)
@@ -249,7 +257,7 @@ def open_model(
         trials.check(files, sha256, config, options)
     loaded = backends.load(path, config, options)
     _check_default_baseline_inputs(config, loaded.signature)
-    found = probe.check(loaded)
+    found = _checked(loaded, path, config, options)
     size = _batch_size(loaded, found, config.limits.max_batch_rows or max_batch_rows, warm_up_seconds)
     return ServedModel(
         name=folder.name,
@@ -267,6 +275,14 @@ def open_model(
             name: _data_baseline(name, table, folder, loaded.signature) for name, table in config.baselines.items()
         },
     )
+
+
+def _checked(loaded: LoadedModel, path: Path, config: ModelConfig, options: LoadOptions) -> ProbeResult:
+    """What is found out about a model, beside itself in float32 where it is served in another precision."""
+    if config.precision is Precision.FLOAT32:
+        return probe.check(loaded)
+    in_float32 = config.model_copy(update={"precision": Precision.FLOAT32})
+    return precision.check(loaded, backends.load(path, in_float32, options), config.precision.value)
 
 
 def model_files(path: Path, trials: Trials | None = None) -> tuple[Path, ...]:

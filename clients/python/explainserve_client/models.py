@@ -284,6 +284,8 @@ class ModelInfo:
         gaps: operators without a gradient, all of them.
         layers: intermediate tensors that can be picked, by name, in the order of the graph.
         execution: how the backend runs it where it has a choice, such as "channels_last"; "" where it has none.
+        precision_map_error: relative L2 error of whole maps that a reduced precision makes, measured at load; None in
+            float32.
         noise_floor: relative L2 noise of the gradients; None where there is none.
         memory: what it takes in the server; None where the backend does not tell.
         max_batch_rows: rows that are evaluated together at most, found to be fastest when the model was loaded.
@@ -303,6 +305,8 @@ class ModelInfo:
     backend: str
     device: str
     execution: str
+    precision: str
+    precision_map_error: float | None
     noise_floor: float | None
     data_baselines: tuple[str, ...]
     default_target: int | None
@@ -342,6 +346,8 @@ class ModelInfo:
             backend=message.backend,
             device=message.device,
             execution=message.execution,
+            precision=message.precision,
+            precision_map_error=message.precision_map_error if message.HasField("precision_map_error") else None,
             noise_floor=message.noise_floor if message.HasField("noise_floor") else None,
             data_baselines=tuple(message.data_baselines),
             default_target=message.default_target if message.HasField("default_target") else None,

@@ -195,6 +195,8 @@ class Provenance:
         gradient_mode: "gradient_graph", "autograd" or "black_box"; `gradient_rule`: "standard" or one that alters the
             pass.
         execution: how the backend ran the model where it has a choice, such as "channels_last"; "" where it has none.
+        precision_map_error: relative L2 error of whole maps that a reduced precision makes, measured at load; None in
+            float32.
         noise_floor: relative L2 noise of the gradients; None where not measured.
         effective_methods: with every effective parameter, defaults included.
         row_count, forward_count, backward_count: rows, and evaluations of them. A row that several targets share has
@@ -214,6 +216,7 @@ class Provenance:
     device: str
     execution: str
     precision: str
+    precision_map_error: float | None
     noise_floor: float | None
     effective_methods: tuple[Method, ...]
     row_count: int
@@ -240,6 +243,7 @@ class Provenance:
             device=message.device,
             execution=message.execution,
             precision=message.precision,
+            precision_map_error=message.precision_map_error if message.HasField("precision_map_error") else None,
             noise_floor=message.noise_floor if message.HasField("noise_floor") else None,
             effective_methods=tuple(map(used_method, message.effective_methods)),
             row_count=message.row_count,

@@ -22,6 +22,7 @@ class LoadOptions:
         thread_count: threads of one evaluation; 0 means all cores.
         cache: folder for gradient graphs, shared safely by several processes; None builds them at each start.
         share_weights: hold each weight once for all sessions, without the packed copies that compute faster.
+        tf32: compute float32 products on CUDA in TensorFloat-32.
     """
 
     device: str = "cpu"
@@ -29,6 +30,7 @@ class LoadOptions:
     thread_count: int = 0
     cache: Path | None = None
     share_weights: bool = False
+    tf32: bool = False
 
 
 @dataclass(frozen=True)

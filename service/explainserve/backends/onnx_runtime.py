@@ -24,7 +24,13 @@ from explainserve.backends.onnx_blocks import state_block_size
 from explainserve.backends.onnx_function import OnnxFunction
 from explainserve.backends.onnx_passes import Passes, SplitPasses, WholePasses
 from explainserve.backends.onnx_rows import MULTIPLYING, RowGraph, unused_prefix
-from explainserve.backends.onnx_session import Interruption, available_device, open_session, resident_bytes
+from explainserve.backends.onnx_session import (
+    Interruption,
+    available_device,
+    in_precision,
+    open_session,
+    resident_bytes,
+)
 from explainserve.backends.onnx_subnormal import flush_subnormals
 from explainserve.backends.onnx_verification import LARGEST_DIFFERENCE, largest_difference
 from explainserve.backends.onnx_weights import Weights, stored_bytes
@@ -66,10 +72,10 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> OnnxModel:
     Raises:
         ModelRefused: see `onnx_file.read` and `onnx_graph.signature`; also where onnxruntime cannot build the graph
             (MODEL_NOT_RUNNABLE, OPSET_TOO_OLD), the configuration contradicts it (CONFIG_MISMATCH), or the device is
-            missing (DEVICE_UNAVAILABLE).
+            missing (DEVICE_UNAVAILABLE) or lacks the precision (PRECISION_UNAVAILABLE).
     """
     device = available_device(options)
-    options = replace(options, device=device)
+    options = in_precision(replace(options, device=device), config.precision)
     weights = Weights()
     model = onnx_file.read(path, weights)
     _check_opset(model)

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,26 @@ import onnxruntime
 from explainserve.backends.contract import LoadOptions
 from explainserve.backends.onnx_weights import Weights
 from explainserve.errors import ModelRefused, first_line, is_out_of_memory
+from explainserve.model_config import Precision
 
 logger = logging.getLogger(__name__)
 
 CPU = "CPUExecutionProvider"
-# float32 means float32: TensorFloat-32 is on by default on CUDA.
-PROVIDERS: Mapping[str, tuple[str, Callable[[str], dict[str, str]]]] = {
-    "cuda": ("CUDAExecutionProvider", lambda index: {"device_id": index, "use_tf32": "0"}),
-    "tensorrt": ("TensorrtExecutionProvider", lambda index: {"device_id": index}),
-    "openvino": ("OpenVINOExecutionProvider", lambda index: {"device_type": "CPU", "precision": "FP32"}),
+
+
+def _cuda_options(index: str, options: LoadOptions) -> dict[str, str]:
+    return {
+        "device_id": index,
+        "use_tf32": str(int(options.tf32)),  # on by default, but float32 means float32
+        "cudnn_conv_algo_search": "HEURISTIC",  # by default all are tried again for every new size of a micro-batch
+        "arena_extend_strategy": "kSameAsRequested",  # by default the arena doubles, beside those of other sessions
+    }
+
+
+PROVIDERS: Mapping[str, tuple[str, Callable[[str, LoadOptions], dict[str, str]]]] = {
+    "cuda": ("CUDAExecutionProvider", _cuda_options),
+    "tensorrt": ("TensorrtExecutionProvider", lambda index, options: {"device_id": index}),
+    "openvino": ("OpenVINOExecutionProvider", lambda index, options: {"device_type": "CPU", "precision": "FP32"}),
 }
 """Execution provider and its options, given the number of the device, by the name of the device."""
 
@@ -113,7 +125,7 @@ def _share_arena() -> None:
 
 def _session(model: onnx.ModelProto, settings: Any, options: LoadOptions) -> onnxruntime.InferenceSession:
     try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), settings, _providers(options.device))
+        return onnxruntime.InferenceSession(model.SerializeToString(), settings, _providers(options))
     except Exception as error:  # onnxruntime's own exceptions derive from Exception directly
         if is_out_of_memory(error):
             raise MemoryError(first_line(error)) from error
@@ -159,6 +171,31 @@ def resident_bytes() -> int | None:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def in_precision(options: LoadOptions, precision: Precision) -> LoadOptions:
+    """The options of sessions that compute in a precision.
+
+    Raises:
+        ModelRefused: the device has no kernels for it (PRECISION_UNAVAILABLE).
+    """
+    if precision is Precision.FLOAT32:
+        return options
+    if precision is Precision.TF32 and options.device.startswith("cuda"):
+        return replace(options, tf32=True)
+    reason = (
+        "TensorFloat-32 is a mode of CUDA devices"
+        if precision is Precision.TF32
+        else "onnxruntime evaluates a file in the element types that it states, and where a provider has no kernels of "
+        "sixteen bits, in float32 with conversions around each operator; convert the file itself, with "
+        "onnxruntime.transformers.float16, and leave the precision out"
+    )
+    raise ModelRefused(
+        "PRECISION_UNAVAILABLE",
+        f"precision {precision.value!r} is not available for ONNX files on {options.device}: {reason}",
+        precision=precision.value,
+        device=options.device,
+    )
+
+
 def available_device(options: LoadOptions) -> str:
     """Where sessions really run: `options.device` with its number, or "cpu" where falling back to it is allowed.
 
@@ -196,12 +233,12 @@ def _provider(device: str) -> str:
     return CPU if device == "cpu" else PROVIDERS[device.partition(":")[0]][0]
 
 
-def _providers(device: str) -> list[Any]:
-    if device == "cpu":
+def _providers(options: LoadOptions) -> list[Any]:
+    if options.device == "cpu":
         return [CPU]
-    name, _, index = device.partition(":")
+    name, _, index = options.device.partition(":")
     provider, provider_options = PROVIDERS[name]
-    return [(provider, provider_options(index or "0")), CPU]
+    return [(provider, provider_options(index or "0", options)), CPU]
 
 
 def _check_provider(session: onnxruntime.InferenceSession, device: str) -> None:

@@ -50,11 +50,14 @@ class ProbeResult:
         noise_floor: median relative L2 difference of a row's input gradient together with others and alone; None where
             it was not measured: no gradient, nothing that runs, or every row is evaluated alone anyway.
         warnings: sentences for people.
+        precision_map_error: relative L2 error of maps of random rows that the model's precision makes; None in float32,
+            and where it was not measured. See `precision.map_error`.
     """
 
     rows_independent: bool
     noise_floor: float | None
     warnings: tuple[str, ...] = ()
+    precision_map_error: float | None = None
 
 
 def check(model: LoadedModel) -> ProbeResult:
@@ -115,6 +118,17 @@ def _compared(model: LoadedModel, instances: Sequence[Tensors]) -> ProbeResult:
     return ProbeResult(
         independent, noise_floor if measured else None, tuple(_warnings(model, independent, outputs, gradients))
     )
+
+
+def noise_floor(model: LoadedModel) -> float | None:
+    """See `ProbeResult`; None where the model runs at none of the guessed extents."""
+    for extents in free_extents(model.signature):
+        try:
+            compared = _gradient_comparisons(model, sample_instances(model.signature, _ROWS, extents))
+            return max((comparison.median for comparison in compared), default=None)
+        except EvaluationFailed:
+            continue
+    return None
 
 
 def gradient_rows(signature: Signature, instances: Sequence[Tensors]) -> Iterator[Rows]:

@@ -28,6 +28,7 @@ from explainserve.backends.torch_archive import require_exported_program
 from explainserve.backends.torch_folding import fold_batch_norm
 from explainserve.backends.torch_gradient import gradient_gaps
 from explainserve.backends.torch_layout import in_faster_layout
+from explainserve.backends.torch_precision import Arithmetic
 from explainserve.backends.torch_rows import TorchModel, resolve_device, use_threads
 from explainserve.errors import ModelRefused, first_line
 from explainserve.model_config import InputConfig, ModelConfig, OutputConfig
@@ -49,7 +50,7 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> LoadedModel:
         ModelRefused: the file is damaged or unsafe (see `torch_archive`), does not fit model.toml (CONFIG_MISMATCH),
             holds what is not served (UNSUPPORTED_INPUT, UNSUPPORTED_DTYPE), has a static batch of more than one row
             or no batch axis (STATIC_BATCH), was exported in training mode (TRAINING_MODE) or without gradients
-            (NO_GRADIENT), or its device is missing (DEVICE_UNAVAILABLE).
+            (NO_GRADIENT), or its device or precision is missing (DEVICE_UNAVAILABLE, PRECISION_UNAVAILABLE).
     """
     device = resolve_device(options)
     require_exported_program(path)
@@ -60,7 +61,8 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> LoadedModel:
     _require_batch_axis(signature)
     fixed_batch = any(spec.batched and spec.axes[0].size == 1 for spec in signature.inputs)
     forward = _Forward.of(program, device)
-    model = TorchModel("torch.export", signature, forward, device, fixed_batch)
+    arithmetic = Arithmetic.of(config.precision, device, signature)
+    model = TorchModel("torch.export", signature, forward, arithmetic, fixed_batch)
     model.gaps = gradient_gaps(model, _captured_no_grad(program))
     if not forward.has_convolutions:
         return model

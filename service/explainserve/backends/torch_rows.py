@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from explainserve.backends.contract import Layer, LoadOptions, OperatorGap
+from explainserve.backends.torch_precision import Arithmetic, row_scales
 from explainserve.errors import (
     EvaluationFailed,
     ExplainServeError,
@@ -37,6 +38,7 @@ class TorchModel:
     Args:
         backend: "torch.export" or "torchscript".
         forward: the function; none of its parameters requires a gradient.
+        arithmetic: its device, and how that computes.
         fixed_batch: `forward` accepts one row at a time; several are then run one after the other.
         memory_format: of the images that `forward` is given.
     """
@@ -48,21 +50,22 @@ class TorchModel:
         backend: str,
         signature: Signature,
         forward: Forward,
-        device: torch.device,
+        arithmetic: Arithmetic,
         fixed_batch: bool,
         gaps: tuple[OperatorGap, ...] = (),
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self.backend = backend
         self.signature = signature
-        self.device = str(device)
+        self.device = str(arithmetic.device)
         self.fixed_batch = fixed_batch or not all(spec.batched for spec in signature.inputs)
         self.gaps = gaps
         self.layers: tuple[Layer, ...] = ()
         self.memory = None
         self.library_versions: Mapping[str, str] = {"torch": str(torch.__version__)}
         self._forward = forward
-        self._device = device
+        self._device = arithmetic.device
+        self._arithmetic = arithmetic
         self._memory_format = memory_format
 
     def in_channels_last(self, forward: Forward) -> TorchModel:
@@ -80,14 +83,16 @@ class TorchModel:
         """See `contract.LoadedModel.evaluate`; one forward pass of all rows, and a backward pass per
         selector."""
         evaluation = self._gradients if rows.function.wrt else self._scores
-        return _guarded(lambda: evaluation(rows))
+        with self._arithmetic.evaluation():
+            return _guarded(lambda: evaluation(rows))
 
     def interrupt(self) -> None:
         """See `contract.LoadedModel`: torch cannot."""
 
     def _scores(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
         with torch.inference_mode():
-            scores = self._score_tensor(rows.function, self._points(rows, _Uploads(self._device)))
+            output = self._output(rows.function, self._points(rows, _Uploads(self._device)))
+            scores = self._scored(rows.function, output)
             host = scores.to("cpu").numpy()
         pairs = zip(rows.segments, _spans(rows), strict=True)
         return tuple(part for segment, span in pairs for part in _forward_parts(segment, host[span]))
@@ -99,7 +104,8 @@ class TorchModel:
         points = self._points(rows, upload)
         wrt = {name: points[name].requires_grad_() for name in rows.function.wrt}
         with torch.enable_grad():
-            scores = self._score_tensor(rows.function, points).reshape(rows.row_count, -1)
+            output = self._output(rows.function, points)
+            scores = self._scored(rows.function, output).reshape(rows.row_count, -1)
         if not scores.requires_grad:
             raise Unsupported(
                 "NOT_DIFFERENTIABLE",
@@ -107,38 +113,35 @@ class TorchModel:
                 output=rows.function.output,
             )
         last = len(rows.passes) - 1
-        found = [self._backward(rows, s, scores, wrt, upload, keep=k < last) for k, s in enumerate(rows.passes)]
+        forward = _ForwardPass(output, scores, wrt, self._arithmetic.is_narrow)
+        found = [self._backward(rows, s, forward, upload, keep=k < last) for k, s in enumerate(rows.passes)]
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return tuple(arriving.evaluation() for parts in zip(*found, strict=True) for arriving in parts)
 
     def _backward(
-        self,
-        rows: Rows,
-        selectors: Sequence[Selector],
-        scores: Tensor,
-        wrt: Mapping[str, Tensor],
-        upload: _Uploads,
-        *,
-        keep: bool,
+        self, rows: Rows, selectors: Sequence[Selector], forward: _ForwardPass, upload: _Uploads, *, keep: bool
     ) -> list[_Arriving]:
         """One backward pass with a selector per segment; `keep` leaves the graph to further ones."""
-        cotangent = self._cotangent(rows, selectors, scores.detach(), upload)
-        gradients = torch.autograd.grad(
-            scores, list(wrt.values()), cotangent, retain_graph=keep, allow_unused=True, materialize_grads=True
-        )
+        scores = forward.scores.detach()
+        gradients = forward.gradients(self._cotangent(rows, selectors, scores, upload), keep=keep)
         with torch.no_grad():
-            return self._reduced(rows, selectors, scores.detach(), dict(zip(wrt, gradients, strict=True)), upload)
+            return self._reduced(rows, selectors, scores, gradients, upload)
 
-    def _score_tensor(self, function: Differentiation, points: Mapping[str, Tensor]) -> Tensor:
-        """The scores of all rows, shape (rows, *score shape)."""
+    def _output(self, function: Differentiation, points: Mapping[str, Tensor]) -> Tensor:
+        """The model's output of all rows, in the element type that it states."""
         spec = self.signature.output(function.output)
         position = self.signature.outputs.index(spec)
         inputs = [points[spec.name] for spec in self.signature.inputs]
-        if not self.fixed_batch:
-            return _with_head(self._forward(inputs)[position], function.head, spec)
-        each = [self._forward(self._one_row(inputs, row))[position] for row in range(len(inputs[0]))]
-        return _with_head(torch.cat(each), function.head, spec)
+        with self._arithmetic.forward():
+            if not self.fixed_batch:
+                return self._forward(inputs)[position].to(torch_dtype(spec.dtype))
+            each = [self._forward(self._one_row(inputs, row))[position] for row in range(len(inputs[0]))]
+            return torch.cat(each).to(torch_dtype(spec.dtype))
+
+    def _scored(self, function: Differentiation, output: Tensor) -> Tensor:
+        """The scores of all rows, shape (rows, *score shape)."""
+        return _with_head(output, function.head, self.signature.output(function.output))
 
     def _one_row(self, inputs: Sequence[Tensor], row: int) -> list[Tensor]:
         specs = self.signature.inputs
@@ -237,6 +240,36 @@ class _Uploads:
         copy = torch.empty(array.shape, dtype=torch_dtype(array.dtype), pin_memory=self._device.type == "cuda")
         copy.numpy()[...] = array
         return copy.to(self._device, non_blocking=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _ForwardPass:
+    """A forward pass of all rows, to take gradients of.
+
+    Attributes:
+        scores: shape (rows, elements of a score tensor).
+        scaled: go down from the output with scaled cotangents, which sixteen bits can hold.
+    """
+
+    output: Tensor
+    scores: Tensor
+    wrt: Mapping[str, Tensor]
+    scaled: bool
+
+    def gradients(self, cotangent: Tensor, *, keep: bool) -> dict[str, Tensor]:
+        """Of every row; `keep` leaves the graph to further backward passes."""
+        if not self.scaled:
+            return self._down(self.scores, cotangent, keep)
+        (at_output,) = torch.autograd.grad(self.scores, self.output, cotangent, retain_graph=True)
+        scales = row_scales(at_output)
+        gradients = self._down(self.output, at_output * scales.reshape(-1, *[1] * (at_output.ndim - 1)), keep)
+        return {name: g / scales.reshape(-1, *[1] * (g.ndim - 1)) for name, g in gradients.items()}
+
+    def _down(self, of: Tensor, cotangent: Tensor, keep: bool) -> dict[str, Tensor]:
+        found = torch.autograd.grad(
+            of, list(self.wrt.values()), cotangent, retain_graph=keep, allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(self.wrt, found, strict=True))
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from explainserve.backends.probe import LIKELIEST, FreeExtents, free_extents, sa
 from explainserve.backends.torch_archive import require_torchscript
 from explainserve.backends.torch_gradient import gradient_gaps
 from explainserve.backends.torch_layout import in_faster_layout
+from explainserve.backends.torch_precision import Arithmetic
 from explainserve.backends.torch_rows import TorchModel, resolve_device, use_threads
 from explainserve.errors import ModelRefused, first_line, is_out_of_memory
 from explainserve.model_config import ModelConfig
@@ -40,27 +41,29 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> LoadedModel:
         ModelRefused: the file is damaged or unsafe (see `torch_archive`), model.toml does not state the signature
             (SIGNATURE_INCOMPLETE) or another one than `forward` has (CONFIG_MISMATCH), an output is no tensor
             (UNSUPPORTED_OUTPUT), it was traced in training mode (TRAINING_MODE) or runs without gradients
-            (NO_GRADIENT), or its device is missing (DEVICE_UNAVAILABLE).
+            (NO_GRADIENT), or its device or precision is missing (DEVICE_UNAVAILABLE, PRECISION_UNAVAILABLE).
     """
     device = resolve_device(options)
     source = require_torchscript(path)
     use_threads(options.thread_count)
     signature = _stated_signature(path, config)
+    arithmetic = Arithmetic.of(config.precision, device, signature)
     with warnings.catch_warnings():
         # torch announces the end of TorchScript on every use; whoever serves such a file cannot change it here.
         warnings.simplefilter("ignore", DeprecationWarning)
         script = _read(path, device)
         _require_arity(script, signature)
-        return _model(script, _Trial.of(_Forward.of(script, signature), signature, device), "no_grad" in source)
+        trial = _Trial.of(_Forward.of(script, signature), signature, device)
+        return _model(script, trial, arithmetic, "no_grad" in source)
 
 
-def _model(script: Module, trial: _Trial, captured_no_grad: bool) -> LoadedModel:
+def _model(script: Module, trial: _Trial, arithmetic: Arithmetic, captured_no_grad: bool) -> LoadedModel:
     """The model as it is served: frozen, and in the layout that is faster."""
     frozen = _frozen(script, trial)
     _require_evaluation_mode(frozen)
     forward = _Forward.of(frozen, trial.signature)
     fixed_batch = not _accepts_two_rows(forward, trial)
-    model = TorchModel("torchscript", trial.signature, forward, trial.device, fixed_batch)
+    model = TorchModel("torchscript", trial.signature, forward, arithmetic, fixed_batch)
     model.gaps = gradient_gaps(model, captured_no_grad)
     if not _has_convolutions(frozen):
         return model

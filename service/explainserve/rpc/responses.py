@@ -137,8 +137,9 @@ def provenance(model: ServedModel, usage: Usage, methods: Sequence[Method]) -> a
         gradient_rule="standard",
         device=loaded.device,
         execution=loaded.execution,
-        precision=_precision(model),
+        precision=model.precision,
         noise_floor=_noise_floor(model),
+        precision_map_error=model.probe.precision_map_error,
         effective_methods=[METHOD_WRITERS[type(method)](method) for method in methods],
         row_count=usage.row_count,
         forward_count=usage.row_count,
@@ -324,6 +325,8 @@ def model_message(entry: ModelEntry, model: ServedModel) -> model_pb2.Model:
         device=model.loaded.device,
         execution=model.loaded.execution,
         noise_floor=_noise_floor(model),
+        precision=model.precision,
+        precision_map_error=model.probe.precision_map_error,
         data_baselines=sorted(model.data_baselines),
         default_target=model.default_target,
         default_baseline=model.config.default_baseline,
@@ -683,11 +686,6 @@ def _duration(seconds: float) -> Duration:
 
 def _noise_floor(model: ServedModel) -> float | None:
     return model.probe.noise_floor if model.differentiable else None
-
-
-def _precision(model: ServedModel) -> str:
-    types = [spec.dtype.name for spec in model.signature.inputs if spec.differentiable]
-    return types[0] if types else "float32"
 
 
 _COMMON_VERSIONS = {

@@ -786,6 +786,8 @@ class Model(_message.Message):
     MAX_BATCH_ROWS_FIELD_NUMBER: _builtins.int
     ROW_DURATION_FIELD_NUMBER: _builtins.int
     EXECUTION_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    PRECISION_MAP_ERROR_FIELD_NUMBER: _builtins.int
     sha256: _builtins.str
     """SHA-256 of the model file, lower-case hexadecimal."""
     batching: Global___Batching.ValueType
@@ -808,6 +810,10 @@ class Model(_message.Message):
     """Rows that are evaluated together at most, found to be fastest at load."""
     execution: _builtins.str
     """How the backend runs it where it has a choice, as in `Provenance.execution`."""
+    precision: _builtins.str
+    """Arithmetic in which it is evaluated, and the error that a chosen one makes in whole maps, as in `Provenance`."""
+    precision_map_error: _builtins.float
+    """Absent where no precision was chosen."""
     @_builtins.property
     def summary(self) -> Global___ModelSummary:
         """Name, version, state."""
@@ -873,18 +879,24 @@ class Model(_message.Message):
         max_batch_rows: _builtins.int = ...,
         row_duration: _duration_pb2.Duration | None = ...,
         execution: _builtins.str = ...,
+        precision: _builtins.str = ...,
+        precision_map_error: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "default_target", b"default_target", "memory", b"memory", "noise_floor", b"noise_floor", "row_duration", b"row_duration", "summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "default_target", b"default_target", "memory", b"memory", "noise_floor", b"noise_floor", "precision_map_error", b"precision_map_error", "row_duration", b"row_duration", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "backend", b"backend", "batching", b"batching", "data_baselines", b"data_baselines", "default_baseline", b"default_baseline", "default_target", b"default_target", "device", b"device", "differentiable", b"differentiable", "execution", b"execution", "gaps", b"gaps", "inputs", b"inputs", "layers", b"layers", "max_batch_rows", b"max_batch_rows", "memory", b"memory", "methods", b"methods", "noise_floor", b"noise_floor", "outputs", b"outputs", "row_duration", b"row_duration", "sha256", b"sha256", "summary", b"summary", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "backend", b"backend", "batching", b"batching", "data_baselines", b"data_baselines", "default_baseline", b"default_baseline", "default_target", b"default_target", "device", b"device", "differentiable", b"differentiable", "execution", b"execution", "gaps", b"gaps", "inputs", b"inputs", "layers", b"layers", "max_batch_rows", b"max_batch_rows", "memory", b"memory", "methods", b"methods", "noise_floor", b"noise_floor", "outputs", b"outputs", "precision", b"precision", "precision_map_error", b"precision_map_error", "row_duration", b"row_duration", "sha256", b"sha256", "summary", b"summary", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_target: _TypeAlias = _typing.Literal["default_target"]  # noqa: Y015
     _WhichOneofArgType__default_target: _TypeAlias = _typing.Literal["_default_target", b"_default_target"]  # noqa: Y015
     _WhichOneofReturnType__noise_floor: _TypeAlias = _typing.Literal["noise_floor"]  # noqa: Y015
     _WhichOneofArgType__noise_floor: _TypeAlias = _typing.Literal["_noise_floor", b"_noise_floor"]  # noqa: Y015
+    _WhichOneofReturnType__precision_map_error: _TypeAlias = _typing.Literal["precision_map_error"]  # noqa: Y015
+    _WhichOneofArgType__precision_map_error: _TypeAlias = _typing.Literal["_precision_map_error", b"_precision_map_error"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__default_target) -> _WhichOneofReturnType__default_target | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_floor) -> _WhichOneofReturnType__noise_floor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__precision_map_error) -> _WhichOneofReturnType__precision_map_error | None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
