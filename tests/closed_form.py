@@ -60,6 +60,9 @@ class ClosedForm:
         self.backward_count = 0
         self.forward_rows = 0
 
+    def peak_bytes(self, rows: Rows) -> int | None:
+        return None
+
     def interrupt(self) -> None:
         """A held evaluation cannot be ended, like one of torch."""
 

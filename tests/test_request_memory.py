@@ -6,6 +6,7 @@ import asyncio
 import gc
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,10 +26,10 @@ from explainserve.scheduling import Scheduler
 from explainserve.signature import Axis, InputSpec, Score, Signature
 from explainserve.targets import Element, TargetSpec
 
-SIZE = 30_000
+SIZE = 60_000
 """Elements of an input: its arrays outweigh all else."""
 INPUT_BYTES = 4 * SIZE
-LIMIT = 10**9
+LIMIT = 10**10
 FIXED = IntegratedGradients(step_count=64)
 ENDLESS = IntegratedGradients(tolerance=1e-9, completeness_tolerance=1e-9, max_step_count=128)
 
@@ -95,7 +96,7 @@ async def measured(explainer: Explainer, asked: Query) -> int:
         (FIXED, 1, 1),
         (FIXED, 50, 1),
         (ENDLESS, 1, 1),
-        (ENDLESS, 40, 1),
+        (ENDLESS, 16, 1),
         (ENDLESS, 12, 2),
         (IntegratedGradients(), 40, 1),
     ],
@@ -113,13 +114,13 @@ async def test_a_request_takes_what_was_stated_at_most(
 
 
 async def test_paths_wait_for_each_other_where_memory_is_short(engine: Engine, model: ServedModel) -> None:
-    """A third of the memory that all of them together would take."""
-    asked = query(model, ENDLESS, 24, target_count=2)
-    limit = asked.held_bytes + 8 * asked.path_bytes
+    """An eighth of the memory that all of them together could take."""
+    asked = query(model, replace(ENDLESS, max_step_count=48), 24, target_count=2)
+    limit = asked.held_bytes + 4 * asked.path_bytes
     roomy, narrow = (Explainer(engine, 10**6, max_request_bytes=size) for size in (LIMIT, limit))
     all_at_once, in_turn = roomy.cost(asked), narrow.cost(asked)
 
-    assert (all_at_once.path_count, in_turn.path_count) == (CONCURRENT_QUESTIONS, 8)
+    assert (all_at_once.path_count, in_turn.path_count) == (CONCURRENT_QUESTIONS, 4)
     assert in_turn.host_bytes < limit + in_turn.score_bytes + 1
     assert await measured(narrow, asked) <= in_turn.host_bytes < await measured(roomy, asked)
 

@@ -38,8 +38,6 @@ MAX_SHARING_TARGETS = 16
 FIRST_ROUND_ARRAYS = 12
 """Arrays of the size of its inputs that a path keeps after its first round, at most."""
 
-_FLOAT32_BYTES = 4
-
 
 @dataclass(frozen=True, eq=False)
 class Query:
@@ -105,8 +103,7 @@ class Query:
     @property
     def path_bytes(self) -> int:
         """Memory that the path of one question holds while its rounds are in flight, at most."""
-        elements = sum(array.size for array in self.instances[0].moving.values())
-        return self.method.cost().held_arrays * _FLOAT32_BYTES * elements
+        return self.method.path_bytes(sum(array.size for array in self.instances[0].moving.values()))
 
     def path_count(self, max_bytes: int) -> int:
         """Questions whose rounds are in flight together: at least one, else as many as fit beside what is held."""

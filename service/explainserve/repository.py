@@ -114,6 +114,7 @@ class ServedModel:
         format: a value of FORMATS.
         max_batch_rows: rows that may share a micro-batch; 1 where the model sees its rows together.
         seconds_per_row: of a full micro-batch, measured at load; None where it was not.
+        micro_batch_bytes: memory that one takes at most on its device; None where it was not measured.
         default_target: position in the class axis of the first output, or None where argmax is explained.
         data_baselines: by name, for each input, float32 in MODEL space and in the shape of one instance.
     """
@@ -130,6 +131,7 @@ class ServedModel:
     default_target: int | None = None
     data_baselines: Baselines = field(default_factory=dict)
     seconds_per_row: float | None = None
+    micro_batch_bytes: int | None = None
 
     @property
     def signature(self) -> Signature:
@@ -270,6 +272,7 @@ def open_model(
         probe=found,
         max_batch_rows=size.rows,
         seconds_per_row=size.seconds_per_row,
+        micro_batch_bytes=size.peak_bytes,
         default_target=_default_target(config.default_target, loaded.signature),
         data_baselines={
             name: _data_baseline(name, table, folder, loaded.signature) for name, table in config.baselines.items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from explainserve.backends.contract import LoadedModel
 from explainserve.backends.probe import has_free_axes
@@ -43,10 +43,12 @@ class BatchSize:
         rows: at least 1.
         seconds_per_row: of a micro-batch of that size, with gradients where the model has them; None where none was
             timed.
+        peak_bytes: memory that such a micro-batch takes at most, of one target; None where it was not measured.
     """
 
     rows: int
     seconds_per_row: float | None = None
+    peak_bytes: int | None = None
 
 
 def fastest(
@@ -67,7 +69,10 @@ def fastest(
     ends_at = clock() + seconds
     timed.climb(limit, ends_at)
     timed.repeat(ends_at)
-    return timed.fastest or BatchSize(min(limit, UNMEASURED_ROWS))
+    found = timed.fastest
+    return (
+        BatchSize(min(limit, UNMEASURED_ROWS)) if found is None else replace(found, peak_bytes=timed.peak_bytes(found))
+    )
 
 
 class _Timed:
@@ -106,6 +111,10 @@ class _Timed:
             for size in self._within(PROMISING):
                 if self._clock() + size * self._times[size] <= ends_at:
                     self._time(size)
+
+    def peak_bytes(self, size: BatchSize) -> int | None:
+        """Memory of a micro-batch of that size."""
+        return self._model.peak_bytes(repeated(self._row, size.rows))
 
     def _within(self, factor: float) -> list[int]:
         costs = {size: seconds + CALL_SECONDS / size for size, seconds in self._times.items()}

@@ -136,6 +136,15 @@ class LoadedModel(Protocol):
         """
         ...
 
+    def peak_bytes(self, rows: Rows) -> int | None:
+        """Most memory that evaluating the rows takes on the device, beside what the model takes for good; None where it
+        cannot be measured.
+
+        Raises:
+            EvaluationFailed, Unsupported: as `evaluate`.
+        """
+        ...
+
     def interrupt(self) -> None:
         """Asks the evaluation that is in progress on another thread to end; it then raises.
 

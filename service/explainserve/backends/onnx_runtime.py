@@ -29,7 +29,6 @@ from explainserve.backends.onnx_session import (
     available_device,
     in_precision,
     open_session,
-    resident_bytes,
 )
 from explainserve.backends.onnx_subnormal import flush_subnormals
 from explainserve.backends.onnx_verification import LARGEST_DIFFERENCE, largest_difference
@@ -42,6 +41,7 @@ from explainserve.backends.probe import (
     output_rows,
     sample_instances,
 )
+from explainserve.backends.resident_memory import peak_growth, resident_bytes
 from explainserve.backends.row_feeds import joined, single_rows
 from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported
 from explainserve.model_config import ModelConfig
@@ -145,6 +145,14 @@ class OnnxModel:
             for segment in rows.segments
             for parts in zip(*(function.evaluations(row) for row in single_rows(segment)), strict=True)
         ]
+
+    def peak_bytes(self, rows: Rows) -> int | None:
+        """See `contract.LoadedModel`; known on the CPU only. A first evaluation prepares all that is kept for good."""
+        if self.device != "cpu":
+            return None
+        self._interruption.begin_releasing()
+        self._evaluations(self._function(rows.function), rows)
+        return peak_growth(lambda: self.evaluate(rows))
 
     def interrupt(self) -> None:
         """See `contract.LoadedModel`."""

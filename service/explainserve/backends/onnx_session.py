@@ -73,6 +73,11 @@ class Interruption:
         """A new evaluation, which nobody has ended."""
         self.options = quiet()
 
+    def begin_releasing(self) -> None:
+        """The same, and its runs give the memory back that sessions keep between runs."""
+        self.begin()
+        self.options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+
     def interrupt(self) -> None:
         """Makes the runs raise that are in progress, and those that are to come before the next evaluation."""
         self.options.terminate = True
@@ -160,15 +165,6 @@ def _optimized(model: onnx.ModelProto, options: LoadOptions, weights: Weights) -
         optimized = onnx.load(settings.optimized_model_filepath)
     weights.take(optimized)
     return optimized
-
-
-def resident_bytes() -> int | None:
-    """Bytes of this process in memory, or None where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def in_precision(options: LoadOptions, precision: Precision) -> LoadOptions:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from explainserve.backends.contract import Layer, LoadOptions, OperatorGap
+from explainserve.backends.resident_memory import peak_growth
 from explainserve.backends.torch_precision import Arithmetic, row_scales
 from explainserve.errors import (
     EvaluationFailed,
@@ -85,6 +86,16 @@ class TorchModel:
         evaluation = self._gradients if rows.function.wrt else self._scores
         with self._arithmetic.evaluation():
             return _guarded(lambda: evaluation(rows))
+
+    def peak_bytes(self, rows: Rows) -> int | None:
+        """See `contract.LoadedModel`. A first evaluation prepares all that is kept for good."""
+        self.evaluate(rows)
+        if self._device.type != "cuda":
+            return peak_growth(lambda: self.evaluate(rows))
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        self.evaluate(rows)
+        return torch.cuda.max_memory_allocated(self._device) - before
 
     def interrupt(self) -> None:
         """See `contract.LoadedModel`: torch cannot."""

@@ -34,13 +34,11 @@ class Cost:
     Attributes:
         min_gradient_rows, max_gradient_rows: rows with one forward and one backward evaluation each.
         common_gradient_rows: those among them that are the same for every target of an instance and a baseline.
-        held_arrays: float32 arrays of the size of the moving inputs that its path holds at once, at most.
     """
 
     min_gradient_rows: int
     max_gradient_rows: int
     common_gradient_rows: int
-    held_arrays: int
 
 
 class Method(Protocol):
@@ -67,4 +65,12 @@ class Method(Protocol):
 
     def cost(self) -> Cost:
         """Rows that one question needs."""
+        ...
+
+    def path_bytes(self, element_count: int) -> int:
+        """Memory that the path of one question takes at most between its first round and its answer.
+
+        Args:
+            element_count: of the moving inputs of one instance.
+        """
         ...

@@ -14,6 +14,7 @@ from explainserve.explanation import Attribution, Question, StopReason
 from explainserve.methods.adaptive import (
     MIN_STEP_COUNT,
     PILOT_COUNT,
+    SAMPLED_ELEMENTS,
     AdaptivePlan,
     Displacement,
     Path,
@@ -28,9 +29,11 @@ from explainserve.plan import Evaluation, Plan, Segment
 ADAPTIVE = "adaptive"
 
 _WORKING_ARRAYS = 24
-"""Held beside the gradients of the nodes, which the adaptive rule keeps to refine between them: the displacement, the
-integral and what they are computed with, in float64.
+"""Arrays of float32 that a path takes beside the gradients of its nodes: the displacement, the integral and what they
+are computed with, in float64.
 """
+_SAMPLE_COPIES = 3
+_FLOAT32_BYTES, _FLOAT64_BYTES = 4, 8
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,14 @@ class IntegratedGradients:
     def cost(self) -> Cost:
         """Rows of one path."""
         if self.step_count is None:
-            return Cost(MIN_STEP_COUNT, self.max_step_count, PILOT_COUNT, self.max_step_count + _WORKING_ARRAYS)
-        return Cost(self.step_count, self.step_count, self.step_count, _WORKING_ARRAYS)
+            return Cost(MIN_STEP_COUNT, self.max_step_count, PILOT_COUNT)
+        return Cost(self.step_count, self.step_count, self.step_count)
+
+    def path_bytes(self, element_count: int) -> int:
+        """The adaptive rule keeps a gradient for each node, and looks at a sample of all of them together."""
+        node_count = 0 if self.step_count is not None else self.max_step_count
+        sample_bytes = _SAMPLE_COPIES * _FLOAT64_BYTES * min(element_count, SAMPLED_ELEMENTS)
+        return _FLOAT32_BYTES * element_count * (node_count + _WORKING_ARRAYS) + node_count * sample_bytes
 
     @property
     def _rule_name(self) -> str:

@@ -185,7 +185,10 @@ def cost_response(
         "max_host_bytes": cost.host_bytes + _MESSAGE_COPIES * message_bytes + _REPLY_COPIES * reply,
     }
     # A short message can ask for more than an int64 counts.
-    return explainer_service_pb2.EstimateCostResponse(**{name: min(n, 2**63 - 1) for name, n in figures.items()})
+    counted = {name: min(n, 2**63 - 1) for name, n in figures.items()}
+    return explainer_service_pb2.EstimateCostResponse(
+        **counted, micro_batch_bytes=request.query.model.micro_batch_bytes
+    )
 
 
 _MESSAGE_COPIES = 2  # as it came in and as a message; decoded inputs are counted where they are held

@@ -1068,8 +1068,8 @@ class EstimateCostResponse(_message.Message):
     keep between rounds, the request as it came in, and the reply while it is written.
     """
     micro_batch_bytes: _builtins.int
-    """Most memory that a micro-batch of the model takes on its device, its share of libraries' buffers included, measured at load;
-    absent where it was not. It is there once, whatever the number of requests.
+    """Most memory that a full micro-batch of the model takes on its device while it is evaluated for one target, measured at load;
+    absent where it was not: free axes, no warm-up, or a device that does not tell. It is there once for all requests.
     """
     def __init__(
         self,
