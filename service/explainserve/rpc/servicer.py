@@ -6,14 +6,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NoReturn
 
 import grpc
 
 from explainserve.errors import DeadlineExceeded, LimitExceeded, Unimplemented
-from explainserve.explainer import Explainer, Observer, Prepared, Round, unobserved
+from explainserve.explainer import Cost, Explainer, Observer, Prepared, Round, unobserved
 from explainserve.metrics import Metrics
 from explainserve.plan import Differentiation
 from explainserve.repository import Repository, ServedModel
@@ -45,10 +45,7 @@ class Servicer(ExplainerServiceServicer):
         lookup = await self._cache.lookup(checked)
         if lookup.response is not None:
             return lookup.response
-        prepared = await asyncio.to_thread(self._explainer.prepare, checked.query)
-        self._admit_reply(
-            await asyncio.to_thread(responses.reply_bytes, checked, prepared.cost, self._settings.row_limit)
-        )
+        prepared = await asyncio.to_thread(self._prepared, checked, responses.reply_bytes)
         return await self._computed(checked, prepared, lookup)
 
     async def ExplainStream(  # type: ignore[override]  # a coroutine that writes to the context is a stream too
@@ -123,10 +120,7 @@ class Servicer(ExplainerServiceServicer):
         lookup = await self._cache.lookup(checked)
         if lookup.response is not None:
             return lookup.response
-        prepared = await asyncio.to_thread(self._explainer.prepare, checked.query)
-        self._admit_reply(
-            await asyncio.to_thread(streaming.head_bytes, checked, prepared.cost, self._settings.row_limit)
-        )
+        prepared = await asyncio.to_thread(self._prepared, checked, streaming.head_bytes)
 
         async def tell(latest: Round) -> None:
             told = await asyncio.to_thread(
@@ -135,6 +129,12 @@ class Servicer(ExplainerServiceServicer):
             await _write(context, chunks.round(*told))
 
         return await streaming.watched(functools.partial(self._computed, checked, prepared, lookup), tell)
+
+    def _prepared(self, checked: requests.Explain, size_of: Callable[[requests.Explain, Cost, int], int]) -> Prepared:
+        """What is to be evaluated, where the reply may be sent; in one thread, for each costs a turn of its own."""
+        prepared = self._explainer.prepare(checked.query)
+        self._admit_reply(size_of(checked, prepared.cost, self._settings.row_limit))
+        return prepared
 
     async def _computed(
         self, checked: requests.Explain, prepared: Prepared, lookup: Lookup, observe: Observer = unobserved
