@@ -32,6 +32,7 @@ from typer.testing import CliRunner
 from explainserve.cli import app, connection, progress, spellings
 from explainserve.cli import serve as serve_function
 from explainserve.cli.documents import document
+from explainserve.process import WORKER_COUNT
 from explainserve.rpc.tensors import encode
 from explainserve.settings import Settings
 from explainserve.v1 import explainer_service_pb2 as pb
@@ -455,7 +456,7 @@ def test_work_that_outlives_the_grace_period_does_not_hold_the_process(tmp_path:
         grpc.insecure_channel(running.grpc) as channel,
     ):
         calls = [ExplainerServiceStub(channel).Explain.future(message, timeout=3600) for _ in range(40)]
-        while running.log.read_text().count("stuck") < min(32, (os.cpu_count() or 1) + 4):
+        while running.log.read_text().count("stuck") < WORKER_COUNT:
             assert not any(call.done() for call in calls)
             time.sleep(0.01)
         assert running.stop() == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ class Loopback:
     """
 
     def __init__(self, settings: Settings) -> None:
+        collect_what_others_left()
         self.lines: list[dict[str, Any]] = []
         self.server = Server(settings, capturing_log(self.lines))
         self._loop = asyncio.new_event_loop()
@@ -87,6 +90,15 @@ class Loopback:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def collect_what_others_left() -> None:
+    """A server collects garbage when it starts, and what that warns of would be laid to the test that starts it, such
+    as event loops that pytest-asyncio leaves open."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.unfreeze()
+        gc.collect()
 
 
 def capturing_log(lines: list[dict[str, Any]]) -> Any:
