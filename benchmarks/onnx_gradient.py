@@ -38,9 +38,10 @@ from explainserve import backends
 from explainserve.backends import batch_size, onnx_graph
 from explainserve.backends.batch_size import BatchSize
 from explainserve.backends.contract import LoadedModel, LoadOptions
-from explainserve.backends.onnx_session import open_session, resident_bytes
+from explainserve.backends.onnx_session import open_session
 from explainserve.backends.onnx_subnormal import flush_subnormals
 from explainserve.backends.onnx_weights import Weights
+from explainserve.backends.resident_memory import resident_bytes
 from explainserve.model_config import ModelConfig
 from explainserve.onnx_vjp import GradientGraph, input_gradient
 from explainserve.onnx_vjp.blocked import keep_in_blocks

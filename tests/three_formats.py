@@ -66,7 +66,8 @@ def serving(folder: Path, writers: dict[str, Writer], formats: Iterable[str] = F
         for name, write in writers.items():
             for file_format in formats:
                 _place(name, write, file_format, folder)
-    server = Loopback(Settings(models=folder, port=0, http_port=0, thread_count=2, trial_seconds=0))
+    brief = {"trial_seconds": 0, "warm_up_seconds": 0}  # deep networks load for minutes otherwise
+    server = Loopback(Settings(models=folder, port=0, http_port=0, thread_count=2, **brief))
     try:
         with Client(server.address, timeout=240) as client:
             yield client

@@ -286,7 +286,8 @@ def test_batches_of_many_sizes_and_several_sessions_take_no_more_than_the_larges
     program = """
 import numpy as np
 from explainserve.backends.contract import LoadOptions
-from explainserve.backends.onnx_session import open_session, resident_bytes
+from explainserve.backends.onnx_session import open_session
+from explainserve.backends.resident_memory import resident_bytes
 from onnx_graphs import model, node
 
 stack = [node("Softmax", [f"t{i}"], [f"t{i + 1}"]) for i in range(3)]
