@@ -711,7 +711,12 @@ def test_a_server_of_its_own_is_stopped_when_the_command_is(
     number: signal.Signals, exit_code: int, picture: Path
 ) -> None:
     arguments = ["explain", str(picture), "--model", "two-digits", "--models", str(MODEL_FOLDER)]
-    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which tests in the background ignore
+    )
     try:
         while (child := child_of(process)) is None and process.poll() is None:
             time.sleep(0.01)
