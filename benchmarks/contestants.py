@@ -229,7 +229,7 @@ class InProcess:
         process.settle()
         self._task = task
         self._model = repository.get(subject.name)
-        scheduler = Scheduler(settings.max_waiting_rows, settings.max_waiting_bytes)
+        scheduler = Scheduler(settings.max_waiting_rows)
         engine = Engine(scheduler, Metrics(CollectorRegistry()))
         engine.start()
         self._explainer = Explainer(engine, settings.row_limit, settings.byte_limit)

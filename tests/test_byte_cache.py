@@ -26,6 +26,7 @@ def test_keeps_the_most_recently_used_that_fit(steps: list[tuple[bytes, bytes | 
             assert cache.get(key) == known
         else:
             cache.put(key, value)
+            assert cache.fits(key, len(value)) == (size(key, value) <= capacity)
         used = [entry for entry in used if entry[0] != key]
         newest = known if value is None else value
         if newest is not None and size(key, newest) <= capacity:

@@ -161,6 +161,17 @@ class TestDiscover:
             discover(tmp_path / "nowhere")
         assert caught.value.reason == "NO_MODELS_FOLDER"
 
+    def test_only_the_log_tells_where_the_folder_should_be(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Clients are told of it too."""
+        with pytest.raises(NotFound) as caught:
+            discover(tmp_path / "nowhere")
+
+        told = [caught.value.message, *caught.value.metadata.values()]
+        assert not any("nowhere" in text for text in told)
+        assert str(tmp_path / "nowhere") in caplog.text
+
 
 class TestDigest:
     def test_it_is_the_files_own(self, tmp_path: Path) -> None:

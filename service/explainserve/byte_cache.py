@@ -35,21 +35,25 @@ class ByteCache:
             self._entries.move_to_end(key)
         return value
 
+    def fits(self, key: bytes, value_bytes: int) -> bool:
+        """Whether a value of that size would be kept."""
+        return _size(key, value_bytes) <= self._capacity_bytes
+
     def put(self, key: bytes, value: bytes) -> None:
         """Keeps a value in place of the key's earlier one; one that would not fit alone is not kept."""
         self._drop(key)
-        if _size(key, value) > self._capacity_bytes:
+        if not self.fits(key, len(value)):
             return
         self._entries[key] = value
-        self._byte_count += _size(key, value)
+        self._byte_count += _size(key, len(value))
         while self._byte_count > self._capacity_bytes:
             self._drop(next(iter(self._entries)))
 
     def _drop(self, key: bytes) -> None:
         value = self._entries.pop(key, None)
         if value is not None:
-            self._byte_count -= _size(key, value)
+            self._byte_count -= _size(key, len(value))
 
 
-def _size(key: bytes, value: bytes) -> int:
-    return len(key) + len(value) + ENTRY_BYTES
+def _size(key: bytes, value_bytes: int) -> int:
+    return len(key) + value_bytes + ENTRY_BYTES

@@ -97,14 +97,14 @@ class Engine:
             self._settle([job])
 
     @contextmanager
-    def admitted(self, request: Request, row_count: int, byte_count: int = 0) -> Iterator[None]:
-        """A place in the queue for all rows and all memory that a request may need, as long as the context lasts.
+    def admitted(self, request: Request, row_count: int) -> Iterator[None]:
+        """A place in the queue for all rows that a request may need, as long as the context lasts.
 
         Raises:
             QueueFull: there is none (QUEUE_FULL).
         """
         with self._wake:
-            self._scheduler.admit(request, row_count, byte_count)
+            self._scheduler.admit(request, row_count)
             self._observe_queue()
         try:
             yield
@@ -281,7 +281,6 @@ class Engine:
 
     def _observe_queue(self) -> None:
         self._metrics.waiting_rows.set(self._scheduler.waiting_row_count)
-        self._metrics.reserved_bytes.set(self._scheduler.reserved_bytes)
 
     def _observe(self, run: Run, seconds: float) -> None:
         rows, name = run.batch.rows, run.model.name

@@ -22,6 +22,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+SHORTEST_RETRY_SECONDS = 0.1
+LONGEST_RETRY_SECONDS = 60.0
+
 _MAX_LINE = 500
 """Characters that are quoted of an exception which a library raised."""
 
@@ -85,11 +88,15 @@ class LimitExceeded(ExplainServeError):
 
 
 class QueueFull(ExplainServeError):
-    """The server has no room for one more request now."""
+    """The server has no room for one more request now.
 
-    def __init__(self, reason: str, message: str, retry_after_seconds: float | None = None, **metadata: object) -> None:
+    Args:
+        retry_after_seconds: until there is room, as far as is known; told within bounds.
+    """
+
+    def __init__(self, reason: str, message: str, retry_after_seconds: float, **metadata: object) -> None:
         super().__init__(reason, message, **metadata)
-        self.retry_after_seconds = retry_after_seconds
+        self.retry_after_seconds = min(max(retry_after_seconds, SHORTEST_RETRY_SECONDS), LONGEST_RETRY_SECONDS)
 
 
 class DeadlineExceeded(ExplainServeError):

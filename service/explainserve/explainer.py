@@ -17,6 +17,7 @@ from explainserve.baselines import BaselineSpec
 from explainserve.engine import Engine
 from explainserve.errors import DeadlineExceeded, InvalidRequest, LimitExceeded
 from explainserve.explanation import Attribution, Baseline, Instance, Question, StopReason, Target
+from explainserve.memory import Memory
 from explainserve.methods import Method
 from explainserve.plan import Differentiation, Evaluation, Plan, Segment, SegmentEvaluation, Tensors
 from explainserve.repository import ServedModel
@@ -267,12 +268,16 @@ class Explainer:
     """Answers queries with an engine.
 
     Args:
+        memory: from which each query takes what it needs while it is computed.
         max_request_rows: cap of rows of one query.
         max_request_bytes: cap of memory for the inputs, baselines and maps of one query.
     """
 
-    def __init__(self, engine: Engine, max_request_rows: int, max_request_bytes: int) -> None:
+    def __init__(
+        self, engine: Engine, max_request_rows: int, max_request_bytes: int, memory: Memory | None = None
+    ) -> None:
         self._engine = engine
+        self._memory = memory or Memory()
         self._max_request_rows = max_request_rows
         self._max_request_bytes = max_request_bytes
 
@@ -312,7 +317,10 @@ class Explainer:
             EvaluationFailed: the model raised.
         """
         query, usage = prepared.query, Usage()
-        with self._engine.admitted(query.request, prepared.cost.max_rows, query.held_bytes):
+        with (
+            self._memory.reserved(prepared.cost.host_bytes),
+            self._engine.admitted(query.request, prepared.cost.max_rows),
+        ):
             scores = await self._scores(query, prepared.end_points, usage)
             questions = await asyncio.to_thread(_questions, query, prepared.baselines, scores)
             usage.saved_rows = 2 * len(questions) - usage.forward_rows
@@ -334,7 +342,7 @@ class Explainer:
         usage = Usage()
         plan = Plan(tuple(_point(i.moving, i.fixed, function) for function in functions for i in instances))
         self._admit_rows(plan.row_count)
-        with self._engine.admitted(request, plan.row_count, _input_bytes(instances)):
+        with self._memory.reserved(_input_bytes(instances)), self._engine.admitted(request, plan.row_count):
             evaluation = await self._evaluate(model, plan, request, usage)
         arrays = [_only_output(segment) for segment in evaluation.segments]
         count = len(instances)

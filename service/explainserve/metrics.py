@@ -72,7 +72,7 @@ class Metrics:
         self.waiting_rows = Gauge("explainserve_waiting_rows", "Rows that wait for the device.", registry=registry)
         self.reserved_bytes = Gauge(
             "explainserve_reserved_bytes",
-            "Memory that requests which are being answered may hold: inputs, baselines and maps.",
+            "Memory that requests which are being answered may hold, their messages until they are sent included.",
             registry=registry,
         )
         self.convergence_delta = Histogram(

@@ -223,11 +223,11 @@ def discover(root: Path) -> list[ModelFolder]:
         NotFound: `root` is no folder, or cannot be read (NO_MODELS_FOLDER).
     """
     if not root.is_dir():
-        raise NotFound("NO_MODELS_FOLDER", f"{root} is no folder", folder=root)
+        raise _no_models_folder(root, "is not there")
     try:
         models = _subfolders(root)
     except OSError as error:
-        raise NotFound("NO_MODELS_FOLDER", f"{root} cannot be read: {_cause(error)}", folder=root) from error
+        raise _no_models_folder(root, f"cannot be read: {_cause(error)}") from error
     return [version for model in models for version in _versions(model)]
 
 
@@ -376,7 +376,15 @@ class Repository:
         return tuple(entry for _, entry in sorted(self._entries.copy().items()))
 
     def load_all(self) -> None:
-        """Loads every version that is found; one that cannot be served keeps its reason.
+        """Loads every version that is there.
+
+        Raises:
+            NotFound: as `find_all`.
+        """
+        self.load_found(self.find_all())
+
+    def find_all(self) -> list[ModelFolder]:
+        """Every version that is there; each is LOADING from now on.
 
         Raises:
             NotFound: the model folder is not there (NO_MODELS_FOLDER).
@@ -384,6 +392,10 @@ class Repository:
         folders = discover(self._root)
         for folder in folders:
             self._put(_entry(folder, ModelState.LOADING))
+        return folders
+
+    def load_found(self, folders: Sequence[ModelFolder]) -> None:
+        """Loads versions that were found; one that cannot be served keeps its reason."""
         with self._trials() as trials:
             for folder in folders:
                 with suppress(ExplainServeError):
@@ -490,6 +502,12 @@ class Repository:
     def _put(self, entry: ModelEntry) -> None:
         self._entries[entry.name, entry.version] = entry
         self._report(entry)
+
+
+def _no_models_folder(root: Path, cause: str) -> NotFound:
+    """Where the folder is stands in the log alone: a client may be anybody."""
+    logger.error("the model folder %s %s", root, cause)
+    return NotFound("NO_MODELS_FOLDER", f"the server's model folder {cause}")
 
 
 def _subfolders(folder: Path) -> list[Path]:

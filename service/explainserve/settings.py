@@ -34,7 +34,8 @@ class Settings(BaseSettings):
         max_request_rows: cap of rows of one request.
         max_request_parts: cap of each kind of part of one request: targets, baselines, regions, groups, selectors.
         max_waiting_rows: cap of rows that all admitted requests together may still need.
-        max_waiting_bytes: cap of memory that all admitted requests together may hold: inputs, baselines and maps.
+        max_waiting_bytes: cap of memory that all admitted requests together may hold: inputs, baselines, maps, the
+            gradients that paths keep, and messages until they are sent.
         max_message_bytes: largest request and reply.
         max_instances: cap of instances of one request.
         response_cache_bytes: memory for answers that are kept for equal requests; 0 keeps none.
@@ -85,5 +86,5 @@ class Settings(BaseSettings):
 
     @property
     def byte_limit(self) -> int:
-        """Most memory of one request, likewise."""
-        return min(_MEMORY_PER_MESSAGE_BYTE * self.max_message_bytes, self.max_waiting_bytes)
+        """Most memory that is computed with for one request, likewise: half, for its messages need some as well."""
+        return min(_MEMORY_PER_MESSAGE_BYTE * self.max_message_bytes, self.max_waiting_bytes // 2)

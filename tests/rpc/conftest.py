@@ -52,8 +52,8 @@ def serve(folder: Path) -> Iterator[Callable[..., Loopback]]:
     """Starts further servers, by default of the same folder; each is stopped after the test."""
     running: list[Loopback] = []
 
-    def start(**settings: Any) -> Loopback:
-        running.append(Loopback(Settings(**{"models": folder, **LIMITS, **settings})))
+    def start(*, loaded: bool = True, **settings: Any) -> Loopback:
+        running.append(Loopback(Settings(**{"models": folder, **LIMITS, **settings}), loaded=loaded))
         return running[-1]
 
     yield start

@@ -40,9 +40,13 @@ class Loopback:
 
     Attributes:
         lines: what it logged.
+        loading: done when its models are loaded.
+
+    Args:
+        loaded: wait for its models.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, loaded: bool = True) -> None:
         collect_what_others_left()
         self.lines: list[dict[str, Any]] = []
         self.server = Server(settings, capturing_log(self.lines))
@@ -50,7 +54,10 @@ class Loopback:
         self._thread = threading.Thread(target=self._loop.run_forever, name="server", daemon=True)
         self._thread.start()
         try:
-            self.submit(self.server.start()).result(PATIENCE)
+            self.submit(self.server.listen()).result(PATIENCE)
+            self.loading = self.submit(self.server.load())
+            if loaded:
+                self.loading.result(PATIENCE)
         except BaseException:
             self._end_loop()
             raise

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from explainserve.rpc.responses import ReplySize
 from explainserve.rpc.tensors import encode
 from explainserve.settings import Settings
 from explainserve.v1 import explainer_service_pb2 as pb
@@ -166,7 +167,7 @@ def test_pairs_count_towards_the_reply(service: Loopback) -> None:
 def test_reply_that_is_larger_than_estimated_is_refused_with_its_size(
     service: Loopback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("explainserve.rpc.responses.reply_bytes", lambda *_: 0)
+    monkeypatch.setattr("explainserve.rpc.responses.reply_size", lambda *_: ReplySize(0, 0))
     counted = {"method": "Explain", "code": "RESOURCE_EXHAUSTED"}
     before = service.metric("explainserve_requests_total", **counted)
 
@@ -238,22 +239,41 @@ def test_full_queue_refuses_at_once_and_never_those_it_admitted(serve: Callable[
     assert small.stub.Explain(plain(methods=steps(512)), timeout=60).attributions
 
 
-def test_memory_of_all_requests_is_bounded_too(serve: Callable[..., Loopback]) -> None:
-    """Few rows, but as much memory as there is: whoever comes beside it is refused, and admitted after it."""
-    slow = request("slow", {"x": X}, targets=[element(0)], methods=steps(512))
-    held = X.nbytes * 3  # input, baseline and map
-    small = serve(max_waiting_bytes=held)
+def test_memory_of_all_requests_is_bounded_too(service: Loopback, serve: Callable[..., Loopback]) -> None:
+    """As much as there is: whoever comes beside it is refused, and admitted after it."""
+    slow = request("slow", {"x": X}, targets=[element(0)], methods=adaptive(tolerance=1e-9, max_step_count=256))
+    needed = service.stub.EstimateCost(pb.EstimateCostRequest(explain=slow), timeout=60).max_host_bytes
+    small = serve(max_waiting_bytes=needed)
     first = small.stub.Explain.future(slow, timeout=60)
-    until(lambda: small.metric("explainserve_reserved_bytes") > 0)
+    until(lambda: small.metric("explainserve_reserved_bytes") == needed)
 
     refused = refusal(lambda: small.stub.Explain(plain(methods=steps(2)), timeout=60))
 
     assert (refused.code, refused.reason) == (EXHAUSTED, "QUEUE_FULL")
-    assert refused.metadata == {"bound": "bytes", "reserved": str(held), "needed": str(held), "limit": str(held)}
+    expected = {"bound": "bytes", "reserved": str(needed), "limit": str(needed)}
+    assert refused.metadata.items() >= expected.items()
     assert refused.retry_after_seconds is not None
     assert first.result().attributions
+    until(lambda: small.metric("explainserve_reserved_bytes") == 0)
     assert small.stub.Explain(plain(methods=steps(2)), timeout=60).attributions
-    assert small.metric("explainserve_reserved_bytes") == 0
+
+
+def test_request_that_memory_can_never_hold_is_no_matter_of_trying_again(
+    service: Loopback, serve: Callable[..., Loopback]
+) -> None:
+    """With the gradients of its path, and its messages; what it holds otherwise would fit."""
+    wide = plain(methods=adaptive(max_step_count=512))
+    expected = service.stub.EstimateCost(pb.EstimateCostRequest(explain=wide), timeout=60)
+    small = serve(max_waiting_bytes=expected.max_host_bytes - 1)
+
+    refused = refusal(lambda: small.stub.Explain(wide, timeout=60))
+
+    assert (refused.code, refused.reason) == (EXHAUSTED, "REQUEST_BYTES_EXCEEDED")
+    limit = expected.max_host_bytes - 1
+    assert refused.metadata == {"bytes": str(expected.max_host_bytes), "limit": str(limit)}
+    assert refused.retry_after_seconds is None
+    assert small.stub.EstimateCost(pb.EstimateCostRequest(explain=wide), timeout=60).max_host_bytes_limit == limit
+    assert small.stub.Explain(plain(methods=steps(2)), timeout=60).attributions
 
 
 def test_bytes_that_are_no_message(service: Loopback) -> None:

@@ -216,6 +216,7 @@ def test_estimate_states_the_limits_and_computes_nothing(service: Loopback) -> N
     expected = estimate(service.stub, REQUESTS["one"])
 
     assert (expected.row_limit, expected.reply_bytes_limit) == (20_000, 2 * 1024 * 1024)
+    assert expected.max_host_bytes_limit == 4 * 1024**3
     assert service.metric("explainserve_rows_total") == before
 
 

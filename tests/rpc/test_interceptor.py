@@ -32,6 +32,10 @@ class Context:
         pass
 
 
+def interceptor() -> ObservingInterceptor:
+    return ObservingInterceptor(Metrics(CollectorRegistry()), structlog.stdlib.get_logger(), 1000)
+
+
 async def threads_of(method: str) -> list[str]:
     """Names of the threads that read a message, answer it and write the reply."""
     threads: list[str] = []
@@ -46,8 +50,7 @@ async def threads_of(method: str) -> list[str]:
     async def continuation(details: Any) -> Any:
         return grpc.unary_unary_rpc_method_handler(answer, noted, noted)
 
-    interceptor = ObservingInterceptor(Metrics(CollectorRegistry()), structlog.stdlib.get_logger(), 1000)
-    handler: Any = await interceptor.intercept_service(continuation, Details(method))
+    handler: Any = await interceptor().intercept_service(continuation, Details(method))
     assert await handler.unary_unary(b"message", Context()) == b"message"
     return threads
 
@@ -66,3 +69,19 @@ def test_only_messages_of_our_own_services_wait_for_a_worker(method: str, by_wor
     loop = threading.current_thread().name
     assert answered == loop
     assert (read != loop, written != loop) == (by_workers, by_workers)
+
+
+def test_our_streams_write_bytes() -> None:
+    """gRPC would serialize their messages on the event loop."""
+
+    async def answer(message: bytes, context: Any) -> None:
+        await context.write(b"event")
+
+    async def continuation(details: Any) -> Any:
+        return grpc.unary_stream_rpc_method_handler(answer, bytes, bytes.upper)
+
+    details = Details("/explainserve.v1.ExplainerService/ExplainStream")
+    handler: Any = asyncio.run(interceptor().intercept_service(continuation, details))
+
+    assert handler.unary_stream is not None
+    assert handler.response_serializer is None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -15,10 +18,12 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
+from explainserve import repository
 from explainserve.errors import NotFound
 from explainserve.metrics import Metrics
 from explainserve.rpc.tensors import encode
 from explainserve.v1 import explainer_service_pb2 as pb
+from explainserve.v1 import model_pb2
 from rpc.loopback import Loopback, adaptive, element, named, normal, refusal, request, steps, until
 
 SERVICE = "explainserve.v1.ExplainerService"
@@ -279,6 +284,44 @@ def test_server_without_a_model_folder_fails(serve: Callable[..., Loopback], tmp
         serve(models=tmp_path / "nope")
 
     assert caught.value.reason == "NO_MODELS_FOLDER"
+
+
+def test_it_answers_while_models_load(
+    serve: Callable[..., Loopback], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it is not ready, that a model still loads, and with the model that is loaded."""
+    for name in ("plain", "product"):
+        shutil.copytree(folder / name, tmp_path / name)
+    gate, opened = threading.Event(), repository.open_model
+
+    def open_model(found: repository.ModelFolder, *arguments: Any) -> repository.ServedModel:
+        assert found.name == "plain" or gate.wait(60)
+        return opened(found, *arguments)
+
+    monkeypatch.setattr(repository, "open_model", open_model)
+    own = serve(loaded=False, models=tmp_path)
+    until(lambda: states(own) == {"plain": "READY", "product": "LOADING"})
+
+    assert (health_of(own), own.http("/readyz")[0], own.http("/livez")[0]) == ("NOT_SERVING", 503, 200)
+    assert own.stub.Explain(PLAIN, timeout=60).attributions
+    waits = request("product", {"x": normal(1, 5), "y": normal(1, 5)})
+    assert refusal(lambda: own.stub.Explain(waits, timeout=60)).reason == "MODEL_LOADING"
+    gate.set()
+    own.loading.result(60)
+    assert (health_of(own), own.http("/readyz")[0]) == ("SERVING", 200)
+    assert own.stub.Explain(waits, timeout=60).attributions
+
+
+def states(service: Loopback) -> dict[str, str]:
+    """Of its models."""
+    models = service.stub.ListModels(pb.ListModelsRequest(), timeout=60).models
+    return {line.name: model_pb2.ModelState.Name(line.state).removeprefix("MODEL_STATE_") for line in models}
+
+
+def health_of(service: Loopback) -> str:
+    """What the health service says of the whole server."""
+    answer = health_pb2_grpc.HealthStub(service.channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
 def test_server_of_an_empty_folder_answers(serve: Callable[..., Loopback], tmp_path: Path) -> None:

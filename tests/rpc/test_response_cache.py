@@ -9,7 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
+from explainserve.explainer import Answer, Usage
+from explainserve.metrics import Metrics
+from explainserve.rpc.response_cache import Lookup, ResponseCache
 from explainserve.rpc.tensors import encode
 from explainserve.settings import Settings
 from explainserve.v1 import attribution_pb2, method_pb2
@@ -305,3 +309,20 @@ def test_nothing_is_kept_unless_asked_for(service: Loopback) -> None:
 
     assert not is_kept(service, message, message)
     assert service.metric("explainserve_response_cache_lookups_total") == 0
+
+
+async def test_an_answer_that_cannot_fit_is_not_even_written() -> None:
+    """Its tensors alone tell."""
+    written: list[bool] = []
+
+    class Response:
+        def SerializeToString(self) -> bytes:
+            written.append(True)
+            return b"answer"
+
+    answer, response, key = Answer(None, (), (), Usage()), Response(), b"key"  # type: ignore[arg-type]
+    cache = ResponseCache(2000, Metrics(CollectorRegistry()))
+    await cache.keep(Lookup(key), answer, response, tensor_bytes=2000)  # type: ignore[arg-type]
+    assert not written
+    await cache.keep(Lookup(key), answer, response, tensor_bytes=1000)  # type: ignore[arg-type]
+    assert written

@@ -386,3 +386,21 @@ def test_a_reader_that_stands_still_is_left_at_the_limit(serve: Callable[..., Lo
 
     assert idle(hasty)
     assert of_error(failed.value).reason == "DEADLINE_EXCEEDED"
+
+
+def test_what_is_not_read_yet_counts_as_memory(service: Loopback, serve: Callable[..., Loopback]) -> None:
+    """A reader that stands still takes others' place in the end, and gives it back when it reads on."""
+    message = pb.ExplainStreamRequest(explain=HEAVY)
+    needed = service.stub.EstimateCost(pb.EstimateCostRequest(explain=HEAVY), timeout=60).max_host_bytes
+    small = serve(max_waiting_bytes=64 * 2**20)
+    call = small.stub.ExplainStream(message, timeout=60)
+    until(lambda: evaluated(small, "two-digits") == 160)
+    until(lambda: small.metric("explainserve_reserved_bytes") < needed)  # but for the messages all is given back
+
+    assert small.metric("explainserve_reserved_bytes") > 160 * 3 * 64 * 64 * 4
+    with pytest.raises(grpc.RpcError) as refused:
+        list(small.stub.ExplainStream(message, timeout=60))
+    assert of_error(refused.value).reason == "QUEUE_FULL"
+    assert len(read(call).final.attributions) == 160
+    until(lambda: small.metric("explainserve_reserved_bytes") == 0)
+    assert len(stream(small.stub, HEAVY).final.attributions) == 160

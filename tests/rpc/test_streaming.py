@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from explainserve.explainer import Observer, Round
-from explainserve.rpc.streaming import NewestRounds, watched
+from explainserve.rpc.streaming import NewestRounds, watched, write
 
 Told = list[tuple[int, int]]
 
@@ -22,6 +26,11 @@ def a_round(path: int, number: int) -> Round:
 def numbers(rounds: list[Round]) -> Told:
     """(path, number) of each."""
     return [(latest.place[1], latest.outcome) for latest in rounds]  # type: ignore[misc]
+
+
+async def itself(latest: Round) -> Round:
+    """Stands for the events of a round."""
+    return latest
 
 
 async def test_a_reader_gets_the_newest_of_each_path_the_longest_waiting_first() -> None:
@@ -46,7 +55,7 @@ async def test_a_reader_that_keeps_up_gets_every_round() -> None:
     async def tell(latest: Round) -> None:
         read.append(latest)
 
-    assert await watched(compute, tell) == "answer"
+    assert await watched(compute, itself, tell) == "answer"
     assert numbers(read) == [(0, number) for number in range(5)]
 
 
@@ -63,9 +72,52 @@ async def test_a_slow_reader_does_not_hold_up_the_computation() -> None:
         read.append(latest)
         await computed.wait()
 
-    await watched(compute, tell)
+    await watched(compute, itself, tell)
 
     assert numbers(read) == [(0, 0), (1, 99), (0, 98)]
+
+
+async def test_a_round_is_not_kept_while_its_events_are_sent() -> None:
+    """It may hold all gradients of its path, which are not counted any more when the computation is over."""
+    kept: list[weakref.ref[Round]] = []
+    alive: list[bool] = []
+
+    async def compute(observe: Observer) -> None:
+        first = a_round(0, 0)
+        kept.append(weakref.ref(first))
+        observe(first)
+
+    async def events(latest: Round) -> int:
+        return 1
+
+    async def send(count: int) -> None:
+        gc.collect()
+        alive.append(kept[0]() is not None)
+
+    await watched(compute, events, send)
+
+    assert alive == [False]
+
+
+async def test_events_are_made_by_workers() -> None:
+    """Those of large maps take milliseconds that other requests need."""
+    written: list[bytes] = []
+    makers: list[threading.Thread] = []
+
+    def events() -> Iterator[bytes]:
+        for event in (b"progress", b"final"):
+            makers.append(threading.current_thread())
+            yield event
+
+    class Context:
+        async def write(self, event: bytes) -> None:
+            written.append(event)
+
+    context: Any = Context()
+    await write(context, events())
+
+    assert written == [b"progress", b"final"]
+    assert threading.current_thread() not in makers
 
 
 async def test_what_the_computation_raises_comes_out() -> None:
@@ -77,7 +129,7 @@ async def test_what_the_computation_raises_comes_out() -> None:
         pass
 
     with pytest.raises(ValueError, match="no gradient today"):
-        await watched(compute, tell)
+        await watched(compute, itself, tell)
 
 
 async def test_a_reader_that_is_gone_ends_the_computation() -> None:
@@ -95,7 +147,7 @@ async def test_a_reader_that_is_gone_ends_the_computation() -> None:
         raise ConnectionError("gone")
 
     with pytest.raises(ConnectionError):
-        await watched(compute, tell)
+        await watched(compute, itself, tell)
 
     assert ended == [True]
 
@@ -113,7 +165,7 @@ async def test_cancelling_ends_the_computation() -> None:
     async def tell(latest: Round) -> None:
         pass
 
-    watching = asyncio.create_task(watched(compute, tell))
+    watching = asyncio.create_task(watched(compute, itself, tell))
     await running.wait()
     watching.cancel()
     with pytest.raises(asyncio.CancelledError):

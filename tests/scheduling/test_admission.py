@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from explainserve.errors import QueueFull
+from explainserve.errors import LONGEST_RETRY_SECONDS, SHORTEST_RETRY_SECONDS, QueueFull
 from explainserve.scheduling import Request, Scheduler
-from explainserve.scheduling.admission import LONGEST_RETRY_SECONDS, SHORTEST_RETRY_SECONDS
 from scheduling.fake_device import drain, evaluate, job
 
 
-def refused(scheduler: Scheduler, rows: int, byte_count: int = 0) -> QueueFull:
+def refused(scheduler: Scheduler, rows: int) -> QueueFull:
     with pytest.raises(QueueFull) as caught:
-        scheduler.admit(Request(), rows, byte_count)
+        scheduler.admit(Request(), rows)
     return caught.value
 
 
@@ -43,27 +42,11 @@ def test_full_queue_refuses_at_once_and_admits_again_later() -> None:
     scheduler.admit(Request(), 1)
 
 
-def test_bytes_are_held_until_the_request_ends() -> None:
-    """Rows that went to the device need no place; inputs and maps still do."""
-    scheduler = Scheduler(max_waiting_rows=10, max_waiting_bytes=100)
-    first = Request()
-    scheduler.admit(first, 8, 60)
-    scheduler.submit(job(8, request=first), 0.0)
-    drain(scheduler)
-
-    error = refused(scheduler, 1, 41)
-
-    assert error.metadata == {"bound": "bytes", "reserved": "60", "needed": "41", "limit": "100"}
-    scheduler.admit(Request(), 1, 40)
-    scheduler.release(first)
-    scheduler.admit(Request(), 1, 60)
-
-
 def test_refused_request_reserves_nothing() -> None:
-    scheduler = Scheduler(max_waiting_rows=10, max_waiting_bytes=100)
+    scheduler = Scheduler(max_waiting_rows=10)
 
-    refused(scheduler, 10, 101)
-    scheduler.admit(Request(), 10, 100)
+    refused(scheduler, 11)
+    scheduler.admit(Request(), 10)
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(1, 0.5), (5, 2.5)])
@@ -74,15 +57,6 @@ def test_time_until_there_is_room_follows_from_the_speed_of_the_device(rows: int
     scheduler.admit(Request(), 100)
 
     assert refused(scheduler, rows).retry_after_seconds == pytest.approx(expected)
-
-
-def test_time_until_there_is_memory() -> None:
-    """A quarter of the bytes must go; all rows, with which they go, take fifty seconds."""
-    scheduler = Scheduler(max_waiting_rows=1000, max_waiting_bytes=400)
-    timed(scheduler, 40, 4.0)
-    scheduler.admit(Request(), 100, 400)
-
-    assert refused(scheduler, 1, 100).retry_after_seconds == pytest.approx(12.5)
 
 
 def test_time_to_try_again_is_bounded() -> None:

@@ -348,7 +348,8 @@ class CostEstimate:
 
     Attributes:
         held_bytes: inputs, baselines and maps, on the host until the answer is complete.
-        max_host_bytes: most memory on the host, beside the model and its micro-batches.
+        max_host_bytes: most memory on the host, beside the model and its micro-batches; its limit is that of all
+            requests together that are being answered.
         micro_batch_bytes: most memory of a micro-batch on its device; None where it was not measured.
     """
 
@@ -365,6 +366,7 @@ class CostEstimate:
     held_bytes: int
     held_bytes_limit: int
     max_host_bytes: int
+    max_host_bytes_limit: int
     micro_batch_bytes: int | None
 
     @classmethod

@@ -86,7 +86,8 @@ def serve(
         int,
         _knob(
             "max_waiting_bytes",
-            "Most memory that all admitted requests together may hold: inputs, baselines and maps.",
+            "Most memory that all admitted requests together may hold: inputs, baselines, maps, gradients of paths, "
+            "and messages until they are sent.",
             min=1,
         ),
     ] = 4 * 1024 * 1024 * 1024,
@@ -148,10 +149,10 @@ def serve(
 ) -> None:
     """Serve the models of a folder.
 
-    Prints `gRPC listening on ADDRESS:PORT` and `HTTP listening on ADDRESS:PORT` on standard output once it answers.
-    When told to stop it admits nothing new, gives running requests the grace period, and exits with 0; a second
-    signal ends it at once. A model that cannot be served is logged and listed by `explainserve models`; the others
-    are served.
+    Prints `gRPC listening on ADDRESS:PORT` and `HTTP listening on ADDRESS:PORT` on standard output once it is ready.
+    Before, while models load, it answers that it is not: the health service, ListModels, /readyz. When told to stop it
+    admits nothing new, gives running requests the grace period, and exits with 0; a second signal ends it at once. A
+    model that cannot be served is logged and listed by `explainserve models`; the others are served.
     """
     settings = _settings(dict(locals()))
     from explainserve import logs
@@ -186,10 +187,6 @@ async def _run(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     from explainserve.rpc.server import Server
 
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-    # Nothing is admitted yet, and models load in a thread that cannot be interrupted.
-    _on_signal(loop, os._exit, 0)
-    server = Server(settings, log)
-    await server.start()
 
     def stop() -> None:
         _on_signal(loop, os._exit, 128 + signal.SIGTERM)
@@ -197,8 +194,14 @@ async def _run(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         stopped.set()
 
     _on_signal(loop, stop)
-    typer.echo(f"gRPC listening on {settings.host}:{server.port}")
-    typer.echo(f"HTTP listening on {settings.host}:{server.http_port}")
+    server = Server(settings, log)
+    await server.listen()
+    loading, stopping = asyncio.create_task(server.load()), asyncio.create_task(stopped.wait())
+    await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if loading.done():
+        loading.result()
+        typer.echo(f"gRPC listening on {settings.host}:{server.port}")
+        typer.echo(f"HTTP listening on {settings.host}:{server.http_port}")
     await server.serve_until(stopped.wait)
     _leave()
 

@@ -40,7 +40,7 @@ Handler = Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Awaitable[Any]]
 
 class ObservingInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the unary RPCs of all services and the server streams of our own, which are coroutines that call
-    `context.write`.
+    `context.write` with bytes: gRPC itself would serialize their messages on the event loop.
 
     Args:
         metrics: instruments to feed.
@@ -71,7 +71,7 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
             return grpc.unary_unary_rpc_method_handler(answer)
         if handler.unary_stream is not None and own:
             answer = self._observed(method, handler.request_deserializer, handler.unary_stream, convert)
-            return grpc.unary_stream_rpc_method_handler(answer, None, handler.response_serializer)
+            return grpc.unary_stream_rpc_method_handler(answer)
         return handler
 
     def _serialized(self, handler: Any, serialize: Serializer | None, convert: Conversion) -> Handler:

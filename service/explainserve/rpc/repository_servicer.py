@@ -25,14 +25,14 @@ class RepositoryServicer(ModelRepositoryServiceServicer):
     """Answers RPCs. Errors are raised; the interceptor translates them.
 
     Args:
+        loading: the thread that loads and unloads, one after the other.
         enabled: else every RPC is refused.
     """
 
-    def __init__(self, repository: Repository, *, enabled: bool) -> None:
+    def __init__(self, repository: Repository, loading: ThreadPoolExecutor, *, enabled: bool) -> None:
         self._repository = repository
+        self._loading = loading
         self._enabled = enabled
-        self._thread = ThreadPoolExecutor(1, "models", initializer=process.give_way)
-        """One load at a time: each may take the memory of two models."""
 
     async def IndexModels(self, request: pb.IndexModelsRequest, context: Context) -> pb.IndexModelsResponse:
         """Every version in the folder and in the server."""
@@ -50,15 +50,11 @@ class RepositoryServicer(ModelRepositoryServiceServicer):
         entry = await self._changed(self._repository.unload, request.model)
         return pb.UnloadModelResponse(model=responses.model_summary(entry))
 
-    def stop(self) -> None:
-        """Begins no further load; one that is under way cannot be interrupted."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
     async def _changed(self, change: Callable[[str, int | None], ModelEntry], model: NamedModel) -> ModelEntry:
         """Once begun it goes on when the caller leaves: half a change would be worse than either."""
         self._check_enabled()
         name, version = requests.named_model(model)
-        done = asyncio.get_running_loop().run_in_executor(self._thread, _settled, change, name, version)
+        done = asyncio.get_running_loop().run_in_executor(self._loading, _settled, change, name, version)
         return await asyncio.shield(done)
 
     def _check_enabled(self) -> None:

@@ -42,10 +42,12 @@ class Lookup:
     Attributes:
         key: of the request; None where nothing is kept.
         response: the kept answer, the caller's own, with the provenance of this request; None where there is none.
+        byte_count: of that answer, about.
     """
 
     key: bytes | None = None
     response: ExplainResponse | None = None
+    byte_count: int = 0
 
 
 class ResponseCache:
@@ -73,11 +75,18 @@ class ResponseCache:
         data = self._cache.get(key)
         outcome = "miss" if data is None else "hit"
         self._metrics.response_cache_lookups.labels(request.query.model.name, outcome).inc()
-        return Lookup(key, None if data is None else await asyncio.to_thread(_read, data))
+        return Lookup(key) if data is None else Lookup(key, await asyncio.to_thread(_read, data), len(data))
 
-    async def keep(self, lookup: Lookup, answer: Answer, response: ExplainResponse) -> None:
-        """Keeps the response to the request that was looked up, unless it was cut by time or is not finite."""
-        if lookup.key is None or not _NOT_KEPT.isdisjoint(e.attribution.stop_reason for e in answer.explanations):
+    async def keep(self, lookup: Lookup, answer: Answer, response: ExplainResponse, tensor_bytes: int) -> None:
+        """Keeps the response to the request that was looked up, unless it was cut by time, is not finite, or does not
+        fit.
+
+        Args:
+            tensor_bytes: of the response. Those alone tell of nearly all that do not fit, before they are serialized.
+        """
+        if lookup.key is None or not self._cache.fits(lookup.key, tensor_bytes):
+            return
+        if not _NOT_KEPT.isdisjoint(e.attribution.stop_reason for e in answer.explanations):
             return
         self._cache.put(lookup.key, await asyncio.to_thread(response.SerializeToString))
         self._metrics.response_cache_bytes.set(self._cache.byte_count)

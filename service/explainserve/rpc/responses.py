@@ -158,7 +158,14 @@ def set_serialize_duration(message: attribution_pb2.Provenance, seconds: float) 
 
 
 def cost_response(
-    request: Explain, cost: Cost, *, message_bytes: int, row_limit: int, held_bytes_limit: int, reply_bytes_limit: int
+    request: Explain,
+    cost: Cost,
+    *,
+    message_bytes: int,
+    row_limit: int,
+    held_bytes_limit: int,
+    host_bytes_limit: int,
+    reply_bytes_limit: int,
 ) -> explainer_service_pb2.EstimateCostResponse:
     """The cost of a request on an idle server.
 
@@ -166,9 +173,9 @@ def cost_response(
         message_bytes: size of the request.
 
     Raises:
-        InvalidRequest: as `reply_bytes`.
+        InvalidRequest: as `reply_size`.
     """
-    reply = reply_bytes(request, cost, row_limit)
+    reply = reply_size(request, cost, row_limit)
     figures = {
         "min_row_count": cost.min_rows,
         "max_row_count": cost.max_rows,
@@ -176,13 +183,14 @@ def cost_response(
         "max_forward_count": cost.max_rows,
         "min_backward_count": cost.min_backward_count,
         "max_backward_count": cost.max_backward_count,
-        "reply_bytes": reply,
+        "reply_bytes": reply.total_bytes,
         "attribution_count": _map_count(request, cost),
         "row_limit": row_limit,
         "reply_bytes_limit": reply_bytes_limit,
         "held_bytes": cost.held_bytes,
         "held_bytes_limit": held_bytes_limit,
-        "max_host_bytes": cost.host_bytes + _MESSAGE_COPIES * message_bytes + _REPLY_COPIES * reply,
+        "max_host_bytes": cost.host_bytes + memory_of_messages(message_bytes, reply.total_bytes),
+        "max_host_bytes_limit": host_bytes_limit,
     }
     # A short message can ask for more than an int64 counts.
     counted = {name: min(n, 2**63 - 1) for name, n in figures.items()}
@@ -193,6 +201,12 @@ def cost_response(
 
 _MESSAGE_COPIES = 2  # as it came in and as a message; decoded inputs are counted where they are held
 _REPLY_COPIES = 3  # as a message, as bytes, and on its way into the network
+
+
+def memory_of_messages(message_bytes: int, reply_bytes: int) -> int:
+    """What a request and its reply take at most, as long as the reader takes."""
+    return _MESSAGE_COPIES * message_bytes + _REPLY_COPIES * reply_bytes
+
 
 _RESPONSE_BYTES = 8192  # provenance, cautions
 _MAP_BYTES = 4096  # numbers, and all cautions at once
@@ -207,8 +221,26 @@ _BASELINE_BYTES = 320  # digest, positions, numbers of noise
 _CLASS_BYTES = 40
 
 
-def reply_bytes(request: Explain, cost: Cost, row_limit: int) -> int:
-    """Size of the reply: tensors exactly, the rest as an upper estimate.
+@dataclasses.dataclass(frozen=True)
+class ReplySize:
+    """Size of a reply.
+
+    Attributes:
+        tensor_bytes: of its tensors, exactly.
+        head_bytes: of the rest, an upper estimate.
+    """
+
+    tensor_bytes: int
+    head_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the reply in one message."""
+        return self.tensor_bytes + self.head_bytes
+
+
+def reply_size(request: Explain, cost: Cost, row_limit: int) -> ReplySize:
+    """Size of the reply of Explain.
 
     Args:
         row_limit: above it groups are not looked at, and count as if each held all maps.
@@ -223,7 +255,8 @@ def reply_bytes(request: Explain, cost: Cost, row_limit: int) -> int:
         sizes = group_sizes(request.query, request.fold_baselines, request.groups)
     layouts = sum(_text_bytes(input_spec(spec).ByteSize()) for spec in _explained(request))
     joint = _joint_bytes(request, maps, sizes)
-    return _RESPONSE_BYTES + layouts + maps * _bytes_of_map(request) + joint + _baselines_bytes(request)
+    head_bytes = _RESPONSE_BYTES + layouts + maps * _bytes_of_map(request) + joint + _baselines_bytes(request)
+    return ReplySize(_tensor_bytes(request, maps), head_bytes)
 
 
 def _explained(request: Explain) -> list[InputSpec]:
@@ -235,14 +268,25 @@ def _text_bytes(text: str | int) -> int:
     return 8 + (text if isinstance(text, int) else len(text.encode()))
 
 
+def _tensor_bytes(request: Explain, map_count: int) -> int:
+    """Of maps, with their spread where baselines are folded, and of baselines."""
+    options, query, total = request.options, request.query, 0
+    if not options.omit_tensors:
+        elements = sum(math.prod(shape) for shape in shapes(request).values())
+        total += map_count * 4 * elements * (2 if request.fold_baselines else 1)
+    if options.include_baseline_tensors:
+        of_one = sum(values.nbytes for values in query.instances[0].moving.values())
+        total += of_one * sum(query.baseline_count(index) for index in range(len(query.instances)))
+    return total
+
+
 def _bytes_of_map(request: Explain) -> int:
+    """Without its tensors."""
     options, signature = request.options, request.query.model.signature
     total = _MAP_BYTES + max(_text_bytes(spec.name) + 2 * _label_bytes(spec) for spec in signature.outputs)
     for spec in _explained(request):
         views = 0 if options.omit_statistics else len(request.figures.views_of(spec))
         total += _INPUT_BYTES + 2 * _text_bytes(spec.name) + views * _STATISTICS_BYTES  # a caution names it too
-        elements = int(np.prod(shapes(request)[spec.name], dtype=np.int64))
-        total += 0 if options.omit_tensors else 4 * elements * (2 if request.fold_baselines else 1)
     if not options.omit_regions:
         total += sum(2 * (_REGION_BYTES + _text_bytes(region.name)) for region in request.regions)
     if not (options.omit_score_path or request.fold_baselines):
@@ -270,12 +314,12 @@ def _joint_bytes(request: Explain, maps: int, sizes: Sequence[int]) -> int:
 
 
 def _baselines_bytes(request: Explain) -> int:
+    """Without their tensors."""
     query, total = request.query, 0
     for spec in query.baselines:
         own = _BASELINE_BYTES
-        for name, values in query.instances[0].moving.items():
+        for name in query.instances[0].moving:
             own += _BASELINE_BYTES + _text_bytes(name) + _effective_baseline(spec.of(name)).ByteSize()
-            own += values.nbytes if request.options.include_baseline_tensors else 0
         copies = len(query.instances) if spec.instance_index is None else 1
         total += own * copies * spec.baseline_count(tuple(query.instances[0].moving))
     return total
@@ -700,15 +744,17 @@ _COMMON_VERSIONS = {
 
 __all__ = [
     "METHOD_WRITERS",
+    "ReplySize",
     "cost_response",
     "explain_response",
     "input_spec",
+    "memory_of_messages",
     "model_message",
     "model_summary",
     "predict_response",
     "prediction_bytes",
     "provenance",
-    "reply_bytes",
+    "reply_size",
     "round_messages",
     "set_serialize_duration",
     "shapes",

@@ -20,6 +20,7 @@ from explainserve.backends.tried import Tried
 from explainserve.engine import Engine
 from explainserve.errors import ExplainServeError
 from explainserve.explainer import Explainer
+from explainserve.memory import Memory
 from explainserve.metrics import Metrics
 from explainserve.repository import ModelEntry, ModelState, Repository, ServedModel
 from explainserve.rpc.http import HttpServer
@@ -41,24 +42,27 @@ _RECEIVED_PER_MESSAGE_BYTE = 2
 
 
 class Server:
-    """One server process: `start`, then `stop`.
+    """One server process: `listen`, `load`, then `stop`.
 
     Attributes:
-        port, http_port: where it listens, known after `start`.
+        port, http_port: where it listens, known after `listen`.
     """
 
     def __init__(self, settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         self._settings = settings
         self._log = log
         self._metrics = Metrics(CollectorRegistry())
-        self._ready = False
+        self._loading = ThreadPoolExecutor(1, "models", initializer=process.give_way)
+        """One load at a time: each may take the memory of two models."""
+        self._loaded = False
+        self._stopping = False
         self._any_hung = False
         self._stuck = False
         self.http_port = 0
         self.port = 0
 
-    async def start(self) -> None:
-        """Loads the models and starts to answer; liveness and metrics answer from the beginning.
+    async def listen(self) -> None:
+        """Answers from now on: that it is not ready, that models still load, and with those that are loaded already.
 
         Raises:
             OSError: the HTTP port is taken.
@@ -73,18 +77,23 @@ class Server:
             settings.http_port,
             self._metrics.registry,
             alive=lambda: not self._stuck,
-            ready=lambda: self._ready and not self._stuck,
+            ready=lambda: self._loaded and not (self._stopping or self._stuck),
         )
         self._http.start()
         self.http_port = self._http.port
         try:
-            await self._start_answering()
+            await self._listen()
         except BaseException:
             await asyncio.to_thread(self._http.stop)
             raise
 
-    async def _start_answering(self) -> None:
-        """Takes the port before the models are loaded, so that a taken one is told at once."""
+    async def load(self) -> None:
+        """Loads the models; then the server is ready."""
+        await self._loop.run_in_executor(self._loading, self._load)
+        self._loaded = True
+        await self._tell_health()
+
+    async def _listen(self) -> None:
         settings = self._settings
         options = LoadOptions(
             settings.device,
@@ -99,26 +108,26 @@ class Server:
             settings.models, options, settings.max_batch_rows, limits, tried, settings.warm_up_seconds, self._report
         )
         self._engine = Engine(
-            Scheduler(settings.max_waiting_rows, settings.max_waiting_bytes),
+            Scheduler(settings.max_waiting_rows),
             self._metrics,
             Watchdog(settings.watchdog_seconds),
             self._fail,
         )
-        explainer = Explainer(self._engine, settings.row_limit, settings.byte_limit)
+        memory = Memory(settings.max_waiting_bytes, self._metrics)
+        explainer = Explainer(self._engine, settings.row_limit, settings.byte_limit, memory)
         self._health = health.aio.HealthServicer()
-        self._control = RepositoryServicer(self._repository, enabled=settings.allow_model_control)
-        self._server = self._grpc_server(Servicer(self._repository, explainer, self._metrics, settings))
+        self._control = RepositoryServicer(self._repository, self._loading, enabled=settings.allow_model_control)
+        self._server = self._grpc_server(Servicer(self._repository, explainer, memory, self._metrics, settings))
         self.port = self._server.add_insecure_port(_address(settings.host, settings.port))
-        await _in_own_thread(self._load)
+        self._found = await asyncio.to_thread(self._repository.find_all)
+        await self._tell_health()
         self._engine.start()
         await self._server.start()
-        self._ready = True
-        await self._tell_health()
 
     async def stop(self, grace_seconds: float | None = None) -> None:
         """Refuses new requests at once, gives running ones the grace period, then ends them."""
-        self._ready = False
-        self._control.stop()
+        self._stopping = True
+        self._loading.shutdown(wait=False, cancel_futures=True)  # a load that is under way cannot be interrupted
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._settings.grace_seconds if grace_seconds is None else grace_seconds)
         await _in_own_thread(self._engine.stop)
@@ -132,8 +141,7 @@ class Server:
             await self.stop()
 
     def _load(self) -> None:
-        process.give_way()
-        self._repository.load_all()
+        self._repository.load_found(self._found)
         process.settle()
 
     def _report(self, entry: ModelEntry) -> None:
@@ -142,7 +150,7 @@ class Server:
         for state in ModelState:
             self._metrics.models.labels(state.value).set(states[state])
         self._stuck = self._any_hung and not states[ModelState.READY]
-        if self._ready:
+        if self._loaded:
             asyncio.run_coroutine_threadsafe(self._tell_health(), self._loop)
         line = self._log.error if entry.reason else self._log.info
         line("model", name=entry.name, version=entry.version, state=entry.state.name, reason=entry.reason)
@@ -153,8 +161,10 @@ class Server:
         self._loop.call_soon_threadsafe(self._repository.fail, model, error)
 
     async def _tell_health(self) -> None:
-        """The server is healthy until the last model that was ready hangs: then only a restart helps, or a load."""
-        state = health_pb2.HealthCheckResponse.NOT_SERVING if self._stuck else health_pb2.HealthCheckResponse.SERVING
+        """The server is healthy once its models are loaded, and until the last one that was ready hangs: then only a
+        restart helps, or a load."""
+        serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+        state = serving if self._loaded and not self._stuck else not_serving
         for service in ("", SERVICE):
             await self._health.set(service, state)
 

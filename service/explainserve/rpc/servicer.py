@@ -6,14 +6,16 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
 
 from explainserve.errors import DeadlineExceeded, LimitExceeded, Unimplemented
-from explainserve.explainer import Cost, Explainer, Observer, Prepared, Round, unobserved
+from explainserve.explainer import Explainer, Observer, Prepared, Round, unobserved
+from explainserve.memory import Memory
 from explainserve.metrics import Metrics
 from explainserve.plan import Differentiation
 from explainserve.repository import Repository, ServedModel
@@ -29,12 +31,28 @@ from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceServicer
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+@dataclass(frozen=True, eq=False)
+class _Admissible:
+    """A request that the server can answer when it has room.
+
+    Attributes:
+        message_memory: what its message and its reply take, as long as the reader takes.
+    """
+
+    prepared: Prepared
+    reply: responses.ReplySize
+    message_memory: int
+
+
 class Servicer(ExplainerServiceServicer):
     """Answers RPCs. Errors are raised; the interceptor translates them."""
 
-    def __init__(self, repository: Repository, explainer: Explainer, metrics: Metrics, settings: Settings) -> None:
+    def __init__(
+        self, repository: Repository, explainer: Explainer, memory: Memory, metrics: Metrics, settings: Settings
+    ) -> None:
         self._repository = repository
         self._explainer = explainer
+        self._memory = memory
         self._metrics = metrics
         self._settings = settings
         self._cache = ResponseCache(settings.response_cache_bytes, metrics)
@@ -44,9 +62,11 @@ class Servicer(ExplainerServiceServicer):
         checked = await self._checked(request, context)
         lookup = await self._cache.lookup(checked)
         if lookup.response is not None:
+            self._hold(responses.memory_of_messages(0, lookup.byte_count), context)
             return lookup.response
-        prepared = await asyncio.to_thread(self._prepared, checked, responses.reply_bytes)
-        return await self._computed(checked, prepared, lookup)
+        admissible = await asyncio.to_thread(self._admissible, checked, request, streamed=False)
+        self._hold(admissible.message_memory, context)
+        return await self._computed(checked, admissible, lookup)
 
     async def ExplainStream(  # type: ignore[override]  # a coroutine that writes to the context is a stream too
         self, request: pb.ExplainStreamRequest, context: Context
@@ -57,7 +77,7 @@ class Servicer(ExplainerServiceServicer):
         async with _until(checked.query.request.expires_at):
             # kept nowhere, so that the response's memory is free while the chunks are sent
             events = await asyncio.to_thread(chunks.final, await self._told(checked, request, chunks, context))
-            await _write(context, events)
+            await streaming.write(context, events)
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         """Outputs of the model with their highest classes."""
@@ -70,7 +90,8 @@ class Servicer(ExplainerServiceServicer):
         )
         functions = [Differentiation(spec.name, spec.score_head(score)) for spec in specs]
         stated = [_stated_shape(spec) for spec in specs]
-        self._admit_predictions(specs, stated, len(instances), count, request.include_tensors)
+        replied = self._admit_predictions(specs, stated, len(instances), count, request.include_tensors)
+        self._hold(responses.memory_of_messages(request.ByteSize(), replied), context)
         rows = Request(expires_at=self._deadline(context))
         outputs, usage = await self._explainer.outputs(model, instances, functions, rows)
         found = [outputs[function][0].shape for function in functions]  # free axes have an extent only now
@@ -100,6 +121,7 @@ class Servicer(ExplainerServiceServicer):
             message_bytes=request.explain.ByteSize(),
             row_limit=self._settings.row_limit,
             held_bytes_limit=self._settings.byte_limit,
+            host_bytes_limit=self._memory.limit,
             reply_bytes_limit=self._settings.max_message_bytes,
         )
 
@@ -119,35 +141,55 @@ class Servicer(ExplainerServiceServicer):
         """The response of Explain; meanwhile the client is told what becomes of each path."""
         lookup = await self._cache.lookup(checked)
         if lookup.response is not None:
+            self._hold(responses.memory_of_messages(0, lookup.byte_count), context)
             return lookup.response
-        prepared = await asyncio.to_thread(self._prepared, checked, streaming.head_bytes)
+        admissible = await asyncio.to_thread(self._admissible, checked, request.explain, streamed=True)
+        self._hold(admissible.message_memory, context)
 
-        async def tell(latest: Round) -> None:
-            told = await asyncio.to_thread(
-                responses.round_messages, checked, prepared, latest, include_map=request.include_partial_maps
-            )
-            await _write(context, chunks.round(*told))
+        messages = functools.partial(
+            responses.round_messages, checked, admissible.prepared, include_map=request.include_partial_maps
+        )
 
-        return await streaming.watched(functools.partial(self._computed, checked, prepared, lookup), tell)
+        async def events(latest: Round) -> Iterator[bytes]:
+            return chunks.round(*await asyncio.to_thread(messages, latest))
 
-    def _prepared(self, checked: requests.Explain, size_of: Callable[[requests.Explain, Cost, int], int]) -> Prepared:
-        """What is to be evaluated, where the reply may be sent; in one thread, for each costs a turn of its own."""
+        return await streaming.watched(
+            functools.partial(self._computed, checked, admissible, lookup),
+            events,
+            functools.partial(streaming.write, context),
+        )
+
+    def _admissible(self, checked: requests.Explain, message: pb.ExplainRequest, *, streamed: bool) -> _Admissible:
+        """What is to be evaluated, where neither it nor its reply is too large; all of it in one turn of a worker."""
         prepared = self._explainer.prepare(checked.query)
-        self._admit_reply(size_of(checked, prepared.cost, self._settings.row_limit))
-        return prepared
+        reply = responses.reply_size(checked, prepared.cost, self._settings.row_limit)
+        self._admit_reply(reply.head_bytes if streamed else reply.total_bytes)
+        memory = responses.memory_of_messages(message.ByteSize(), reply.total_bytes)
+        self._admit_memory(prepared.cost.host_bytes + memory)
+        return _Admissible(prepared, reply, memory)
+
+    def _hold(self, byte_count: int, context: Context) -> None:
+        """Counts the memory of messages until the RPC is over: the reply was sent, or nobody takes it any more.
+
+        Raises:
+            QueueFull: others hold too much (QUEUE_FULL).
+        """
+        held = ExitStack()
+        held.enter_context(self._memory.reserved(byte_count))
+        context.add_done_callback(lambda _: held.close())  # type: ignore[arg-type]  # the stubs know no such callable
 
     async def _computed(
-        self, checked: requests.Explain, prepared: Prepared, lookup: Lookup, observe: Observer = unobserved
+        self, checked: requests.Explain, admissible: _Admissible, lookup: Lookup, observe: Observer = unobserved
     ) -> pb.ExplainResponse:
         """The response of Explain, which is kept where the cache has none."""
-        answer = await self._explainer.explain(prepared, observe)
+        answer = await self._explainer.explain(admissible.prepared, observe)
         started = time.monotonic()
         response = await asyncio.to_thread(responses.explain_response, checked, answer)
         seconds = time.monotonic() - started
         responses.set_serialize_duration(response.provenance, seconds)
         self._metrics.serialize_seconds.labels(checked.query.model.name).observe(seconds)
         self._observe(response, checked.query.method_name)
-        await self._cache.keep(lookup, answer, response)
+        await self._cache.keep(lookup, answer, response, admissible.reply.tensor_bytes)
         return response
 
     async def _checked(self, request: pb.ExplainRequest, context: Context) -> requests.Explain:
@@ -169,14 +211,15 @@ class Servicer(ExplainerServiceServicer):
         instance_count: int,
         class_count: int,
         include_tensors: bool,
-    ) -> None:
-        """Shapes are those of one instance, None where a free axis leaves them open."""
+    ) -> int:
+        """The size of the reply. Shapes are those of one instance, None where a free axis leaves them open."""
         of_one = sum(
             responses.prediction_bytes(spec, shape, class_count, include_tensor=include_tensors)
             for spec, shape in zip(specs, shapes, strict=True)
             if shape is not None
         )
         self._admit_reply(instance_count * of_one)
+        return instance_count * of_one
 
     def _admit_reply(self, size: int) -> None:
         limit = self._settings.max_message_bytes
@@ -186,6 +229,18 @@ class Servicer(ExplainerServiceServicer):
                 f"the reply would have about {size} bytes, the limit is {limit}; ask for fewer maps, leave "
                 "tensors out, or use ExplainStream, which sends maps in pieces",
                 reply_bytes=size,
+                limit=limit,
+            )
+
+    def _admit_memory(self, size: int) -> None:
+        limit = self._memory.limit
+        if size > limit:
+            raise LimitExceeded(
+                "REQUEST_BYTES_EXCEEDED",
+                f"the request needs up to {size} bytes of memory, with the gradients that its paths keep and its "
+                f"messages; the server has {limit} for all; ask for fewer instances, targets or baselines, or a lower "
+                "max_step_count",
+                bytes=size,
                 limit=limit,
             )
 
@@ -217,12 +272,6 @@ async def _until(deadline: float) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         raise DeadlineExceeded("DEADLINE_EXCEEDED", "time ran out before the whole answer was sent") from None
-
-
-async def _write(context: Context, events: Iterable[pb.ExplainStreamResponse]) -> None:
-    """As fast as the client reads."""
-    for event in events:
-        await context.write(event)
 
 
 def _stop_reason(code: attribution_pb2.StopReason.ValueType) -> str:

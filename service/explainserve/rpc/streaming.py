@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
-from dataclasses import replace
 from typing import Any, TypeVar
 
+import grpc
+
 from explainserve.errors import InvalidRequest
-from explainserve.explainer import Cost, Observer, Place, Round
-from explainserve.rpc import responses
-from explainserve.rpc.requests import Explain
+from explainserve.explainer import Observer, Place, Round
 from explainserve.v1 import attribution_pb2, tensor_pb2
 from explainserve.v1 import explainer_service_pb2 as pb
 
@@ -23,6 +22,7 @@ _CHUNK_OVERHEAD = 64
 """Bytes of a message around the data of its chunk, at most."""
 
 T = TypeVar("T")
+Events = TypeVar("Events")
 
 
 class NewestRounds:
@@ -58,6 +58,9 @@ class NewestRounds:
 class Chunks:
     """Turns messages into events without the bytes of their tensors, and those into the chunks that follow.
 
+    Events come serialized, each made when it is taken: so a reader that is slow has one of them waiting, and whoever
+    takes them can do so beside the event loop.
+
     Args:
         wanted_bytes: largest data of a chunk as the client asks for it; 0 is the default.
         max_message_bytes: largest message of the server.
@@ -78,20 +81,18 @@ class Chunks:
         self._chunk_bytes = max(1, min(wanted_bytes or DEFAULT_CHUNK_BYTES, max_message_bytes - _CHUNK_OVERHEAD))
         self._keys = itertools.count()
 
-    def round(
-        self, progress: pb.Progress, partial: attribution_pb2.Attribution | None
-    ) -> Iterator[pb.ExplainStreamResponse]:
+    def round(self, progress: pb.Progress, partial: attribution_pb2.Attribution | None) -> Iterator[bytes]:
         """Events of one round of a path."""
-        yield pb.ExplainStreamResponse(progress=progress)
+        yield _event(progress=progress)
         if partial is not None:
             taken = self._taken(_tensors_of_map(partial))
-            yield pb.ExplainStreamResponse(partial=partial)
+            yield _event(partial=partial)
             yield from self._events(taken)
 
-    def final(self, response: pb.ExplainResponse) -> Iterator[pb.ExplainStreamResponse]:
-        """Events of the final response."""
+    def final(self, response: pb.ExplainResponse) -> Iterator[bytes]:
+        """Events of the final response, which is not kept for them."""
         taken = self._taken(_tensors(response))
-        return itertools.chain([pb.ExplainStreamResponse(final=response)], self._events(taken))
+        return itertools.chain([_event(final=response)], self._events(taken))
 
     def _taken(self, tensors: Iterable[tensor_pb2.Tensor]) -> list[tuple[int, bytes]]:
         """Keys and bytes of the tensors, which keep the keys alone."""
@@ -102,40 +103,45 @@ class Chunks:
             tensor.ClearField("data")
         return taken
 
-    def _events(self, taken: Iterable[tuple[int, bytes]]) -> Iterator[pb.ExplainStreamResponse]:
+    def _events(self, taken: Iterable[tuple[int, bytes]]) -> Iterator[bytes]:
         for key, data in taken:
             for offset in range(0, len(data), self._chunk_bytes):
                 piece = data[offset : offset + self._chunk_bytes]
-                yield pb.ExplainStreamResponse(chunk=pb.TensorChunk(chunk_key=key, offset=offset, data=piece))
+                yield _event(chunk=pb.TensorChunk(chunk_key=key, offset=offset, data=piece))
 
 
-async def watched(compute: Callable[[Observer], Coroutine[Any, Any, T]], tell: Callable[[Round], Awaitable[None]]) -> T:
-    """What is computed; meanwhile tells of the newest round of each path, as fast as `tell` gets on.
+async def watched(
+    compute: Callable[[Observer], Coroutine[Any, Any, T]],
+    events: Callable[[Round], Awaitable[Events]],
+    send: Callable[[Events], Awaitable[None]],
+) -> T:
+    """What is computed; meanwhile sends the events of the newest round of each path, as fast as `send` gets on.
 
-    Cancelling it, or an error of either, drops the work that is left.
+    A round that is being sent is not kept: it may hold all gradients of its path. Cancelling, or an error of any of
+    them, drops the work that is left.
     """
     rounds = NewestRounds()
     computing = asyncio.create_task(compute(rounds.put))
     computing.add_done_callback(lambda _: rounds.close())
     try:
         async for latest in rounds:
-            await tell(latest)
+            told = await events(latest)
+            del latest
+            await send(told)
         return await computing
     finally:
         computing.cancel()
         await asyncio.gather(computing, return_exceptions=True)
 
 
-def head_bytes(request: Explain, cost: Cost, row_limit: int) -> int:
-    """Size of the final response without its tensors, as an upper estimate.
+async def write(context: grpc.aio.ServicerContext[Any, Any], events: Iterator[bytes]) -> None:
+    """Sends events as fast as the client reads; workers make them."""
+    while (event := await asyncio.to_thread(next, events, None)) is not None:
+        await context.write(event)
 
-    Raises:
-        InvalidRequest: as `responses.reply_bytes`.
-    """
-    options = pb.ResponseOptions()
-    options.CopyFrom(request.options)
-    options.omit_tensors, options.include_baseline_tensors = True, False
-    return responses.reply_bytes(replace(request, options=options), cost, row_limit)
+
+def _event(**kind: Any) -> bytes:
+    return pb.ExplainStreamResponse(**kind).SerializeToString()
 
 
 def _tensors(response: pb.ExplainResponse) -> Iterator[tensor_pb2.Tensor]:

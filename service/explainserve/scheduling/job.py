@@ -30,7 +30,6 @@ class Request:
 
     The scheduler keeps the rest:
         reserved_rows: rows that it may still bring to the device, those that wait included.
-        reserved_bytes: memory that it may hold until it ends.
         arrival: its place among all requests that came.
         waits_since: number of the turn since which it waits.
         short: whether all rows that wait fit into one batch.
@@ -42,7 +41,6 @@ class Request:
     expires_at: float = float("inf")
     compute_seconds: float = 0.0
     reserved_rows: int = 0
-    reserved_bytes: int = 0
     arrival: int = 0
     waits_since: int = 0
     short: bool = True

@@ -15,15 +15,14 @@ Cancelled and expired jobs lose their rows before the next batch is packed. Rows
 again: in smaller batches where memory ran out, or each request's in batches of its own, so that only who is to blame
 fails.
 
-The queue is bounded where requests come in (`admission.py`): one is admitted only if all rows and all memory that it
-may ever need fit beside those that admitted requests still may. So whoever is admitted is never refused on the way.
+The queue is bounded where requests come in (`admission.py`): one is admitted only if all rows that it may ever need fit
+beside those that admitted requests still may. So whoever is admitted is never refused on the way.
 
 A plain value: times come in as arguments, and whoever shares it between threads holds a lock.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,8 +33,6 @@ from explainserve.plan import Rows, SegmentEvaluation, by_segment
 from explainserve.scheduling.admission import Admission
 from explainserve.scheduling.job import Job, Request, Slice, WaitingRows
 from explainserve.scheduling.line import Line, SortedRequests, Turn, deadline
-
-UNLIMITED = sys.maxsize
 
 TURNS = (*(Turn.SHORT, Turn.LONG) * 3, Turn.SHORT, Turn.LONGEST_WAITING)
 """Who leads, over and over."""
@@ -70,10 +67,9 @@ class Scheduler:
 
     Args:
         max_waiting_rows: rows that admitted requests together may still bring; so no more ever wait.
-        max_waiting_bytes: memory that they may hold together.
     """
 
-    def __init__(self, max_waiting_rows: int, max_waiting_bytes: int = UNLIMITED) -> None:
+    def __init__(self, max_waiting_rows: int) -> None:
         self._line = Line()
         self._lines: dict[Hashable, Line] = {}
         self._deadlines = SortedRequests(deadline)
@@ -81,25 +77,20 @@ class Scheduler:
         self._turn_count = 0
         self._turns = cycle(TURNS)
         self._waiting_rows = 0
-        self._admission = Admission(max_waiting_rows, max_waiting_bytes)
+        self._admission = Admission(max_waiting_rows)
 
     @property
     def waiting_row_count(self) -> int:
         """Rows that were not packed yet."""
         return self._waiting_rows
 
-    @property
-    def reserved_bytes(self) -> int:
-        """Memory that admitted requests may hold."""
-        return self._admission.reserved_bytes
-
-    def admit(self, request: Request, row_count: int, byte_count: int = 0) -> None:
-        """Reserves all rows and all memory that a request may need.
+    def admit(self, request: Request, row_count: int) -> None:
+        """Reserves all rows that a request may need.
 
         Raises:
-            QueueFull: other requests may still need too much (QUEUE_FULL).
+            QueueFull: other requests may still need too many (QUEUE_FULL).
         """
-        self._admission.admit(request, row_count, byte_count)
+        self._admission.admit(request, row_count)
 
     def release(self, request: Request) -> None:
         """Gives back what a request did not need, when it ends."""

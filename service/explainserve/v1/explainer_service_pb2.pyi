@@ -1031,6 +1031,7 @@ class EstimateCostResponse(_message.Message):
     HELD_BYTES_LIMIT_FIELD_NUMBER: _builtins.int
     MAX_HOST_BYTES_FIELD_NUMBER: _builtins.int
     MICRO_BATCH_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_HOST_BYTES_LIMIT_FIELD_NUMBER: _builtins.int
     min_row_count: _builtins.int
     """Fewest rows of an answer that ends by its tolerances; a time budget that ends, or a score that is not finite, can end the
     adaptive rule earlier, after its first 8 rows. Targets of the same output and score (up to 16) share rows on the path
@@ -1062,15 +1063,20 @@ class EstimateCostResponse(_message.Message):
     until the answer is complete.
     """
     held_bytes_limit: _builtins.int
-    """The server's limit of `held_bytes`. Paths whose gradients would not fit below it beside the others' wait for these."""
+    """The server's limit of `held_bytes`. Paths of the request whose gradients would not fit below it beside the others' wait for
+    these.
+    """
     max_host_bytes: _builtins.int
     """Most memory that the request takes on the host, beside the model and its micro-batches: `held_bytes`, the gradients that paths
-    keep between rounds, the request as it came in, and the reply while it is written.
+    keep between rounds, the request as it came in, and the reply until it is sent. So much is reserved while it is answered, and
+    refused with QUEUE_FULL where others have reserved too much.
     """
     micro_batch_bytes: _builtins.int
     """Most memory that a full micro-batch of the model takes on its device while it is evaluated for one target, measured at load;
     absent where it was not: free axes, no warm-up, or a device that does not tell. It is there once for all requests.
     """
+    max_host_bytes_limit: _builtins.int
+    """The server's limit of `max_host_bytes`, of all requests together that are being answered."""
     def __init__(
         self,
         *,
@@ -1088,10 +1094,11 @@ class EstimateCostResponse(_message.Message):
         held_bytes_limit: _builtins.int = ...,
         max_host_bytes: _builtins.int = ...,
         micro_batch_bytes: _builtins.int | None = ...,
+        max_host_bytes_limit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_micro_batch_bytes", b"_micro_batch_bytes", "micro_batch_bytes", b"micro_batch_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_micro_batch_bytes", b"_micro_batch_bytes", "attribution_count", b"attribution_count", "held_bytes", b"held_bytes", "held_bytes_limit", b"held_bytes_limit", "max_backward_count", b"max_backward_count", "max_forward_count", b"max_forward_count", "max_host_bytes", b"max_host_bytes", "max_row_count", b"max_row_count", "micro_batch_bytes", b"micro_batch_bytes", "min_backward_count", b"min_backward_count", "min_forward_count", b"min_forward_count", "min_row_count", b"min_row_count", "reply_bytes", b"reply_bytes", "reply_bytes_limit", b"reply_bytes_limit", "row_limit", b"row_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_micro_batch_bytes", b"_micro_batch_bytes", "attribution_count", b"attribution_count", "held_bytes", b"held_bytes", "held_bytes_limit", b"held_bytes_limit", "max_backward_count", b"max_backward_count", "max_forward_count", b"max_forward_count", "max_host_bytes", b"max_host_bytes", "max_host_bytes_limit", b"max_host_bytes_limit", "max_row_count", b"max_row_count", "micro_batch_bytes", b"micro_batch_bytes", "min_backward_count", b"min_backward_count", "min_forward_count", b"min_forward_count", "min_row_count", b"min_row_count", "reply_bytes", b"reply_bytes", "reply_bytes_limit", b"reply_bytes_limit", "row_limit", b"row_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__micro_batch_bytes: _TypeAlias = _typing.Literal["micro_batch_bytes"]  # noqa: Y015
     _WhichOneofArgType__micro_batch_bytes: _TypeAlias = _typing.Literal["_micro_batch_bytes", b"_micro_batch_bytes"]  # noqa: Y015
