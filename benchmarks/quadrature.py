@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from torch import nn
 
-from explainserve.explanation import Attribution, Baseline, Instance, Question, Target
+from explainserve.explanation import Attribution, Baseline, Instance, Question, Subject, Target
 from explainserve.methods import IntegratedGradients
 from explainserve.plan import Evaluation, Plan, Segment, SegmentEvaluation, Selector
-from explainserve.signature import Score, ScoreHead
+from explainserve.signature import MapSpec, Score, ScoreHead
 
 SIZE = 32
 STEP_COUNTS = (16, 32, 64)
@@ -159,7 +159,8 @@ class Model:
         index = int(at_x.argmax())
         target = Target("y", score, head, Selector(np.array([index]), np.ones(1, np.float32)))
         instance, start = Instance({"x": x.numpy()}, {}), Baseline({"x": baseline.numpy()})
-        return Question(instance, target, start, float(at_x[index]), float(at_baseline[index]))
+        subject = Subject({"x": MapSpec("x", "CHW", 0)}, {"x": tuple(x.shape)})
+        return Question(subject, instance, target, start, float(at_x[index]), float(at_baseline[index]))
 
     def explain(self, question: Question, method: IntegratedGradients) -> Attribution:
         """Rounds until the method answers."""

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from explainserve.backends import OperatorGap
 from explainserve.backends.probe import ProbeResult
 from explainserve.model_config import ModelConfig
-from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector
+from explainserve.plan import STANDARD, Differentiation, Rows, Segment, SegmentEvaluation, Selector
 from explainserve.repository import ServedModel
-from explainserve.signature import Axis, InputSpec, OutputSpec, ScoreHead, Signature
+from explainserve.signature import Axis, InputSpec, Layer, OutputSpec, ScoreHead, Signature
 
 WEIGHTS = np.array([[0.5, -1.0], [1.5, 0.25], [-0.75, 2.0]])
 FORWARD = Differentiation("y", ScoreHead.IDENTITY)
@@ -41,6 +41,9 @@ class ClosedForm:
     execution = ""
     fixed_batch = False
     gaps: tuple[OperatorGap, ...] = ()
+    layers: tuple[Layer, ...] = ()
+    gradient_rules: Mapping[str, str] = {STANDARD.name: ""}
+    reaches_layers = False
     library_versions: Mapping[str, str] = {}
     signature = Signature(
         (InputSpec("x", np.dtype(np.float32), (Axis("batch"), Axis("", 3))),),

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "watchdog": {"repository", "scheduling"},
     "engine": NOUNS | {"scheduling", "repository", "metrics", "process", "watchdog"},
     "explainer": NOUNS | {"engine", "memory", "methods", "scheduling", "sharing", "repository", "targets", "baselines"},
-    "figures": NOUNS | FIGURES | {"explainer"},
+    "figures": NOUNS | FIGURES | {"explainer", "methods"},
     "v1": set(),
     "rpc": NOUNS
     | FIGURES

@@ -28,13 +28,13 @@ from explainserve.explainer import (
     Query,
     Round,
 )
-from explainserve.explanation import Instance, StopReason
+from explainserve.explanation import Instance, StopReason, Subject
 from explainserve.methods import IntegratedGradients
 from explainserve.metrics import Metrics
 from explainserve.plan import Differentiation
 from explainserve.repository import ServedModel
 from explainserve.scheduling import Scheduler
-from explainserve.signature import Score, ScoreHead
+from explainserve.signature import MapSpec, Score, ScoreHead
 from explainserve.targets import Argmax, Element, Margin, TargetSpec, TopK, Weights
 
 X = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
@@ -74,8 +74,8 @@ def query(model: ServedModel, x: np.ndarray[Any, Any] = X, **fields: Any) -> Que
     usual: dict[str, Any] = {
         "targets": (target(0),),
         "baselines": (ZERO,),
-        "method_name": "integrated_gradients",
-        "method": IntegratedGradients(step_count=64),
+        "methods": (IntegratedGradients(step_count=64),),
+        "subject": Subject(maps={"x": MapSpec("x")}, shapes={"x": (3,)}),
     }
     return Query(model=model, instances=tuple(Instance({"x": row}, {}) for row in x), **{**usual, **fields})
 
@@ -100,14 +100,14 @@ async def test_attributions_are_those_of_the_closed_form(explainer: Explainer, m
         explainer, query(model, targets=(target(1), target(0, request_index=1)), baselines=baselines)
     )
 
-    places = [(e.instance_index, e.target_index, e.baseline_index) for e in answer.explanations]
+    places = [(e.place.instance, e.place.target, e.place.baseline) for e in answer.explanations]
     assert places == [(i, t, b) for i in range(2) for t in range(2) for b in range(2)]
     for own in answer.explanations:
-        x0 = np.full(3, 0.5 * own.baseline_index)
-        index = (1, 0)[own.target_index]
-        expected = exact_attribution(X[own.instance_index], x0, index)
+        x0 = np.full(3, 0.5 * own.place.baseline)
+        index = (1, 0)[own.place.target]
+        expected = exact_attribution(X[own.place.instance], x0, index)
         np.testing.assert_allclose(own.attribution.tensors["x"], expected, rtol=2e-3, atol=1e-5)
-        assert own.question.instance_output_value == pytest.approx(value(X[own.instance_index])[index], rel=1e-6)
+        assert own.question.instance_output_value == pytest.approx(value(X[own.place.instance])[index], rel=1e-6)
         assert own.question.baseline_output_value == pytest.approx(value(x0)[index], rel=1e-6, abs=1e-9)
         assert own.attribution.stop_reason is StopReason.FIXED_STEPS
 
@@ -148,11 +148,11 @@ async def test_adaptive_targets_share_what_is_the_same_for_them(
     method = IntegratedGradients(tolerance=0.003)
     targets = (target(0), target(1))
     ends = None if budget is None else soon(budget)
-    prepared = explainer.prepare(query(model, 8 * X[:1], targets=targets, method=method, budget_ends_at=ends))
+    prepared = explainer.prepare(query(model, 8 * X[:1], targets=targets, methods=(method,), budget_ends_at=ends))
     answer = await explainer.explain(prepared)
     rows = loaded.gradient_rows
     alone = [
-        (await explain(explainer, query(model, 8 * X[:1], targets=(one,), method=method))).explanations[0]
+        (await explain(explainer, query(model, 8 * X[:1], targets=(one,), methods=(method,)))).explanations[0]
         for one in targets
     ]
 
@@ -171,22 +171,21 @@ async def test_adaptive_targets_share_what_is_the_same_for_them(
 async def test_a_target_that_is_done_leaves_the_others_to_go_on(explainer: Explainer, model: ServedModel) -> None:
     """The second has no gradient, and is done after its first rounds."""
     nothing = TargetSpec("y", Score.OUTPUT, Margin(Element((0,)), Element((0,))))
-    answer = await explain(explainer, query(model, X[:1], targets=(target(0), nothing), method=ENDLESS))
+    answer = await explain(explainer, query(model, X[:1], targets=(target(0), nothing), methods=(ENDLESS,)))
     first, second = (own.attribution for own in answer.explanations)
 
     assert first.step_count > second.step_count
     assert not second.tensors["x"].any()
 
 
-@pytest.mark.parametrize("method", [IntegratedGradients(step_count=2), ENDLESS])
+@pytest.mark.parametrize("method", [IntegratedGradients(step_count=2), replace(ENDLESS, max_step_count=32)])
 async def test_many_targets_go_in_several_groups(
     explainer: Explainer, model: ServedModel, loaded: ClosedForm, method: IntegratedGradients
 ) -> None:
     """More than may go together, and more than are in flight; no group waits for another for ever."""
-    method = replace(method, max_step_count=32)
     weights = np.random.default_rng(5).standard_normal((3 * CONCURRENT_QUESTIONS + 1, 2))
     targets = tuple(TargetSpec("y", Score.OUTPUT, Weights(own)) for own in weights)
-    prepared = explainer.prepare(query(model, X[:1], targets=targets, method=method))
+    prepared = explainer.prepare(query(model, X[:1], targets=targets, methods=(method,)))
     answer = await asyncio.wait_for(explainer.explain(prepared), PATIENCE)
 
     assert len(answer.explanations) == len(targets)
@@ -209,7 +208,7 @@ def test_cost_counts_questions(
         np.random.default_rng(1).standard_normal((instances, 3)).astype(np.float32),
         targets=(target(0), *(target(1, instance_index=i) for i in own_targets)),
         baselines=tuple(BaselineSpec(GaussianNoise(0.0, 1.0, seed, count)) for seed, count in enumerate(draws)),
-        method=IntegratedGradients(step_count=step_count),
+        methods=(IntegratedGradients(step_count=step_count),),
     )
     explainer = Explainer(Engine(Scheduler(1), Metrics(CollectorRegistry())), 10**6, 10**6)
     cost = explainer.cost(asked)
@@ -232,7 +231,7 @@ async def test_limits_refuse_before_baselines_are_made(
 
     monkeypatch.setattr(BaselineSpec, "baselines", made)
     noise = (BaselineSpec(GaussianNoise(0.0, 1.0, 0, 1000)),)
-    few_steps = query(model, baselines=noise, method=IntegratedGradients(step_count=1))
+    few_steps = query(model, baselines=noise, methods=(IntegratedGradients(step_count=1),))
 
     with pytest.raises(LimitExceeded) as rows:
         explainer.prepare(query(model, baselines=noise))
@@ -257,7 +256,7 @@ async def test_top_k_and_argmax_are_resolved_on_the_instance(explainer: Explaine
 
     for i in range(2):
         ranked = np.argsort(-value(X[i])).tolist()
-        own = [e for e in answer.explanations if e.instance_index == i]
+        own = [e for e in answer.explanations if e.place.instance == i]
         assert [e.question.target.index[0] for e in own] == [*ranked, ranked[0]]
         assert [e.question.target.request_index for e in own] == [0, 0, 1]
 
@@ -271,7 +270,7 @@ async def test_margin_is_linear_in_its_elements(explainer: Explainer, model: Ser
 
 
 async def test_rounds_reuse_what_was_evaluated(explainer: Explainer, model: ServedModel, loaded: ClosedForm) -> None:
-    answer = await explain(explainer, query(model, X[:1], method=replace(ENDLESS, max_step_count=64)))
+    answer = await explain(explainer, query(model, X[:1], methods=(replace(ENDLESS, max_step_count=64),)))
     (own,) = answer.explanations
 
     assert own.attribution.stop_reason is StopReason.MAX_STEPS
@@ -281,9 +280,11 @@ async def test_rounds_reuse_what_was_evaluated(explainer: Explainer, model: Serv
 
 async def test_questions_in_flight_are_bounded_and_all_are_answered(explainer: Explainer, model: ServedModel) -> None:
     noise = (BaselineSpec(GaussianNoise(0.0, 1.0, 0, 100)),)
-    answer = await explain(explainer, query(model, X[:1], baselines=noise, method=IntegratedGradients(step_count=2)))
+    answer = await explain(
+        explainer, query(model, X[:1], baselines=noise, methods=(IntegratedGradients(step_count=2),))
+    )
 
-    assert [e.baseline_index for e in answer.explanations] == list(range(100))
+    assert [e.place.baseline for e in answer.explanations] == list(range(100))
 
 
 async def test_every_round_of_every_path_is_observed(explainer: Explainer, model: ServedModel) -> None:
@@ -295,14 +296,13 @@ async def test_every_round_of_every_path_is_observed(explainer: Explainer, model
         told.append(latest)
         threads.add(threading.current_thread())
 
-    asked = query(model, targets=(target(0), target(1)), method=replace(ENDLESS, max_step_count=64))
+    asked = query(model, targets=(target(0), target(1)), methods=(replace(ENDLESS, max_step_count=64),))
     answer = await explainer.explain(explainer.prepare(asked), observe)
 
     assert threads == {threading.current_thread()}
     assert len({latest.place for latest in told}) == len(answer.explanations) == 4
     for own in answer.explanations:
-        place = own.instance_index, own.target_index, own.baseline_index
-        *earlier, last = [latest.explanation(asked.method) for latest in told if latest.place == place]
+        *earlier, last = [latest.explanation() for latest in told if latest.place == own.place]
         assert [one.attribution.step_count for one in earlier] == [8, 16, 24, 32, 48]
         assert {one.attribution.stop_reason for one in earlier} == {StopReason.UNFINISHED}
         assert last.attribution is own.attribution
@@ -314,10 +314,10 @@ async def test_the_end_of_a_time_budget_is_observed(
     """The map before it and the answer are the same but for the reason."""
     told: list[Round] = []
     loaded.holds_after = 1
-    asked = query(model, X[:1], method=ENDLESS, budget_ends_at=soon(1.0))
+    asked = query(model, X[:1], methods=(ENDLESS,), budget_ends_at=soon(1.0))
     (own,) = (await explainer.explain(explainer.prepare(asked), told.append)).explanations
 
-    before, last = (latest.explanation(asked.method).attribution for latest in told)
+    before, last = (latest.explanation().attribution for latest in told)
     assert (before.stop_reason, last.stop_reason) == (StopReason.UNFINISHED, StopReason.TIME_BUDGET)
     assert (before.step_count, before.map_error) == (last.step_count, last.map_error)
     assert before.tensors["x"].tobytes() == last.tensors["x"].tobytes()
@@ -330,7 +330,7 @@ async def test_the_end_of_a_time_budget_is_observed(
 async def test_time_budget_ends_with_the_best_map(explainer: Explainer, model: ServedModel, loaded: ClosedForm) -> None:
     """The device is held after the first round; what it knows then is the answer."""
     loaded.holds_after = 1
-    asked = query(model, X[:1], method=ENDLESS, budget_ends_at=soon(1.0))
+    asked = query(model, X[:1], methods=(ENDLESS,), budget_ends_at=soon(1.0))
     answer = await explain(explainer, asked)
     (own,) = answer.explanations
 
@@ -347,7 +347,7 @@ async def test_time_budget_gives_every_question_its_first_round_before_any_a_sec
     loaded.holds_after = 8 * count
     noise = (BaselineSpec(GaussianNoise(0.0, 1.0, 0, count)),)
     method = replace(ENDLESS, max_step_count=64)
-    answer = await explain(explainer, query(model, X[:1], baselines=noise, method=method, budget_ends_at=soon(3.0)))
+    answer = await explain(explainer, query(model, X[:1], baselines=noise, methods=(method,), budget_ends_at=soon(3.0)))
 
     assert [e.attribution.stop_reason for e in answer.explanations] == [StopReason.TIME_BUDGET] * count
     assert {e.attribution.step_count for e in answer.explanations} == {8}
@@ -368,9 +368,9 @@ async def test_admitted_request_is_never_refused_on_its_way(model: ServedModel, 
     explainer = Explainer(engine, max_request_rows=70, max_request_bytes=100_000)
     loaded.holds_after = 1
     method = replace(ENDLESS, max_step_count=64)
-    first = asyncio.create_task(explain(explainer, query(model, X[:1], method=method)))
+    first = asyncio.create_task(explain(explainer, query(model, X[:1], methods=(method,))))
     assert await asyncio.to_thread(loaded.entered.wait, PATIENCE)
-    other = query(model, X[:1], method=IntegratedGradients(step_count=60))
+    other = query(model, X[:1], methods=(IntegratedGradients(step_count=60),))
 
     refused = await failure(explain(explainer, other))
     loaded.gate.set()
@@ -403,7 +403,7 @@ async def test_rows_of_an_ended_time_budget_are_dropped(
     explainer: Explainer, model: ServedModel, loaded: ClosedForm, scheduler: Scheduler
 ) -> None:
     loaded.holds_after = 1
-    await explain(explainer, query(model, X[:1], method=ENDLESS, budget_ends_at=soon(1.0)))
+    await explain(explainer, query(model, X[:1], methods=(ENDLESS,), budget_ends_at=soon(1.0)))
 
     assert scheduler.waiting_row_count == 0
 
@@ -413,7 +413,7 @@ async def test_time_budget_too_short_for_the_first_round(
     explainer: Explainer, model: ServedModel, loaded: ClosedForm, method: IntegratedGradients
 ) -> None:
     loaded.holds_after = 0
-    failed = await failure(explain(explainer, query(model, method=method, budget_ends_at=soon(0.05))))
+    failed = await failure(explain(explainer, query(model, methods=(method,), budget_ends_at=soon(0.05))))
 
     assert isinstance(failed, DeadlineExceeded)
     assert failed.reason == "TIME_BUDGET_TOO_SHORT"
@@ -464,7 +464,7 @@ async def test_scores_that_are_not_finite_are_told(
     explainer: Explainer, model: ServedModel, loaded: ClosedForm, method: IntegratedGradients
 ) -> None:
     loaded.spoiled = float("nan")
-    answer = await explain(explainer, query(model, X[:1], method=method))
+    answer = await explain(explainer, query(model, X[:1], methods=(method,)))
     (own,) = answer.explanations
 
     assert own.attribution.stop_reason is StopReason.NON_FINITE

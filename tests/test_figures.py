@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from explainserve.errors import InvalidRequest
-from explainserve.explainer import Answer, Explanation, Usage
-from explainserve.explanation import Attribution, Baseline, Instance, Question, StopReason, Target
+from explainserve.explainer import Answer, Explanation, Place, Usage
+from explainserve.explanation import Attribution, Baseline, Instance, Question, StopReason, Subject, Target
 from explainserve.figures import (
     Entry,
     FigureOptions,
@@ -23,6 +23,7 @@ from explainserve.figures import (
     input_figures,
     joint_figures,
 )
+from explainserve.methods import IntegratedGradients
 from explainserve.plan import Selector as ScoreSelector
 from explainserve.regions import Box
 from explainserve.signature import Axis, InputSpec, OutputSpec, Score, ScoreHead, Signature
@@ -33,7 +34,8 @@ FLOAT = np.dtype(np.float32)
 IMAGE = InputSpec("image", FLOAT, (Axis("batch"), *(Axis("", n) for n in SHAPE)), layout="NCHW")
 VECTOR = InputSpec("vector", FLOAT, (Axis("batch"), Axis("", 5)))
 SIGNATURE = Signature((IMAGE, VECTOR), (OutputSpec("y", FLOAT, (Axis("batch"), Axis("", 3))),))
-SHAPES: dict[str, tuple[int, ...]] = {"image": SHAPE, "vector": (5,)}
+MAPS = {spec.name: spec.map_spec for spec in SIGNATURE.inputs}
+SUBJECT = Subject(MAPS, {"image": SHAPE, "vector": (5,)})
 
 
 def target(output: str = "y", score: Score = Score.OUTPUT) -> Target:
@@ -52,8 +54,8 @@ def explanation(
 ) -> Explanation:
     tensors = {"image": image.astype(np.float32), "vector": np.zeros(5, np.float32)}
     attribution = Attribution(tensors, step_count, stop_reason, map_error, np.array([0.0, 1.0]), np.array([0.0, 1.0]))
-    question = Question(Instance({}, {}), own_target or target(), Baseline({}), 1.0, baseline_value)
-    return Explanation(*place, question, attribution)
+    question = Question(SUBJECT, Instance({}, {}), own_target or target(), Baseline({}), 1.0, baseline_value)
+    return Explanation(Place(0, *place), IntegratedGradients(), question, attribution)
 
 
 def answer(*explanations: Explanation) -> Answer:
@@ -99,7 +101,7 @@ def test_folding_groups_by_instance_and_target() -> None:
         np.testing.assert_allclose(entry.spread["image"], stack.std(0), rtol=1e-6)
         assert entry.tensors["image"].dtype == entry.spread["image"].dtype == np.float32
         assert (entry.baseline_output_value, entry.output_change, entry.step_count) == (1.0, 0.0, 6)
-        assert len(entry.alphas) == len(entry.scores) == 0
+        assert entry.folded
 
 
 def test_mean_of_one_is_itself_without_spread() -> None:
@@ -163,7 +165,7 @@ def test_views_default_to_what_the_input_has() -> None:
 
 def test_figures_of_one_map() -> None:
     (entry,) = maps(target())
-    regions = check_regions([Region("left", Box(0, 0, 2, 3))], SIGNATURE, SHAPES)
+    regions = check_regions([Region("left", Box(0, 0, 2, 3))], SUBJECT)
     figures = input_figures(entry, IMAGE, FigureOptions(), regions)
     none = input_figures(entry, IMAGE, FigureOptions(statistics=False, regions=False), regions)
 
@@ -175,7 +177,7 @@ def test_figures_of_one_map() -> None:
 
 def test_region_of_one_instance_only() -> None:
     first, second = entries(answer(explanation((0, 0, 0), random(0)), explanation((1, 0, 0), random(1))), False)
-    regions = check_regions([Region("r", Box(0, 0, 1, 1), instance_index=1)], SIGNATURE, SHAPES)
+    regions = check_regions([Region("r", Box(0, 0, 1, 1), instance_index=1)], SUBJECT)
 
     assert input_figures(first, IMAGE, FigureOptions(), regions).regions == ()
     assert {r.name for r in input_figures(second, IMAGE, FigureOptions(), regions).regions} == {"r"}
@@ -185,7 +187,7 @@ def test_region_of_one_instance_only() -> None:
 
 
 def test_box_belongs_to_the_only_input_with_space() -> None:
-    (region,) = check_regions([Region("r", Box(0, 0, 4, 3))], SIGNATURE, SHAPES)
+    (region,) = check_regions([Region("r", Box(0, 0, 4, 3))], SUBJECT)
 
     assert region.input == "image"
 
@@ -193,8 +195,8 @@ def test_box_belongs_to_the_only_input_with_space() -> None:
 def test_mask_needs_the_name_of_its_input_where_several_fit() -> None:
     mask = np.ones(5, np.bool_)
 
-    assert refused(lambda: check_regions([Region("r", mask)], SIGNATURE, SHAPES)).reason == "REGION_INPUT_REQUIRED"
-    (region,) = check_regions([Region("r", mask, "vector")], SIGNATURE, SHAPES)
+    assert refused(lambda: check_regions([Region("r", mask)], SUBJECT)).reason == "REGION_INPUT_REQUIRED"
+    (region,) = check_regions([Region("r", mask, "vector")], SUBJECT)
     assert region.input == "vector"
 
 
@@ -202,9 +204,9 @@ def test_region_names_are_unique_per_input_and_instance() -> None:
     box, mask = Box(0, 0, 1, 1), np.ones(5, np.bool_)
     apart = [Region("r", box, instance_index=0), Region("r", box, instance_index=1), Region("r", mask, "vector")]
 
-    assert len(check_regions(apart, SIGNATURE, SHAPES)) == 3
+    assert len(check_regions(apart, SUBJECT)) == 3
     twice = [Region("r", box), Region("r", box, "image")]
-    assert refused(lambda: check_regions(twice, SIGNATURE, SHAPES)).reason == "REGION_NAME_REPEATED"
+    assert refused(lambda: check_regions(twice, SUBJECT)).reason == "REGION_NAME_REPEATED"
 
 
 class Compared(str):
@@ -219,13 +221,13 @@ class Compared(str):
 
 
 def test_names_of_many_regions_are_not_compared_each_with_each() -> None:
-    check_regions([Region(Compared(k), Box(0, 0, 1, 1), "image") for k in range(500)], SIGNATURE, SHAPES)
+    check_regions([Region(Compared(k), Box(0, 0, 1, 1), "image") for k in range(500)], SUBJECT)
 
     assert Compared.count < 5000
 
 
 def test_input_that_is_not_explained_has_no_regions() -> None:
-    error = refused(lambda: check_regions([Region("r", Box(0, 0, 1, 1), "image")], SIGNATURE, {"vector": (5,)}))
+    error = refused(lambda: check_regions([Region("r", Box(0, 0, 1, 1), "image")], Subject(MAPS, {"vector": (5,)})))
 
     assert (error.reason, error.metadata["input"]) == ("REGION_INPUT_REQUIRED", "image")
 
@@ -234,7 +236,7 @@ def test_input_that_is_not_explained_has_no_regions() -> None:
 
 
 def test_default_group_holds_all_of_one_unit() -> None:
-    (joint,) = joint_figures(maps(target(), target()), SIGNATURE, FigureOptions(), [])
+    (joint,) = joint_figures(maps(target(), target()), FigureOptions(), [])
 
     assert (joint.group, joint.members, joint.pairs) == ("all", (0, 1), ())
     assert set(joint.inputs) == {"image", "vector"}
@@ -244,7 +246,7 @@ def test_default_group_holds_all_of_one_unit() -> None:
 
 def test_default_group_is_split_by_output_and_score() -> None:
     mixed = maps(target(), target(score=Score.PROBABILITY), target(), target("z"))
-    joint = joint_figures(mixed, SIGNATURE, FigureOptions(), [])
+    joint = joint_figures(mixed, FigureOptions(), [])
 
     assert {figures.group: figures.members for figures in joint} == {
         "all/y/OUTPUT": (0, 2),
@@ -255,7 +257,7 @@ def test_default_group_is_split_by_output_and_score() -> None:
 
 def test_left_out_default_group_leaves_named_ones() -> None:
     group = Group("first", (Selector(target_index=0),))
-    joint = joint_figures(maps(target(), target()), SIGNATURE, FigureOptions(joint=False), [group])
+    joint = joint_figures(maps(target(), target()), FigureOptions(joint=False), [group])
 
     assert [(figures.group, figures.members) for figures in joint] == [("first", (0,))]
 
@@ -264,7 +266,7 @@ def test_group_is_the_union_of_its_selectors_in_order() -> None:
     places = [(i, t, b) for i in range(2) for t in range(2) for b in range(2)]
     all_maps = entries(answer(*(explanation(place, random(k)) for k, place in enumerate(places))), False)
     group = Group("g", (Selector(instance_index=1, target_index=1), Selector(baseline_index=0, target_index=0)))
-    joint = joint_figures(all_maps, SIGNATURE, FigureOptions(joint=False), [group])
+    joint = joint_figures(all_maps, FigureOptions(joint=False), [group])
 
     assert joint[0].members == (0, 4, 6, 7)
 
@@ -272,7 +274,7 @@ def test_group_is_the_union_of_its_selectors_in_order() -> None:
 def test_pairs_have_the_range_of_both() -> None:
     three = maps(target(), target(), target())
     group = Group("g", (Selector(),), pairwise=True)
-    (joint,) = joint_figures(three, SIGNATURE, FigureOptions(joint=False, views=(View.ELEMENTS,)), [group])
+    (joint,) = joint_figures(three, FigureOptions(joint=False, views=(View.ELEMENTS,)), [group])
     pairs = [pair for pair in joint.pairs if pair.input == "image"]
 
     assert [(pair.first, pair.second) for pair in pairs] == [(0, 1), (0, 2), (1, 2)]
@@ -292,7 +294,7 @@ def test_pairs_have_the_range_of_both() -> None:
 )
 def test_group_that_makes_no_sense_is_refused(selector: Selector, reason: str) -> None:
     mixed = maps(target(), target(score=Score.PROBABILITY))
-    error = refused(lambda: joint_figures(mixed, SIGNATURE, FigureOptions(), [Group("g", (selector,))]))
+    error = refused(lambda: joint_figures(mixed, FigureOptions(), [Group("g", (selector,))]))
 
     assert (error.reason, error.metadata["group"]) == (reason, "g")
 
@@ -301,4 +303,4 @@ def test_folded_maps_belong_to_no_baseline() -> None:
     folded = entries(answer(explanation((0, 0, 0), random(0)), explanation((0, 0, 1), random(1))), True)
     for position in (0, -1):
         group = Group("g", (Selector(baseline_index=position),))
-        assert refused(lambda g=group: joint_figures(folded, SIGNATURE, FigureOptions(), [g])).reason == "EMPTY_GROUP"
+        assert refused(lambda g=group: joint_figures(folded, FigureOptions(), [g])).reason == "EMPTY_GROUP"

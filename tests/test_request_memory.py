@@ -17,13 +17,13 @@ from closed_form import WEIGHTS, ClosedForm, served, value
 from explainserve.baselines import BaselineSpec, Constant
 from explainserve.engine import Engine
 from explainserve.explainer import CONCURRENT_QUESTIONS, Explainer, Query
-from explainserve.explanation import Instance
+from explainserve.explanation import Instance, Subject
 from explainserve.methods import IntegratedGradients
 from explainserve.metrics import Metrics
 from explainserve.plan import Segment, SegmentEvaluation
 from explainserve.repository import ServedModel
 from explainserve.scheduling import Scheduler
-from explainserve.signature import Axis, InputSpec, Score, Signature
+from explainserve.signature import Axis, InputSpec, MapSpec, Score, Signature
 from explainserve.targets import Element, TargetSpec
 
 SIZE = 60_000
@@ -74,8 +74,8 @@ def query(model: ServedModel, method: IntegratedGradients, baseline_count: int, 
         instances=(Instance({"x": x}, {}),),
         targets=tuple(TargetSpec("y", Score.OUTPUT, Element((k,)), request_index=k) for k in range(target_count)),
         baselines=tuple(BaselineSpec(Constant((k / 100,)), request_index=k) for k in range(baseline_count)),
-        method_name="integrated_gradients",
-        method=method,
+        methods=(method,),
+        subject=Subject(maps={"x": MapSpec("x")}, shapes={"x": (SIZE,)}),
     )
 
 

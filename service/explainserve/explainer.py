@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from explainserve.baselines import BaselineSpec
 from explainserve.engine import Engine
 from explainserve.errors import DeadlineExceeded, InvalidRequest, LimitExceeded
-from explainserve.explanation import Attribution, Baseline, Instance, Question, StopReason, Target
+from explainserve.explanation import Attribution, Baseline, Instance, Question, StopReason, Subject, Target
 from explainserve.memory import Memory
 from explainserve.methods import Method
 from explainserve.plan import Differentiation, Evaluation, Plan, Segment, SegmentEvaluation, Tensors
@@ -27,8 +27,16 @@ from explainserve.targets import TargetSpec, certain_target_count
 
 T = TypeVar("T")
 
-Place = tuple[int, int, int]
-"""Instance, target of the instance, baseline of the instance."""
+
+class Place(NamedTuple):
+    """Where a map stands in the answer: positions of the method in the request, of the instance, and of the target and
+    the baseline of the instance; no baseline for methods that need none."""
+
+    method: int
+    instance: int
+    target: int
+    baseline: int | None
+
 
 CONCURRENT_QUESTIONS = 32
 """Most questions of one query whose rounds are in flight together: enough to fill batches."""
@@ -45,7 +53,8 @@ class Query:
     """What a client wants explained, checked against the model's signature.
 
     Attributes:
-        method_name: key of METHODS.
+        methods: resolved for the subject, in the order of the request.
+        baselines: where no method needs one, they are left out of account.
         request: priority and hard deadline of its rows.
         budget_ends_at: time of `time.monotonic` after which the best map so far is the answer, or None.
     """
@@ -54,8 +63,8 @@ class Query:
     instances: tuple[Instance, ...]
     targets: tuple[TargetSpec, ...]
     baselines: tuple[BaselineSpec, ...]
-    method_name: str
-    method: Method
+    methods: tuple[Method, ...]
+    subject: Subject
     request: Request = field(default_factory=Request)
     budget_ends_at: float | None = None
 
@@ -63,12 +72,21 @@ class Query:
         """Targets of one instance, in the order of the request."""
         return [spec for spec in self.targets if spec.instance_index in (None, instance_index)]
 
+    @property
+    def needs_baselines(self) -> bool:
+        """Whether any method does."""
+        return any(method.reading_guide.needs_baseline for method in self.methods)
+
+    def baseline_specs_of(self, instance_index: int) -> list[BaselineSpec]:
+        """Baselines of one instance that a method needs, in the order of the request."""
+        own = [spec for spec in self.baselines if spec.instance_index in (None, instance_index)]
+        return own if self.needs_baselines else []
+
     def baselines_of(self, instance_index: int) -> list[Baseline]:
-        """Baselines of one instance, noise counts expanded, in the order of the request."""
+        """The same, made, noise counts expanded."""
         return [
             baseline
-            for spec in self.baselines
-            if spec.instance_index in (None, instance_index)
+            for spec in self.baseline_specs_of(instance_index)
             for baseline in spec.baselines(
                 self.model.signature,
                 self.instances[instance_index],
@@ -83,15 +101,22 @@ class Query:
         return sum(spec.target_count for spec in self.targets_of(instance_index))
 
     def baseline_count(self, instance_index: int) -> int:
-        """Number of baselines of one instance, noise counts expanded."""
+        """Number of baselines of one instance that a method needs, noise counts expanded."""
         moving = tuple(self.instances[instance_index].moving)
-        own = [spec for spec in self.baselines if spec.instance_index in (None, instance_index)]
-        return sum(spec.baseline_count(moving) for spec in own)
+        return sum(spec.baseline_count(moving) for spec in self.baseline_specs_of(instance_index))
+
+    def path_count_of(self, method: Method, instance_index: int) -> int:
+        """Questions of one method about one instance and target: one per baseline, or one in all."""
+        return self.baseline_count(instance_index) if method.reading_guide.one_map_per_baseline else 1
 
     @property
     def question_count(self) -> int:
-        """Number of (instance, target, baseline)."""
-        return sum(self.target_count(index) * self.baseline_count(index) for index in range(len(self.instances)))
+        """Number of (method, instance, target, baseline)."""
+        return sum(
+            self.target_count(index) * self.path_count_of(method, index)
+            for method in self.methods
+            for index in range(len(self.instances))
+        )
 
     @property
     def held_bytes(self) -> int:
@@ -104,11 +129,11 @@ class Query:
     @property
     def path_bytes(self) -> int:
         """Memory that the path of one question holds while its rounds are in flight, at most."""
-        return self.method.path_bytes(sum(array.size for array in self.instances[0].moving.values()))
+        return max(method.path_bytes(self.subject) for method in self.methods)
 
     def path_count(self, max_bytes: int) -> int:
         """Questions whose rounds are in flight together: at least one, else as many as fit beside what is held."""
-        fitting = (max_bytes - self.held_bytes) // self.path_bytes
+        fitting = (max_bytes - self.held_bytes) // max(1, self.path_bytes)
         return max(1, min(fitting, CONCURRENT_QUESTIONS, self.question_count))
 
 
@@ -116,9 +141,8 @@ class Query:
 class Explanation:
     """One attribution and its place in the answer."""
 
-    instance_index: int
-    target_index: int
-    baseline_index: int
+    place: Place
+    method: Method
     question: Question
     attribution: Attribution
 
@@ -132,15 +156,16 @@ class Round:
     """
 
     place: Place
+    method: Method
     question: Question
     outcome: Attribution | Plan
 
-    def explanation(self, method: Method) -> Explanation:
+    def explanation(self) -> Explanation:
         """The answer, or the best map so far: computed here, so that rounds nobody looks at cost nothing."""
         attribution = self.outcome
         if isinstance(attribution, Plan):
-            attribution = replace(method.so_far(self.question, attribution), stop_reason=StopReason.UNFINISHED)
-        return Explanation(*self.place, self.question, attribution)
+            attribution = replace(self.method.so_far(self.question, attribution), stop_reason=StopReason.UNFINISHED)
+        return Explanation(self.place, self.method, self.question, attribution)
 
 
 Observer = Callable[[Round], None]
@@ -158,6 +183,7 @@ class Cost:
     Attributes:
         question_count: attributions before baselines are folded.
         end_point_rows: forward-only rows.
+        forward_rows: forward-only rows of methods that evaluate some.
         min_gradient_rows: if targets that may share rows share all of them.
         max_gradient_rows: if they share only those that are the same for every target.
         min_backward_count: if targets that may turn out to be the same one do.
@@ -170,6 +196,7 @@ class Cost:
 
     question_count: int
     end_point_rows: int
+    forward_rows: int
     min_gradient_rows: int
     max_gradient_rows: int
     min_backward_count: int
@@ -187,12 +214,12 @@ class Cost:
     @property
     def min_rows(self) -> int:
         """Fewest rows, each with one forward pass."""
-        return self.end_point_rows + self.min_gradient_rows
+        return self.end_point_rows + self.forward_rows + self.min_gradient_rows
 
     @property
     def max_rows(self) -> int:
         """Most rows."""
-        return self.end_point_rows + self.max_gradient_rows
+        return self.end_point_rows + self.forward_rows + self.max_gradient_rows
 
 
 @dataclass(eq=False)
@@ -229,7 +256,7 @@ class Usage:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """All attributions of a query, ordered by instance, target, baseline.
+    """All attributions of a query, ordered by method, instance, target, baseline.
 
     Attributes:
         baselines: per instance.
@@ -323,8 +350,11 @@ class Explainer:
         ):
             scores = await self._scores(query, prepared.end_points, usage)
             questions = await asyncio.to_thread(_questions, query, prepared.baselines, scores)
-            usage.saved_rows = 2 * len(questions) - usage.forward_rows
-            inquiries = [_Inquiry(place, question, observe) for place, question in questions]
+            ends = sum(1 if question.baseline is None else 2 for _, question in questions)
+            usage.saved_rows = ends - usage.forward_rows
+            inquiries = [
+                _Inquiry(place, query.methods[place.method], question, observe) for place, question in questions
+            ]
             explanations = await self._explanations(query, inquiries, prepared.cost.path_count, usage)
         return Answer(query, explanations, prepared.baselines, usage)
 
@@ -385,7 +415,8 @@ class Explainer:
         self, query: Query, inquiries: Sequence[_Inquiry], path_count: int, usage: Usage
     ) -> tuple[Explanation, ...]:
         """With a time budget the first round of all questions comes first, so that each has a map when it ends."""
-        groups, gate = _sharing_groups(inquiries, _sharing_limit(path_count)), _Gate(path_count)
+        limit = _sharing_limit(path_count, len(query.methods))
+        groups, gate = _sharing_groups(inquiries, limit), _Gate(path_count)
         if query.budget_ends_at is not None:
             await _all([self._begin(query, group, usage, gate) for group in groups])
         await _all([self._answer(query, group, usage, gate) for group in groups])
@@ -402,11 +433,10 @@ class Explainer:
                 await self._first_round(query, group, usage)
             while upcoming := [(one, one.outcome) for one in group if isinstance(one.outcome, Plan)]:
                 if not await self._round(query, upcoming, usage):
-                    so_far = query.method.so_far
-                    await _all([one.settle(partial(so_far, one.question, plan)) for one, plan in upcoming])
+                    await _all([one.settle(partial(one.method.so_far, one.question, plan)) for one, plan in upcoming])
 
     async def _first_round(self, query: Query, group: _Group, usage: Usage) -> None:
-        plans = await _all([asyncio.to_thread(query.method.plan, inquiry.question) for inquiry in group])
+        plans = await _all([asyncio.to_thread(one.method.plan, one.question) for one in group])
         if not await self._round(query, list(zip(group, plans, strict=True)), usage):
             raise _too_short()
 
@@ -422,7 +452,7 @@ class Explainer:
             return False
         usage.saved_rows += sum(plan.row_count for plan in plans) - together.plan.row_count
         judged = [
-            one.settle(partial(query.method.attribution, one.question, plan, own))
+            one.settle(partial(one.method.attribution, one.question, plan, own))
             for (one, plan), own in zip(upcoming, together.dealt(evaluation), strict=True)
         ]
         await _all(judged)
@@ -445,6 +475,7 @@ class _Inquiry:
     """
 
     place: Place
+    method: Method
     question: Question
     observe: Observer
     outcome: Attribution | Plan | None = None
@@ -452,13 +483,13 @@ class _Inquiry:
     async def settle(self, judge: Callable[[], Attribution | Plan]) -> None:
         """Lets the method say what follows from a round, beside the event loop."""
         self.outcome = await asyncio.to_thread(judge)
-        self.observe(Round(self.place, self.question, self.outcome))
+        self.observe(Round(self.place, self.method, self.question, self.outcome))
 
     @property
     def explanation(self) -> Explanation:
         """The answer."""
         assert isinstance(self.outcome, Attribution), "A question was left before its answer. This is a bug."
-        return Explanation(*self.place, self.question, self.outcome)
+        return Explanation(self.place, self.method, self.question, self.outcome)
 
 
 _Group = Sequence[_Inquiry]
@@ -466,9 +497,10 @@ _Group = Sequence[_Inquiry]
 
 
 class _Gate:
-    """A number of places, taken by groups in the order in which they come."""
+    """A number of places, taken by groups in the order in which they come; a larger group takes all."""
 
     def __init__(self, place_count: int) -> None:
+        self._count = place_count
         self._free = asyncio.Semaphore(place_count)
         self._entrance = asyncio.Lock()
 
@@ -477,7 +509,7 @@ class _Gate:
         """Waits for that many places; one group at a time, or two could hold what each other waits for."""
         async with AsyncExitStack() as taken:
             async with self._entrance:
-                for _ in range(count):
+                for _ in range(min(count, self._count)):
                     await taken.enter_async_context(self._free)
             yield
 
@@ -496,7 +528,7 @@ class _Scores:
 def _all_baselines(query: Query) -> tuple[tuple[Baseline, ...], ...]:
     baselines = tuple(tuple(query.baselines_of(index)) for index in range(len(query.instances)))
     for index, own in enumerate(baselines):
-        if not own:
+        if query.needs_baselines and not own:
             text = f"instance {index} has no baseline: each of them names another instance"
             raise InvalidRequest("INSTANCE_WITHOUT_BASELINES", text, instance=index)
         if not query.targets_of(index):
@@ -523,15 +555,31 @@ def _end_points(query: Query, baselines: tuple[tuple[Baseline, ...], ...]) -> En
 def _questions(
     query: Query, baselines: tuple[tuple[Baseline, ...], ...], scores: _Scores
 ) -> list[tuple[Place, Question]]:
-    """Every question with its place."""
-    questions = []
-    for i, instance in enumerate(query.instances):
-        for t, (function, target) in enumerate(_resolved(query, i, scores)):
-            at_instance = target.selector.value(scores.at(function, i, None))
-            for b, baseline in enumerate(baselines[i]):
-                at_baseline = target.selector.value(scores.at(function, i, b))
-                questions.append(((i, t, b), Question(instance, target, baseline, at_instance, at_baseline)))
-    return questions
+    """Every question with its place, in the order of the answer. Methods are asked the same ones, so that they share
+    what they evaluate."""
+    asked = [list(_questions_of(query, i, baselines[i], scores)) for i in range(len(query.instances))]
+    return [
+        (Place(m, i, t, b), question)
+        for m, method in enumerate(query.methods)
+        for i, own in enumerate(asked)
+        for t, b, question in own
+        if (b is not None) == method.reading_guide.one_map_per_baseline
+    ]
+
+
+def _questions_of(
+    query: Query, i: int, baselines: Sequence[Baseline], scores: _Scores
+) -> Iterator[tuple[int, int | None, Question]]:
+    """Questions about one instance with positions of target and baseline: for each target one without a baseline, for
+    methods that need none or take all, and one with each."""
+    instance, subject, every = query.instances[i], query.subject, tuple(baselines)
+    for t, (function, target) in enumerate(_resolved(query, i, scores)):
+        at_instance = target.selector.value(scores.at(function, i, None))
+        ends = [target.selector.value(scores.at(function, i, b)) for b in range(len(baselines))]
+        mean = float(np.mean(ends)) if ends else None
+        yield t, None, Question(subject, instance, target, None, at_instance, mean, every)
+        for b, baseline in enumerate(baselines):
+            yield t, b, Question(subject, instance, target, baseline, at_instance, ends[b])
 
 
 def _resolved(query: Query, instance_index: int, scores: _Scores) -> Iterator[tuple[Differentiation, Target]]:
@@ -550,38 +598,51 @@ def _end_point_bound(query: Query) -> int:
     )
 
 
-def _sharing_limit(path_count: int) -> int:
-    """Most targets that share rows: their paths are in flight together."""
-    return min(MAX_SHARING_TARGETS, path_count)
+def _sharing_limit(path_count: int, method_count: int) -> int:
+    """Most targets that share rows: their paths are in flight together, those of all methods."""
+    return max(1, min(MAX_SHARING_TARGETS, path_count // method_count))
 
 
 def _sharing_groups(inquiries: Sequence[_Inquiry], limit: int) -> list[_Group]:
-    """Questions of the same instance, baseline and function, at most `limit` together."""
-    groups: dict[tuple[int, int, Differentiation], list[_Inquiry]] = {}
+    """Questions of the same instance, baseline and function, of at most `limit` targets together, by all methods; those
+    without a baseline go with the first one."""
+    groups: dict[tuple[int, int, Differentiation], dict[int, list[_Inquiry]]] = {}
     for inquiry in inquiries:
-        instance_index, _, baseline_index = inquiry.place
-        groups.setdefault((instance_index, baseline_index, inquiry.question.gradient), []).append(inquiry)
-    return [part for group in groups.values() for part in _parts(group, limit)]
+        place, function = inquiry.place, inquiry.question.score
+        by_target = groups.setdefault((place.instance, place.baseline or 0, function), {})
+        by_target.setdefault(place.target, []).append(inquiry)
+    return [
+        [inquiry for of_target in part for inquiry in of_target]
+        for by_target in groups.values()
+        for part in _parts(list(by_target.values()), limit)
+    ]
 
 
-def _parts(group: list[_Inquiry], limit: int) -> Iterator[list[_Inquiry]]:
-    for first in range(0, len(group), limit):
-        yield group[first : first + limit]
+def _parts(whole: Sequence[T], limit: int) -> Iterator[Sequence[T]]:
+    for first in range(0, len(whole), limit):
+        yield whole[first : first + limit]
 
 
 def _cost(query: Query, end_point_rows: int, path_count: int) -> Cost:
-    of_one = query.method.cost()
-    limit = _sharing_limit(path_count)
-    paths = [path for index in range(len(query.instances)) for path in _paths(query, index, limit)]
-    apart = of_one.max_gradient_rows - of_one.common_gradient_rows
+    limit = _sharing_limit(path_count, len(query.methods))
+    paths = [
+        (method.cost(query.subject), path)
+        for method in query.methods
+        for index in range(len(query.instances))
+        for path in _paths(query, method, index, limit)
+    ]
     return Cost(
         question_count=query.question_count,
         end_point_rows=end_point_rows,
-        min_gradient_rows=of_one.min_gradient_rows * sum(p.count * p.groups for p in paths),
-        max_gradient_rows=of_one.common_gradient_rows * sum(p.count * p.groups for p in paths)
-        + apart * sum(p.count * p.targets for p in paths),
-        min_backward_count=of_one.min_gradient_rows * sum(p.count * p.certain_targets for p in paths),
-        max_backward_count=of_one.max_gradient_rows * sum(p.count * p.targets for p in paths),
+        forward_rows=sum(one.forward_rows * p.count * p.groups for one, p in paths),
+        min_gradient_rows=sum(one.min_gradient_rows * p.count * p.groups for one, p in paths),
+        max_gradient_rows=sum(
+            one.common_gradient_rows * p.count * p.groups
+            + (one.max_gradient_rows - one.common_gradient_rows) * p.count * p.targets
+            for one, p in paths
+        ),
+        min_backward_count=sum(one.min_gradient_rows * p.count * p.certain_targets for one, p in paths),
+        max_backward_count=sum(one.max_gradient_rows * p.count * p.targets for one, p in paths),
         path_count=path_count,
         held_bytes=query.held_bytes,
         path_bytes=path_count * query.path_bytes,
@@ -591,10 +652,10 @@ def _cost(query: Query, end_point_rows: int, path_count: int) -> Cost:
 
 @dataclass(frozen=True)
 class _Paths:
-    """Paths from the baselines of one instance to it, under one function.
+    """Paths of one method to one instance, under one function.
 
     Attributes:
-        count: number of baselines.
+        count: number of baselines, or 1 where the method needs none.
         targets: number of targets, of which `certain_targets` certainly differ.
         groups: of targets that share rows.
     """
@@ -605,14 +666,14 @@ class _Paths:
     groups: int
 
 
-def _paths(query: Query, instance_index: int, sharing_limit: int) -> Iterator[_Paths]:
+def _paths(query: Query, method: Method, instance_index: int, sharing_limit: int) -> Iterator[_Paths]:
     specs: dict[Differentiation, list[TargetSpec]] = {}
     for spec in query.targets_of(instance_index):
         specs.setdefault(spec.function(query.model.signature), []).append(spec)
     for own in specs.values():
         target_count = sum(spec.target_count for spec in own)
         groups = -(-target_count // sharing_limit)
-        yield _Paths(query.baseline_count(instance_index), target_count, certain_target_count(own), groups)
+        yield _Paths(query.path_count_of(method, instance_index), target_count, certain_target_count(own), groups)
 
 
 def _input_bytes(instances: Sequence[Instance]) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from explainserve.plan import Differentiation, Selector, Tensors
-from explainserve.signature import Score, ScoreHead
+from explainserve.plan import STANDARD, Differentiation, GradientRule, Selector, Tensors
+from explainserve.signature import Layer, MapSpec, Score, ScoreHead, element_count
 
 
 class StopReason(enum.Enum):
@@ -76,28 +77,89 @@ class Baseline:
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
-    """Why does the target have this value at the instance and not the one at the baseline?
+class Subject:
+    """What a method may know of the model and the instances before anything is evaluated.
 
     Attributes:
-        instance_output_value, baseline_output_value: F(x) and F(x'), in the unit of the target's score.
+        maps: how the moving inputs are laid out, by name.
+        shapes: of one instance's moving inputs, by name.
+        layers: of the model, in the order of its graph.
+        configured_layers: names of those that the model's owner picked.
     """
 
+    maps: Mapping[str, MapSpec]
+    shapes: Mapping[str, tuple[int, ...]]
+    layers: tuple[Layer, ...] = ()
+    configured_layers: tuple[str, ...] = ()
+
+    @property
+    def element_count(self) -> int:
+        """Elements of all moving inputs of one instance."""
+        return sum(element_count(shape) for shape in self.shapes.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """Why does the target have this value at the instance, and not the one at the baseline?
+
+    Attributes:
+        baseline: None for methods that need none, or take all.
+        instance_output_value, baseline_output_value: F(x) and F(x'), in the unit of the target's score; the second is
+            the mean over all baselines for methods that take all, and None without a baseline.
+        baselines: all of them, for methods that take all.
+    """
+
+    subject: Subject
     instance: Instance
     target: Target
-    baseline: Baseline
+    baseline: Baseline | None
     instance_output_value: float
-    baseline_output_value: float
+    baseline_output_value: float | None
+    baselines: tuple[Baseline, ...] = ()
+
+    @property
+    def start(self) -> Tensors:
+        """The moving inputs at the baseline."""
+        assert self.baseline is not None, "A method that needs a baseline was asked without one. This is a bug."
+        return self.baseline.moving
+
+    @property
+    def start_output_value(self) -> float:
+        """F(x')."""
+        assert self.baseline_output_value is not None, "A method that needs a baseline was asked without one."
+        return self.baseline_output_value
 
     @property
     def output_change(self) -> float:
         """F(x) - F(x')."""
-        return self.instance_output_value - self.baseline_output_value
+        return self.instance_output_value - self.start_output_value
+
+    @property
+    def score(self) -> Differentiation:
+        """The target's output and head, forward only."""
+        return Differentiation(self.target.output, self.target.head)
 
     @property
     def gradient(self) -> Differentiation:
-        """The target's output and head, differentiated with respect to all moving inputs."""
-        return Differentiation(self.target.output, self.target.head, tuple(self.instance.moving))
+        """The same, differentiated with respect to all moving inputs."""
+        return self.gradient_by(STANDARD)
+
+    def gradient_by(self, rule: GradientRule) -> Differentiation:
+        """The same under a gradient rule."""
+        return replace(self.score, wrt=tuple(self.instance.moving), rule=rule)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well the model that a method fits to the scores of its samples explains them.
+
+    Attributes:
+        r_squared: weighted share of their variance, at most 1; None where the scores do not vary.
+        intercept: its score where every feature is absent.
+    """
+
+    r_squared: float | None
+    intercept: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,18 +167,38 @@ class Attribution:
     """The answer of a method.
 
     Attributes:
-        tensors: raw attributions by input name, float32, in the input's shape without the batch axis.
-        step_count: gradient evaluations of the path.
-        map_error: estimated relative L2 error over all moving inputs, or None where the rule gives no estimate.
-        alphas, scores: the score path, ascending from 0 (F(x')) to 1 (F(x)), both float64, shape (points,).
+        tensors: raw attributions by name of the input or layer, float32, without the batch axis.
+        step_count: gradient evaluations, or forward evaluations of a method that takes no gradient.
+        map_error: estimated relative L2 error over all tensors: of quadrature, or of sampling (the length of the
+            standard errors over that of the map); None where there is no estimate.
+        alphas, scores: the score path, ascending from 0 (F(x')) to 1 (F(x)), both float64, shape (points,); empty for
+            methods without a path.
+        baseline_output_value: where the path of the method itself starts, for methods that need no baseline.
+        maps: layout of tensors that are not in the shape of an input, by name.
+        standard_errors: of sampled methods, float32, in the shapes of `tensors`.
+        fit: of methods that fit a model.
+        segments: labels of the regions or features that elements belong to, by name of the input, int32 from 0, where
+            the method has any: in the input's shape, with extent 1 along axes on which they do not depend.
+        parts: further maps that the answer was made of, by name, such as the base maps of XRAI.
     """
 
     tensors: Mapping[str, NDArray[np.float32]]
     step_count: int
-    stop_reason: StopReason
-    map_error: float | None
-    alphas: NDArray[np.float64]
-    scores: NDArray[np.float64]
+    stop_reason: StopReason = StopReason.FIXED_STEPS
+    map_error: float | None = None
+    alphas: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    scores: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    baseline_output_value: float | None = None
+    maps: Mapping[str, MapSpec] = field(default_factory=dict)
+    standard_errors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    fit: Fit | None = None
+    segments: Mapping[str, NDArray[np.int32]] = field(default_factory=dict)
+    parts: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    def checked(self) -> Self:
+        """The same, with NON_FINITE and without an error where a map or a score is not finite."""
+        finite = np.isfinite(self.scores).all() and all(np.isfinite(tensor).all() for tensor in self.tensors.values())
+        return self if finite else replace(self, stop_reason=StopReason.NON_FINITE, map_error=None)
 
 
 def attribution_sum(tensors: Mapping[str, NDArray[np.float32]]) -> float:

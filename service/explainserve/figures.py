@@ -4,7 +4,7 @@ groups."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from explainserve.errors import InvalidRequest
 from explainserve.explainer import Answer, Explanation, Query
-from explainserve.explanation import StopReason, Target
+from explainserve.explanation import Attribution, StopReason, Subject, Target
+from explainserve.methods import Method
 from explainserve.normalization import Normalization, normalizations
 from explainserve.regions import Box, RegionSum, check_box, check_mask, region_sums
-from explainserve.signature import InputSpec, Signature
+from explainserve.signature import InputSpec, MapSpec
 from explainserve.statistics import Range, Statistics, View, joint_range, pooled_statistics, reduce_to_view, statistics
 
 Map = NDArray[np.float32]
@@ -43,8 +44,8 @@ class Selector:
 
     def matches(self, places: Places) -> NDArray[np.bool_]:
         """Which maps are selected, shape (maps,)."""
-        selected = np.full(len(places.positions), self.method_index in (None, 0))
-        wanted = (self.instance_index, self.target_index, self.baseline_index)
+        selected = np.full(len(places.positions), True)
+        wanted = (self.method_index, self.instance_index, self.target_index, self.baseline_index)
         for position, own in zip(wanted, places.positions.T, strict=True):
             if position is not None:
                 selected &= own == position
@@ -61,10 +62,13 @@ class Group:
 
 
 FOLDED = np.iinfo(np.int64).min
-"""Baseline position of a mean over baselines: no selector names it."""
+"""Baseline position of a map without a baseline, or of a mean over them: no selector names it."""
 
-Unit = tuple[str, str]
-"""Output and score of a map."""
+Unit = tuple[str, str, str]
+"""Output and score of a map, and the unit of its values as its method states it."""
+
+Position = tuple[int, int, int, int | None]
+"""Method, instance, target and baseline of a map; None for one without a baseline, or a mean over them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +76,7 @@ class Places:
     """Where the maps of a response stand, in its order, and in which units; known before they are computed.
 
     Attributes:
-        positions: instance, target and baseline (FOLDED for a mean over them), int64, shape (maps, 3).
+        positions: method, instance, target and baseline (FOLDED where there is none), int64, shape (maps, 4).
         units: position in `names`, int64, shape (maps,).
         names: the distinct units, ordered.
     """
@@ -82,13 +86,13 @@ class Places:
     names: tuple[Unit, ...]
 
     @classmethod
-    def of(cls, places: Sequence[tuple[int, int, int | None, Unit]]) -> Places:
-        """From (instance, target, baseline or None, unit) of each map."""
-        names = tuple(sorted({unit for *_, unit in places}))
+    def of(cls, places: Sequence[tuple[Position, Unit]]) -> Places:
+        """From position and unit of each map."""
+        names = tuple(sorted({unit for _, unit in places}))
         code = {unit: position for position, unit in enumerate(names)}
-        positions = [(i, t, FOLDED if b is None else b) for i, t, b, _ in places]
+        positions = [(*whose, FOLDED if baseline is None else baseline) for (*whose, baseline), _ in places]
         return cls(
-            np.array(positions, np.int64).reshape(-1, 3), np.array([code[unit] for *_, unit in places], np.int64), names
+            np.array(positions, np.int64).reshape(-1, 4), np.array([code[unit] for _, unit in places], np.int64), names
         )
 
     def members(self, group: Group) -> list[int]:
@@ -126,7 +130,7 @@ class FigureOptions:
     regions: bool = True
     views: tuple[View, ...] = ()
 
-    def views_of(self, spec: InputSpec) -> tuple[View, ...]:
+    def views_of(self, spec: MapSpec | InputSpec) -> tuple[View, ...]:
         """The views of one input: without a channel axis ELEMENTS only."""
         if spec.channel_axis is None:
             return (View.ELEMENTS,)
@@ -138,35 +142,54 @@ class Entry:
     """One map of the response: an explanation, or the mean of several over their baselines.
 
     Attributes:
-        baseline_index: None for a mean over baselines.
+        method: that made it.
+        baseline_index: None for one without a baseline, and for a mean over baselines.
+        maps: how each tensor is laid out.
+        baseline_output_value: None without a baseline.
+        attribution: of the method; that of the first baseline for a mean.
+        tensors, step_count, stop_reason, map_error: of the map.
         spread: population standard deviation over baselines, by input.
+        folded: whether it is a mean over baselines.
     """
 
+    method: Method
+    method_index: int
     instance_index: int
     target_index: int
     baseline_index: int | None
     target: Target
+    maps: Mapping[str, MapSpec]
+    attribution: Attribution
     tensors: dict[str, Map]
     spread: dict[str, Map]
     instance_output_value: float
-    baseline_output_value: float
+    baseline_output_value: float | None
     step_count: int
     stop_reason: StopReason
     map_error: float | None
-    alphas: NDArray[np.float64]
-    scores: NDArray[np.float64]
+    folded: bool = False
     _statistics: dict[tuple[str, View], Statistics] = field(default_factory=dict, init=False)
 
     @property
-    def output_change(self) -> float:
-        """F(x) - F(x')."""
-        return self.instance_output_value - self.baseline_output_value
+    def position(self) -> Position:
+        """Its place in the answer."""
+        return self.method_index, self.instance_index, self.target_index, self.baseline_index
 
-    def values(self, spec: InputSpec, view: View) -> NDArray[np.float64]:
+    @property
+    def output_change(self) -> float | None:
+        """F(x) - F(x'); None without a baseline."""
+        return None if self.baseline_output_value is None else self.instance_output_value - self.baseline_output_value
+
+    @property
+    def unit(self) -> Unit:
+        """Maps of one unit may be compared."""
+        return self.target.output, self.target.score.name, self.method.reading_guide.units
+
+    def values(self, spec: MapSpec, view: View) -> NDArray[np.float64]:
         """One view of the map of one input."""
         return reduce_to_view(self.tensors[spec.name], view, spec.channel_axis)
 
-    def statistics(self, spec: InputSpec, view: View) -> Statistics:
+    def statistics(self, spec: MapSpec, view: View) -> Statistics:
         """Figures of one view, computed once: sorting is the dear part, and groups of one map ask again."""
         if (spec.name, view) not in self._statistics:
             self._statistics[spec.name, view] = statistics(self.values(spec, view), view)
@@ -204,31 +227,29 @@ class JointFigures:
 
 
 def entries(answer: Answer, fold_baselines: bool) -> list[Entry]:
-    """The maps of the response, ordered by instance, target, baseline."""
+    """The maps of the response, ordered by method, instance, target, baseline."""
+    maps = [_entry(explanation) for explanation in answer.explanations]
     if not fold_baselines:
-        return [_entry(explanation) for explanation in answer.explanations]
-    groups: dict[tuple[int, int], list[Explanation]] = {}
-    for explanation in answer.explanations:
-        groups.setdefault((explanation.instance_index, explanation.target_index), []).append(explanation)
-    return [_mean(members) for members in groups.values()]
+        return maps
+    groups: dict[tuple[int, int, int], list[Entry]] = {}
+    for entry in maps:
+        groups.setdefault((entry.method_index, entry.instance_index, entry.target_index), []).append(entry)
+    return [own[0] if own[0].baseline_index is None else _mean(own) for own in groups.values()]
 
 
-def check_regions(regions: Sequence[Region], signature: Signature, shapes: dict[str, tuple[int, ...]]) -> list[Region]:
+def check_regions(regions: Sequence[Region], subject: Subject) -> list[Region]:
     """Names the input of every region and checks that it lies inside.
-
-    Args:
-        shapes: of one instance, by explained input.
 
     Raises:
         InvalidRequest: REGION_OUT_OF_BOUNDS, REGION_INPUT_REQUIRED, REGION_NAME_REPEATED.
     """
-    named = [_named(region, signature, shapes) for region in regions]
+    named = [_named(region, subject) for region in regions]
     keys = Counter((region.name, region.input, region.instance_index) for region in named)
     for (name, *_), count in keys.items():
         if count > 1:
             raise InvalidRequest("REGION_NAME_REPEATED", f"two regions are named {name!r}", region=name)
     for region in named:
-        _check_area(region, signature.input(region.input), shapes[region.input])
+        _check_area(region, subject.maps[region.input], subject.shapes[region.input])
     return named
 
 
@@ -242,7 +263,7 @@ def group_sizes(query: Query, fold_baselines: bool, groups: Sequence[Group]) -> 
     return [len(places.members(group)) for group in groups]
 
 
-def input_figures(entry: Entry, spec: InputSpec, options: FigureOptions, regions: Sequence[Region]) -> InputFigures:
+def input_figures(entry: Entry, spec: MapSpec, options: FigureOptions, regions: Sequence[Region]) -> InputFigures:
     """Figures of one input of one map."""
     tensor = entry.tensors[spec.name]
     figures = [entry.statistics(spec, view) for view in (options.views_of(spec) if options.statistics else ())]
@@ -255,39 +276,46 @@ def input_figures(entry: Entry, spec: InputSpec, options: FigureOptions, regions
     return InputFigures(tuple(figures), _recipes(figures), tuple(sums))
 
 
-def joint_figures(
-    maps: Sequence[Entry], signature: Signature, options: FigureOptions, groups: Sequence[Group]
-) -> list[JointFigures]:
+def joint_figures(maps: Sequence[Entry], options: FigureOptions, groups: Sequence[Group]) -> list[JointFigures]:
     """Figures of the default group, split by unit, and of the named groups.
 
     Raises:
         InvalidRequest: as `Places.members`.
     """
     everything = _by_unit(maps) if options.joint else {}
-    places = Places.of([(e.instance_index, e.target_index, e.baseline_index, _unit(e)) for e in maps])
-    joint = [_joint(name, members, maps, signature, options, pairwise=False) for name, members in everything.items()]
+    places = Places.of([(entry.position, entry.unit) for entry in maps])
+    joint = [_joint(name, members, maps, options, pairwise=False) for name, members in everything.items()]
     for group in groups:
-        joint.append(_joint(group.name, places.members(group), maps, signature, options, pairwise=group.pairwise))
+        joint.append(_joint(group.name, places.members(group), maps, options, pairwise=group.pairwise))
     return joint
 
 
 def _entry(explanation: Explanation) -> Entry:
-    question, attribution = explanation.question, explanation.attribution
+    place, question, attribution = explanation.place, explanation.question, explanation.attribution
     return Entry(
-        instance_index=explanation.instance_index,
-        target_index=explanation.target_index,
-        baseline_index=explanation.baseline_index,
+        method=explanation.method,
+        method_index=place.method,
+        instance_index=place.instance,
+        target_index=place.target,
+        baseline_index=place.baseline,
         target=question.target,
+        maps={**question.subject.maps, **attribution.maps},
+        attribution=attribution,
         tensors=dict(attribution.tensors),
         spread={},
         instance_output_value=question.instance_output_value,
-        baseline_output_value=question.baseline_output_value,
+        baseline_output_value=_start_output_value(explanation),
         step_count=attribution.step_count,
         stop_reason=attribution.stop_reason,
         map_error=attribution.map_error,
-        alphas=attribution.alphas,
-        scores=attribution.scores,
     )
+
+
+def _start_output_value(explanation: Explanation) -> float | None:
+    """F where the path starts: at a baseline, or where the method itself puts it."""
+    if explanation.method.reading_guide.needs_baseline:
+        return explanation.question.baseline_output_value
+    return explanation.attribution.baseline_output_value
 
 
 _WORST_FIRST = (
@@ -301,23 +329,20 @@ _WORST_FIRST = (
 )
 
 
-def _mean(members: list[Explanation]) -> Entry:
+def _mean(parts: Sequence[Entry]) -> Entry:
     """The mean over baselines with spread; the error is bounded by the mean of errors weighted by norms."""
-    parts = [_entry(member) for member in members]
     stacked = {name: np.stack([p.tensors[name].astype(np.float64) for p in parts]) for name in parts[0].tensors}
     means = {name: maps.mean(axis=0).astype(np.float32) for name, maps in stacked.items()}
-    empty = np.empty(0)
     return replace(
         parts[0],
         baseline_index=None,
         tensors=means,
         spread={name: maps.std(axis=0).astype(np.float32) for name, maps in stacked.items()},
-        baseline_output_value=float(np.mean([p.baseline_output_value for p in parts])),
+        baseline_output_value=float(np.mean([cast(float, p.baseline_output_value) for p in parts])),
         step_count=sum(p.step_count for p in parts),
         stop_reason=min((p.stop_reason for p in parts), key=_WORST_FIRST.index),
         map_error=_mean_error(parts, means),
-        alphas=empty,
-        scores=empty,
+        folded=True,
     )
 
 
@@ -338,7 +363,8 @@ def _recipes(figures: Sequence[Statistics]) -> tuple[Normalization, ...]:
     return tuple(recipe for figure in figures for recipe in normalizations(figure))
 
 
-def _named(region: Region, signature: Signature, shapes: dict[str, tuple[int, ...]]) -> Region:
+def _named(region: Region, subject: Subject) -> Region:
+    shapes = subject.shapes
     if region.input:
         if region.input not in shapes:
             raise InvalidRequest(
@@ -349,7 +375,7 @@ def _named(region: Region, signature: Signature, shapes: dict[str, tuple[int, ..
             )
         return region
     boxed = isinstance(region.area, Box)
-    fitting = [name for name in shapes if not boxed or signature.input(name).spatial_axes is not None]
+    fitting = [name for name in shapes if not boxed or subject.maps[name].spatial_axes is not None]
     if len(fitting) != 1:
         raise InvalidRequest(
             "REGION_INPUT_REQUIRED",
@@ -361,7 +387,7 @@ def _named(region: Region, signature: Signature, shapes: dict[str, tuple[int, ..
     return replace(region, input=fitting[0])
 
 
-def _check_area(region: Region, spec: InputSpec, shape: tuple[int, ...]) -> None:
+def _check_area(region: Region, spec: MapSpec, shape: tuple[int, ...]) -> None:
     try:
         if isinstance(region.area, Box):
             check_box(region.area, shape, spec.spatial_axes)
@@ -374,53 +400,55 @@ def _check_area(region: Region, spec: InputSpec, shape: tuple[int, ...]) -> None
 
 
 def _by_unit(maps: Sequence[Entry]) -> dict[str, list[int]]:
-    """Positions of the default group "all", or of "all/<output>/<score>" where units differ."""
-    units: dict[tuple[str, str], list[int]] = {}
+    """Positions of the default group "all"; where units differ of "all/<output>/<score>", and where methods have
+    several, of "all/<output>/<score>/<unit>"."""
+    units: dict[Unit, list[int]] = {}
     for position, entry in enumerate(maps):
-        units.setdefault(_unit(entry), []).append(position)
+        units.setdefault(entry.unit, []).append(position)
     if len(units) == 1:
         return {"all": list(range(len(maps)))}
-    return {f"all/{output}/{score}": members for (output, score), members in units.items()}
+    depth = 3 if len({unit for *_, unit in units}) > 1 else 2
+    return {"/".join(("all", *unit[:depth])): members for unit, members in units.items()}
 
 
-def _unit(entry: Entry) -> Unit:
-    return entry.target.output, entry.target.score.name
-
-
-def _planned(query: Query, fold_baselines: bool) -> Iterator[tuple[int, int, int | None, Unit]]:
-    """Places of the maps to come, in the order of `entries`."""
-    for i in range(len(query.instances)):
-        baselines: Sequence[int | None] = [None] if fold_baselines else range(query.baseline_count(i))
-        units = [
-            (spec.function(query.model.signature).output, spec.score.name)
-            for spec in query.targets_of(i)
-            for _ in range(spec.target_count)
-        ]
-        yield from ((i, t, b, unit) for t, unit in enumerate(units) for b in baselines)
+def _planned(query: Query, fold_baselines: bool) -> Iterator[tuple[Position, Unit]]:
+    """Positions of the maps to come, in the order of `entries`."""
+    for m, method in enumerate(query.methods):
+        guide = method.reading_guide
+        for i in range(len(query.instances)):
+            each = guide.one_map_per_baseline and not fold_baselines
+            baselines: Sequence[int | None] = range(query.baseline_count(i)) if each else [None]
+            units = [
+                (spec.function(query.model.signature).output, spec.score.name, guide.units)
+                for spec in query.targets_of(i)
+                for _ in range(spec.target_count)
+            ]
+            yield from (((m, i, t, b), unit) for t, unit in enumerate(units) for b in baselines)
 
 
 def _joint(
     name: str,
     members: list[int],
     maps: Sequence[Entry],
-    signature: Signature,
     options: FigureOptions,
     *,
     pairwise: bool,
 ) -> JointFigures:
+    """Per input or layer over the maps that have it, which methods of layers do not share with others."""
     inputs: dict[str, InputFigures] = {}
     pairs: list[PairRange] = []
-    for spec in (signature.input(tensor) for tensor in maps[members[0]].tensors):
+    for spec in {name: maps[k].maps[name] for k in members for name in maps[k].tensors}.values():
+        own = [k for k in members if spec.name in maps[k].tensors]
         pooled: list[Statistics] = []
         for view in options.views_of(spec):
-            pooled.append(_pooled([maps[k] for k in members], spec, view))
+            pooled.append(_pooled([maps[k] for k in own], spec, view))
             if pairwise:
-                pairs += _pairs(members, [maps[k].statistics(spec, view) for k in members], spec.name, view)
+                pairs += _pairs(own, [maps[k].statistics(spec, view) for k in own], spec.name, view)
         inputs[spec.name] = InputFigures(tuple(pooled), _recipes(pooled))
     return JointFigures(name, tuple(members), inputs, tuple(pairs))
 
 
-def _pooled(members: list[Entry], spec: InputSpec, view: View) -> Statistics:
+def _pooled(members: list[Entry], spec: MapSpec, view: View) -> Statistics:
     if len(members) == 1:
         return members[0].statistics(spec, view)
     return pooled_statistics([member.values(spec, view) for member in members], view)

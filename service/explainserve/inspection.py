@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from explainserve import backends
-from explainserve.backends import Layer, LoadOptions, OperatorGap
+from explainserve.backends import LoadOptions, OperatorGap
 from explainserve.backends.trial import FATAL, Trials
 from explainserve.errors import ModelRefused
 from explainserve.model_config import ModelConfig
 from explainserve.repository import FORMATS, digest, model_files
-from explainserve.signature import Axis, InputSpec, OutputKind, OutputSpec, Signature
+from explainserve.signature import Axis, InputSpec, Layer, OutputKind, OutputSpec, Signature
 
 _CHANNEL_COUNTS = (1, 3, 4)
 _FLOAT = np.dtype(np.float32)

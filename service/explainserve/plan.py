@@ -41,18 +41,41 @@ class Selector:
 
 
 @dataclass(frozen=True)
+class GradientRule:
+    """How the backward pass treats operators.
+
+    Attributes:
+        name: "standard" for derivatives, or that of a rule that alters the backward pass.
+        options: of the rule, by name.
+    """
+
+    name: str = "standard"
+    options: tuple[tuple[str, float], ...] = ()
+
+
+STANDARD = GradientRule()
+
+
+@dataclass(frozen=True)
 class Differentiation:
     """Which function of a model rows evaluate, and with respect to what.
 
     Attributes:
         output: name of the output.
         head: appended to it.
-        wrt: names of the inputs that are differentiated; () for forward-only rows.
+        wrt: names of the tensors that are differentiated, inputs, or layers too; () for forward-only rows.
+        rule: of the backward pass.
+        taps: names of layers whose values come back, for each row.
+        cut: names of layers that stand where inputs stand: the ends of a segment give their values, and nothing before
+            them is evaluated but what other routes need.
     """
 
     output: str
     head: ScoreHead
     wrt: tuple[str, ...] = ()
+    rule: GradientRule = STANDARD
+    taps: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +141,13 @@ class SegmentEvaluation:
         scores: of each row at the selector, float64, shape (rows,); empty without a selector.
         gradient_sums: per differentiated input the sum over rows of weight x gradient, in the input's shape.
         outputs: score tensors of rows without a selector, shape (rows, *score shape); None otherwise.
+        values: per tapped layer its value at each row, shape (rows, *layer shape).
     """
 
     scores: NDArray[np.float64]
     gradient_sums: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
     outputs: NDArray[np.generic] | None = None
+    values: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ from explainserve.baselines import NAMED, Data, InputBaseline
 from explainserve.errors import ExplainServeError, ModelRefused, NotFound, Unsupported
 from explainserve.fingerprint import fingerprint
 from explainserve.model_config import BaselineConfig, ModelConfig, Precision, read_model_config
-from explainserve.signature import InputSpec, Signature
+from explainserve.signature import InputSpec, Layer, Signature
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,14 @@ class ModelFolder:
         expected = " or ".join(f"model{suffix}" for suffix in FORMATS)
         where = "VERSION/" if self.version == NO_VERSION else ""
         raise ModelRefused("NO_MODEL_FILE", f"{self.folder.name} holds no {where}{expected}", folder=self.folder.name)
+
+
+@dataclass(frozen=True)
+class MissingCapability:
+    """What a method needs and a model lacks: "gradient", "layers", or "rule:" and the name of a gradient rule."""
+
+    capability: str
+    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,8 +184,46 @@ class ServedModel:
             return "; ".join([*map(str, first), *([f"and {others} more"] if others else [])])
         return self.signature.undifferentiable_reason
 
-    def check_differentiable(self) -> None:
-        """Raises Unsupported (NOT_DIFFERENTIABLE) where no gradient can be taken; GetModel says why, with all gaps."""
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Those of the graph, then those that only the configuration names."""
+        known = {layer.name for layer in self.loaded.layers}
+        return (*self.loaded.layers, *(Layer(name) for name in self.config.layers if name not in known))
+
+    def missing(self, rule: str, *, layers: bool) -> MissingCapability | None:
+        """What keeps methods with these needs from explaining it, or None.
+
+        Args:
+            rule: name of the gradient rule, or "" for none.
+            layers: whether layers are reached.
+        """
+        if rule and not self.differentiable:
+            return MissingCapability("gradient", self.undifferentiable_reason)
+        unknown = f"backend {self.loaded.backend} has no gradient rule {rule!r}"
+        reason = self.loaded.gradient_rules.get(rule, unknown) if rule else ""
+        if reason:
+            return MissingCapability(f"rule:{rule}", reason)
+        if layers and not self.loaded.reaches_layers:
+            return MissingCapability("layers", f"backend {self.loaded.backend} does not reach layers of this file")
+        return None
+
+    def check_supports(self, rule: str, *, layers: bool) -> None:
+        """Raises Unsupported where a capability is missing: a gradient (NOT_DIFFERENTIABLE), or a gradient rule or
+        layers (CAPABILITY_MISSING). GetModel says so beforehand.
+        """
+        missing = self.missing(rule, layers=layers)
+        if missing is None:
+            return
+        if missing.capability == "gradient":
+            self._check_differentiable()
+        raise Unsupported(
+            "CAPABILITY_MISSING",
+            f"model {self.name!r} lacks {missing.capability}: {missing.reason}",
+            model=self.name,
+            capability=missing.capability,
+        )
+
+    def _check_differentiable(self) -> None:
         if not self.differentiable:
             raise Unsupported(
                 "NOT_DIFFERENTIABLE",

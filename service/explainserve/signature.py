@@ -57,6 +57,44 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """A floating-point tensor between inputs and outputs that a person can pick.
+
+    Attributes:
+        module: path of the module that computes it, "" where the exporter does not tell.
+        axes: the batch axis included; empty where even their number is unknown.
+        bypassing_inputs: inputs whose values reach this tensor, and around it too an output that depends on it.
+    """
+
+    name: str
+    operator: str = ""
+    module: str = ""
+    axes: tuple[Axis, ...] = ()
+    bypassing_inputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MapSpec:
+    """How one map is laid out, without a batch axis.
+
+    Attributes:
+        name: of the input or layer whose elements it attributes to.
+        layout: letters of the axes, such as "CHW", or "" where not stated.
+        channel_axis: its position, or None where there is none.
+    """
+
+    name: str
+    layout: str = ""
+    channel_axis: int | None = None
+
+    @property
+    def spatial_axes(self) -> tuple[int, int] | None:
+        """Positions of the H and W axes, or None."""
+        height, width = _position("H", self.layout), _position("W", self.layout)
+        return None if height is None or width is None else (height, width)
+
+
+@dataclass(frozen=True)
 class InputSpec:
     """One input.
 
@@ -95,8 +133,12 @@ class InputSpec:
     @property
     def spatial_axes(self) -> tuple[int, int] | None:
         """Positions of the H and W axes in one instance, or None."""
-        height, width = _position("H", self.instance_layout), _position("W", self.instance_layout)
-        return None if height is None or width is None else (height, width)
+        return self.map_spec.spatial_axes
+
+    @property
+    def map_spec(self) -> MapSpec:
+        """How a map of it is laid out."""
+        return MapSpec(self.name, self.instance_layout, self.channel_axis)
 
     @property
     def instance_axes(self) -> tuple[Axis, ...]:

@@ -153,7 +153,7 @@ def joint_range(maps: Sequence[Statistics]) -> Range:
     )
 
 
-def relative_convergence_delta(convergence_delta: float | None, output_change: float) -> float | None:
+def relative_convergence_delta(convergence_delta: float | None, output_change: float | None) -> float | None:
     """|delta| / |F(x) - F(x')|, the share of the change of the score that the map misses; None where undefined."""
     return _magnitude_ratio(convergence_delta, output_change)
 
@@ -163,8 +163,8 @@ def delta_over_abs_sum(convergence_delta: float | None, abs_sum: float) -> float
     return _magnitude_ratio(convergence_delta, abs_sum)
 
 
-def _magnitude_ratio(numerator: float | None, denominator: float) -> float | None:
-    if numerator is None or denominator == 0 or not math.isfinite(denominator):
+def _magnitude_ratio(numerator: float | None, denominator: float | None) -> float | None:
+    if numerator is None or denominator is None or denominator == 0 or not math.isfinite(denominator):
         return None
     ratio = abs(numerator) / abs(denominator)
     return ratio if math.isfinite(ratio) else None

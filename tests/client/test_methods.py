@@ -62,7 +62,7 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
 
 
 def test_an_unknown_quadrature_is_refused() -> None:
-    with pytest.raises(RequestValueError, match="no Quadrature 'simpson'"):
+    with pytest.raises(RequestValueError, match="no quadrature 'simpson'"):
         method_specs(IntegratedGradients(step_count=4, quadrature="simpson"))
 
 

@@ -9,10 +9,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from explainserve.explanation import Attribution, Baseline, Instance, Question, Target
+from explainserve.explanation import Attribution, Baseline, Instance, Question, Subject, Target
 from explainserve.methods import IntegratedGradients, Method
 from explainserve.plan import Evaluation, Plan, Segment, SegmentEvaluation, Selector
-from explainserve.signature import Score, ScoreHead
+from explainserve.signature import MapSpec, Score, ScoreHead
 
 Value = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
@@ -46,13 +46,15 @@ class Function:
         return SegmentEvaluation(self.value(rows), {name: total.reshape(start.shape).astype(np.float32)})
 
 
-def question(function: Function, x: ArrayLike, baseline: ArrayLike) -> Question:
+def question(function: Function, x: ArrayLike, start: ArrayLike) -> Question:
     """One float32 input `x` and the function's values at both ends."""
-    ends = [np.asarray(side, np.float32) for side in (x, baseline)]
+    ends = [np.asarray(side, np.float32) for side in (x, start)]
     scores = [float(function.value(end.astype(np.float64).reshape(1, -1))[0]) for end in ends]
     selector = Selector(np.array([0], np.int64), np.array([1], np.float32))
     target = Target("y", Score.OUTPUT, ScoreHead.IDENTITY, selector)
-    return Question(Instance({"x": ends[0]}, {}), target, Baseline({"x": ends[1]}), scores[0], scores[1])
+    subject = Subject({"x": MapSpec("x")}, {"x": ends[0].shape})
+    baseline = Baseline({"x": ends[1]})
+    return Question(subject, Instance({"x": ends[0]}, {}), target, baseline, scores[0], scores[1], (baseline,))
 
 
 def rounds(

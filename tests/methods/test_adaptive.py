@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from explainserve.explanation import StopReason, absolute_sum, attribution_sum
 from explainserve.methods import IntegratedGradients
-from explainserve.plan import Evaluation, SegmentEvaluation
+from explainserve.plan import Evaluation, Plan, SegmentEvaluation
 from methods.analytic import Function, explain, question, rectified, rounds, sigmoid, steep
 
 NEVER = {"tolerance": 1e-12, "completeness_tolerance": 1e-12}
@@ -58,7 +58,7 @@ def test_every_point_carries_its_share_of_the_path(max_step_count, seed):
 
     asked = question(Function(lambda x: x.sum(1), np.ones_like), np.ones(400), np.zeros(400))
     answer, alphas = method.plan(asked), []
-    while hasattr(answer, "segments"):
+    while isinstance(answer, Plan):
         alphas += [alpha for segment in answer.segments for alpha in segment.alphas]
         evaluation = Evaluation(tuple(sums(segment) for segment in answer.segments))
         answer = method.attribution(asked, answer, evaluation)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from explainserve.errors import InvalidRequest
 from explainserve.explanation import StopReason, absolute_sum, attribution_sum
-from explainserve.methods import METHODS, IntegratedGradients
+from explainserve.methods import METHODS, Cost, IntegratedGradients
 from explainserve.methods.quadrature import RULES
 from explainserve.plan import Evaluation, Plan, SegmentEvaluation
 from methods.analytic import Function, explain, linear, question, rectified, ridge, rounds, sigmoid, steep
@@ -56,12 +56,11 @@ def test_bad_options_are_refused(options, reason):
 
 
 def test_cost():
-    assert IntegratedGradients(step_count=9).cost().min_gradient_rows == 9
-    assert IntegratedGradients(step_count=9).cost().max_gradient_rows == 9
-    assert IntegratedGradients(step_count=9).cost().common_gradient_rows == 9
-    assert IntegratedGradients(max_step_count=200).cost().max_gradient_rows == 200
-    pilot = IntegratedGradients().plan(question(linear([1.0]), [1.0], [0.0]))
-    assert IntegratedGradients().cost().common_gradient_rows == pilot.row_count
+    asked = question(linear([1.0]), [1.0], [0.0])
+    assert IntegratedGradients(step_count=9).cost(asked.subject) == Cost.fixed(9)
+    assert IntegratedGradients(max_step_count=200).cost(asked.subject).max_gradient_rows == 200
+    pilot = IntegratedGradients().plan(asked)
+    assert IntegratedGradients().cost(asked.subject).common_gradient_rows == pilot.row_count
     assert METHODS["integrated_gradients"] is IntegratedGradients
 
 

@@ -354,7 +354,6 @@ METHODS = {
         {"option": "completeness_tolerance"},
     ),
     "no method in a method": Case(plain(methods=[{}]), INVALID, "METHOD_REQUIRED"),
-    "several methods": Case(plain(methods=[*steps(4), *steps(8)]), UNIMPLEMENTED, "SEVERAL_METHODS", {"count": "2"}),
     "priority": Case(plain(priority=11), INVALID, "PRIORITY_OUT_OF_RANGE", {"priority": "11"}),
     "time budget": Case(plain(time_budget={"seconds": -1}), INVALID, "TIME_BUDGET_INVALID"),
     "no gradient": Case(
@@ -424,7 +423,7 @@ GROUPS = {
         ),
         INVALID,
         "INCOMMENSURABLE_GROUP",
-        {"group": "g", "units": "logits/OUTPUT, logits/PROBABILITY"},
+        {"group": "g", "units": "logits/OUTPUT/output, logits/PROBABILITY/output"},
     ),
     "named all": Case(plain(groups=[{"name": "all", "selectors": [{}]}]), INVALID, "GROUP_NAME_INVALID"),
     "repeated name": Case(

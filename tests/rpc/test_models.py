@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto
 
 import onnx_graphs
+from explainserve.methods import METHODS
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1 import model_pb2, tensor_pb2
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
@@ -130,22 +131,26 @@ def test_what_is_not_stated_is_absent(stub: ExplainerServiceStub) -> None:
 
 
 def test_methods_say_how_to_read_them(stub: ExplainerServiceStub) -> None:
-    (method,) = model(stub, "image").methods
-    guide = method.reading_guide
+    methods = {own.method: own for own in model(stub, "image").methods}
+    guide = methods["integrated_gradients"].reading_guide
 
-    assert (method.method, method.supported, method.reason) == ("integrated_gradients", True, "")
+    assert methods.keys() == METHODS.keys()
     assert (guide.family, guide.units, guide.complete, guide.needs_baseline) == ("path", "output", True, True)
-    assert guide.paper
+    for own in methods.values():
+        assert own.supported == (own.reason == "") == (own.missing_capability == "")
+        assert own.reading_guide.paper and own.reading_guide.family and own.reading_guide.units
+        assert own.reading_guide.tier in ("T0", "T1", "T2", "T3")
 
 
 def test_model_with_a_gap_names_it_and_its_remedy(stub: ExplainerServiceStub) -> None:
     own = model(stub, "gap")
-    (_, gap), (method,) = own.gaps, own.methods
+    _, gap = own.gaps
+    method = next(found for found in own.methods if found.method == "integrated_gradients")
 
     assert (gap.operator, gap.node) == ("QuantizeLinear", "the_gap")
     assert gap.reason and gap.remedy
     assert not own.differentiable and not method.supported
-    assert "QuantizeLinear" in method.reason
+    assert method.missing_capability == "gradient" and "QuantizeLinear" in method.reason
     assert not own.HasField("noise_floor")
 
 
@@ -283,7 +288,7 @@ def test_model_without_a_floating_point_output_says_why_it_has_no_gradient_as_th
     own = model(stub, "discrete")
     refused = refusal(lambda: stub.Explain(request("discrete", {"x": np.ones((1, 3), np.float32)}), timeout=60))
 
-    (method,) = own.methods
+    method = next(found for found in own.methods if found.method == "integrated_gradients")
     assert not own.differentiable and not method.supported
     assert method.reason == "no output is floating-point"
     assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NOT_DIFFERENTIABLE")

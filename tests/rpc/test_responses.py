@@ -12,8 +12,9 @@ import pytest
 from closed_form import ClosedForm, served
 from explainserve.backends.probe import ProbeResult
 from explainserve.explainer import Usage
-from explainserve.explanation import StopReason, Target
+from explainserve.explanation import Attribution, StopReason, Target
 from explainserve.figures import Entry
+from explainserve.methods import IntegratedGradients
 from explainserve.plan import Selector
 from explainserve.rpc import responses
 from explainserve.signature import Score, ScoreHead
@@ -22,12 +23,15 @@ TARGET = Target("y", Score.OUTPUT, ScoreHead.IDENTITY, Selector(np.array([0]), n
 
 
 def entry(at_instance: float, at_baseline: float) -> Entry:
-    empty: dict[str, Any] = {"tensors": {}, "spread": {}, "alphas": np.empty(0), "scores": np.empty(0)}
+    empty: dict[str, Any] = {"maps": {}, "tensors": {}, "spread": {}}
     return Entry(
+        method=IntegratedGradients(),
+        method_index=0,
         instance_index=0,
         target_index=0,
         baseline_index=0,
         target=TARGET,
+        attribution=Attribution({}, 1),
         instance_output_value=at_instance,
         baseline_output_value=at_baseline,
         step_count=1,

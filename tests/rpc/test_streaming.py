@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from explainserve.explainer import Observer, Round
+from explainserve.explainer import Observer, Place, Round
 from explainserve.rpc.streaming import NewestRounds, watched, write
 
 Told = list[tuple[int, int]]
@@ -20,12 +20,13 @@ Told = list[tuple[int, int]]
 def a_round(path: int, number: int) -> Round:
     outcome: Any = number
     question: Any = None
-    return Round((0, path, 0), question, outcome)
+    method: Any = None
+    return Round(Place(0, 0, path, 0), method, question, outcome)
 
 
 def numbers(rounds: list[Round]) -> Told:
     """(path, number) of each."""
-    return [(latest.place[1], latest.outcome) for latest in rounds]  # type: ignore[misc]
+    return [(latest.place.target, latest.outcome) for latest in rounds]  # type: ignore[misc]
 
 
 async def itself(latest: Round) -> Round:

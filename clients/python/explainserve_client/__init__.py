@@ -45,7 +45,7 @@ from explainserve_client.errors import (
     Unavailable,
     Unimplemented,
 )
-from explainserve_client.methods import IntegratedGradients
+from explainserve_client.methods import Gradient, GradientXInput, IntegratedGradients
 from explainserve_client.models import (
     Axis,
     InputSpec,
@@ -108,6 +108,8 @@ __all__ = [
     "FailedPrecondition",
     "GaussianNoise",
     "Geometry",
+    "Gradient",
+    "GradientXInput",
     "Group",
     "InputAttribution",
     "InputSpec",

@@ -1,12 +1,23 @@
-"""Attribution methods and their options."""
+"""Attribution methods and their options: one class for each, with the names of the message's fields.
+
+What is left at None is the server's default, which the provenance of the answer echoes.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from google.protobuf.descriptor import EnumDescriptor
+from google.protobuf.message import Message
 
 from explainserve.v1 import method_pb2
+from explainserve.v1.tensor_pb2 import Tensor
 from explainserve_client.errors import RequestTypeError, RequestValueError
-from explainserve_client.names import optional_name, optional_value
+from explainserve_client.tensors import to_array, to_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,46 +52,124 @@ class IntegratedGradients:
                 "tolerance, completeness_tolerance and max_step_count are for the adaptive rule: leave step_count out"
             )
 
-    def to_proto(self) -> method_pb2.MethodSpec:
-        """The message."""
-        return method_pb2.MethodSpec(
-            integrated_gradients=method_pb2.IntegratedGradients(
-                step_count=self.step_count,
-                quadrature=optional_value(method_pb2.Quadrature, self.quadrature),
-                tolerance=self.tolerance,
-                completeness_tolerance=self.completeness_tolerance,
-                max_step_count=self.max_step_count,
-            )
-        )
 
-    @classmethod
-    def from_proto(cls, message: method_pb2.IntegratedGradients) -> IntegratedGradients:
-        """Reads the message, as provenance echoes it."""
-        fixed = message.HasField("step_count")
-        quadrature = optional_name(method_pb2.Quadrature, message.quadrature)
-        return cls(
-            step_count=message.step_count if fixed else None,
-            quadrature=quadrature.lower() if quadrature else None,
-            tolerance=message.tolerance if message.HasField("tolerance") and not fixed else None,
-            completeness_tolerance=message.completeness_tolerance
-            if message.HasField("completeness_tolerance") and not fixed
-            else None,
-            max_step_count=message.max_step_count if message.HasField("max_step_count") and not fixed else None,
-        )
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """The gradient at the instance (Simonyan, Vedaldi, Zisserman 2014), signed."""
 
 
-Method = IntegratedGradients
+@dataclass(frozen=True, slots=True)
+class GradientXInput:
+    """Gradient x input (Shrikumar et al. 2016)."""
 
 
-def method_specs(method: Method | None) -> list[method_pb2.MethodSpec]:
+Method: TypeAlias = IntegratedGradients | Gradient | GradientXInput
+
+METHODS: Mapping[str, type[Method]] = {
+    "integrated_gradients": IntegratedGradients,
+    "gradient": Gradient,
+    "gradient_x_input": GradientXInput,
+}
+"""Methods by the name of their field in the message."""
+
+
+def method_specs(method: Method | Sequence[Method] | None) -> list[method_pb2.MethodSpec]:
     """The messages of a request; None leaves the choice to the server (adaptive Integrated Gradients)."""
     if method is None:
         return []
-    if not isinstance(method, IntegratedGradients):
-        raise RequestTypeError(f"method is an IntegratedGradients(...), not {method!r}")
-    return [method.to_proto()]
+    return [method_spec(one) for one in _several(method)]
 
 
-def used_method(spec: method_pb2.MethodSpec) -> Method:
-    """Reads a method of the provenance."""
-    return IntegratedGradients.from_proto(spec.integrated_gradients)
+def method_spec(method: Method) -> method_pb2.MethodSpec:
+    """The message of one method.
+
+    Raises:
+        RequestTypeError: it is none, or an option has another type than its field.
+        RequestValueError: an enum has no such value.
+    """
+    if not _is_method(method):
+        known = ", ".join(kind.__name__ for kind in METHODS.values())
+        raise RequestTypeError(f"a method is one of {known}, not {method!r}")
+    spec = method_pb2.MethodSpec()
+    name = next(name for name, kind in METHODS.items() if kind is type(method))
+    message: Message = getattr(spec, name)
+    message.SetInParent()
+    for option in dataclasses.fields(method):
+        value = getattr(method, option.name)
+        if value is not None:
+            _set(message, option.name, value)
+    return spec
+
+
+def used_method(spec: method_pb2.MethodSpec) -> Method | None:
+    """Reads a method of the provenance; None for one that this client does not know yet."""
+    name = spec.WhichOneof("method")
+    if name is None or name not in METHODS:
+        return None
+    message: Message = getattr(spec, str(name))
+    options = {field.name: _value(field.enum_type, value) for field, value in message.ListFields()}
+    return METHODS[str(name)](**options)
+
+
+def _is_method(method: object) -> bool:
+    return type(method) in METHODS.values()
+
+
+def _several(methods: Any) -> Sequence[Method]:
+    if _is_method(methods):
+        return [methods]
+    if isinstance(methods, str | bytes) or not isinstance(methods, Sequence):
+        raise RequestTypeError(
+            f"method is an IntegratedGradients(...), another method or a list of them, not {methods!r}"
+        )
+    return methods
+
+
+def _set(message: Message, name: str, value: Any) -> None:
+    field: Any = message.DESCRIPTOR.fields_by_name[name]
+    try:
+        if isinstance(value, Mapping):
+            for key, array in value.items():
+                getattr(message, name)[key].CopyFrom(to_tensor(np.asarray(array)))
+        elif field.enum_type is not None:
+            setattr(message, name, _enum_number(field.enum_type, name, value))
+        elif field.message_type is Tensor.DESCRIPTOR:
+            getattr(message, name).CopyFrom(to_tensor(np.asarray(value)))
+        elif field.message_type is not None:
+            getattr(message, name).CopyFrom(method_spec(value))
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            getattr(message, name).extend(value)
+        else:
+            setattr(message, name, value)
+    except (TypeError, AttributeError) as error:
+        raise RequestTypeError(f"{name}: {error}") from error
+
+
+def _value(kind: EnumDescriptor | None, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return to_array(value)
+    if isinstance(value, method_pb2.MethodSpec):
+        return used_method(value)
+    if hasattr(value, "items"):
+        return {key: to_array(tensor) for key, tensor in value.items()}
+    if hasattr(value, "extend"):
+        return tuple(value)
+    return value if kind is None else _enum_name(kind, value)
+
+
+def _enum_name(kind: EnumDescriptor, number: int) -> str:
+    known = kind.values_by_number.get(number)
+    return f"unknown_{number}" if known is None else known.name.removeprefix(_prefix(kind)).lower()
+
+
+def _enum_number(kind: EnumDescriptor, option: str, name: Any) -> int:
+    if not isinstance(name, str):
+        raise RequestTypeError(f"{option} is named by a string, not {name!r}")
+    numbers = {_enum_name(kind, number): number for number in kind.values_by_number if number}
+    if name.lower() not in numbers:
+        raise RequestValueError(f"no {option} {name!r}; there are {', '.join(numbers)}")
+    return numbers[name.lower()]
+
+
+def _prefix(kind: EnumDescriptor) -> str:
+    return str(kind.values_by_number[0].name).removesuffix("UNSPECIFIED")

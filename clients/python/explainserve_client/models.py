@@ -179,10 +179,15 @@ class MethodSupport:
     Attributes:
         method: such as "integrated_gradients".
         supported, reason: whether, and the missing capability in words where not.
-        family: "gradient", "path", "activation" or "perturbation".
-        units: "output" or "output per unit of input".
+        family: "gradient", "path", "activation", "backward rule", "perturbation" or "region".
+        units: such as "output" or "output per unit of input".
         complete: whether attributions sum to F(x) - F(x').
         needs_baseline, deterministic, paper: as they say.
+        tier: what it needs of a model: "T0" values, "T1" also gradients, "T2" also activations, "T3" altered backward
+            rules.
+        fails_randomization: whether its maps hardly change when the weights of a model are randomized.
+        pools_baselines: whether all baselines of an instance make one map.
+        missing_capability: "gradient", "layers" or "rule:<name>"; "" where supported.
     """
 
     method: str
@@ -194,6 +199,10 @@ class MethodSupport:
     needs_baseline: bool
     deterministic: bool
     paper: str
+    tier: str = ""
+    fails_randomization: bool = False
+    pools_baselines: bool = False
+    missing_capability: str = ""
 
     @classmethod
     def from_proto(cls, message: model_pb2.MethodSupport) -> MethodSupport:
@@ -209,6 +218,10 @@ class MethodSupport:
             needs_baseline=guide.needs_baseline,
             deterministic=guide.deterministic,
             paper=guide.paper,
+            tier=guide.tier,
+            fails_randomization=guide.fails_randomization,
+            pools_baselines=guide.pools_baselines,
+            missing_capability=message.missing_capability,
         )
 
 

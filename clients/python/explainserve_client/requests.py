@@ -22,7 +22,7 @@ from explainserve_client.targets import target_messages
 class ExplainOptions(TypedDict, total=False):
     """Keyword arguments that `explain`, `explain_stream` and `estimate_cost` share; `Client.explain` documents them."""
 
-    method: Method | None
+    method: Method | Sequence[Method] | None
     targets: Any
     baselines: Any
     score: str | None
@@ -37,6 +37,8 @@ class ExplainOptions(TypedDict, total=False):
     omit_score_path: bool
     omit_regions: bool
     include_baseline_tensors: bool
+    include_standard_errors: bool
+    include_parts: bool
     time_budget: float | None
     priority: int
 
@@ -46,7 +48,7 @@ def explain_request(
     version: int | None,
     instances: Instances,
     *,
-    method: Method | None = None,
+    method: Method | Sequence[Method] | None = None,
     targets: Any = None,
     baselines: Any = None,
     score: str | None = None,
@@ -106,6 +108,8 @@ def _response_options(
     omit_score_path: bool = False,
     omit_regions: bool = False,
     include_baseline_tensors: bool = False,
+    include_standard_errors: bool = False,
+    include_parts: bool = False,
 ) -> explainer_service_pb2.ResponseOptions:
     return explainer_service_pb2.ResponseOptions(
         views=[enum_value(statistics_pb2.View, view) for view in _names("views", views)],
@@ -115,6 +119,8 @@ def _response_options(
         omit_score_path=omit_score_path,
         omit_regions=omit_regions,
         include_baseline_tensors=include_baseline_tensors,
+        include_standard_errors=include_standard_errors,
+        include_parts=include_parts,
     )
 
 

@@ -67,6 +67,9 @@ class InputAttribution:
         normalizations: recipes, one per kind and view.
         regions: sums by region name, then by view: `regions["left"]["CHANNEL_SUM"].sum`.
         spread: standard deviation over baselines, where they were folded.
+        standard_error: of each value, of sampled methods where `include_standard_errors` asks for it.
+        segments: labels of the segments that elements belong to, int32 from 0, with extent 1 along axes on which they
+            do not depend; where `include_parts` asks for them.
         geometry: how the tensor lies over the image, where the instance was preprocessed by this client.
         rank: number of axes of the tensor, None where not known.
     """
@@ -79,6 +82,8 @@ class InputAttribution:
     normalizations: tuple[Normalization, ...]
     regions: Table[Table[RegionSum]]
     spread: Array | None = None
+    standard_error: Array | None = None
+    segments: Array | None = None
     geometry: Geometry | None = None
     rank: int | None = None
 
@@ -105,10 +110,11 @@ class Attribution:
 
     Attributes:
         method_index, instance_index, target_index: positions in the request, and among the instance's resolved targets.
-        baseline_index: position among the instance's baselines; None for a mean over baselines.
+        baseline_index: position among the instance's baselines; None for a mean over baselines, and for methods that
+            need none or take all.
         target: what was explained; its score is the unit of every value here.
         inputs: maps by name of the explained input.
-        instance_output_value, baseline_output_value: F(x) and F(x').
+        instance_output_value, baseline_output_value: F(x) and F(x'); the second is None for methods without a baseline.
         attribution_sum: over all inputs.
         convergence_delta: attribution_sum - (F(x) - F(x')); None where the method is not complete.
         relative_convergence_delta: |convergence_delta| / |F(x) - F(x')|; None where that is zero.
@@ -120,6 +126,8 @@ class Attribution:
         score_path: None where left out.
         applied_normalization: "NONE", always.
         cautions: for this map.
+        r_squared, intercept: of the model that the method fitted to its samples; None of other methods.
+        parts: maps that this one was made of, by name, where `include_parts` asks for them.
     """
 
     method_index: int
@@ -129,7 +137,7 @@ class Attribution:
     target: ResolvedTarget
     inputs: Table[InputAttribution]
     instance_output_value: float
-    baseline_output_value: float
+    baseline_output_value: float | None
     attribution_sum: float
     convergence_delta: float | None
     relative_convergence_delta: float | None
@@ -140,6 +148,9 @@ class Attribution:
     score_path: ScorePath | None
     applied_normalization: str
     cautions: tuple[Caution, ...]
+    r_squared: float | None = None
+    intercept: float | None = None
+    parts: Table[Array] = field(default_factory=lambda: Table("part", ()))
 
     @property
     def tensor(self) -> Array:
@@ -198,7 +209,8 @@ class Provenance:
         precision_map_error: relative L2 error of whole maps that a reduced precision makes, measured at load; None in
             float32.
         noise_floor: relative L2 noise of the gradients; None where not measured.
-        effective_methods: with every effective parameter, defaults included.
+        effective_methods: with every effective parameter, defaults included; None for one that this client does not
+            know.
         row_count, forward_count, backward_count: rows, and evaluations of them. A row that several targets share has
             one forward evaluation, and a backward one for each target.
         saved_row_count: rows that sharing made unnecessary.
@@ -218,7 +230,7 @@ class Provenance:
     precision: str
     precision_map_error: float | None
     noise_floor: float | None
-    effective_methods: tuple[Method, ...]
+    effective_methods: tuple[Method | None, ...]
     row_count: int
     forward_count: int
     backward_count: int
@@ -418,7 +430,7 @@ def attribution_result(
             ),
         ),
         instance_output_value=message.instance_output_value,
-        baseline_output_value=message.baseline_output_value,
+        baseline_output_value=message.baseline_output_value if message.HasField("baseline_output_value") else None,
         attribution_sum=message.attribution_sum,
         convergence_delta=message.convergence_delta if message.HasField("convergence_delta") else None,
         relative_convergence_delta=message.relative_convergence_delta
@@ -431,6 +443,9 @@ def attribution_result(
         score_path=ScorePath(tuple(path.alphas), tuple(path.scores)) if message.HasField("score_path") else None,
         applied_normalization=short_name(attribution_pb2.AppliedNormalization, message.applied_normalization),
         cautions=tuple(map(Caution.from_proto, message.cautions)),
+        r_squared=message.r_squared if message.HasField("r_squared") else None,
+        intercept=message.intercept if message.HasField("intercept") else None,
+        parts=Table("part", ((part.name, to_array(part.tensor)) for part in message.parts)),
     )
 
 
@@ -449,6 +464,8 @@ def _input_attribution(
         normalizations=tuple(Normalization.from_proto(line, channel_axis, rank) for line in message.normalizations),
         regions=_regions(message.regions),
         spread=to_array(message.spread) if message.HasField("spread") else None,
+        standard_error=to_array(message.standard_error) if message.HasField("standard_error") else None,
+        segments=to_array(message.segments) if message.HasField("segments") else None,
         geometry=geometry,
         rank=rank,
     )

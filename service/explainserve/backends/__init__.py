@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from explainserve.backends.contract import Layer, LoadedModel, Loader, LoadOptions, OperatorGap
+from explainserve.backends.contract import LoadedModel, Loader, LoadOptions, OperatorGap
 from explainserve.errors import ModelRefused
 from explainserve.model_config import ModelConfig
 
@@ -49,4 +49,4 @@ def loader(suffix: str) -> Loader:
     return load_file
 
 
-__all__ = ["LOADERS", "Layer", "LoadOptions", "LoadedModel", "OperatorGap", "load", "loader"]
+__all__ = ["LOADERS", "LoadOptions", "LoadedModel", "OperatorGap", "load", "loader"]

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from explainserve.model_config import ModelConfig
 from explainserve.plan import Rows, SegmentEvaluation
-from explainserve.signature import Axis, Signature
+from explainserve.signature import Layer, Signature
 
 
 @dataclass(frozen=True)
@@ -54,23 +54,6 @@ class OperatorGap:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A floating-point tensor between inputs and outputs that a person can pick.
-
-    Attributes:
-        module: path of the module that computes it, "" where the exporter does not tell.
-        axes: the batch axis included; empty where even their number is unknown.
-        bypassing_inputs: inputs whose values reach this tensor, and around it too an output that depends on it.
-    """
-
-    name: str
-    operator: str = ""
-    module: str = ""
-    axes: tuple[Axis, ...] = ()
-    bypassing_inputs: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Memory:
     """Bytes that a loaded model takes.
 
@@ -97,6 +80,9 @@ class LoadedModel(Protocol):
         fixed_batch: the file accepts one row at a time only.
         gaps: operators without a gradient; where there are any, only forward-only rows are evaluated.
         layers: what a person can pick for layer methods, in the order of the graph; empty where the file does not tell.
+        gradient_rules: the rules of backward passes that the backend knows, and why this model cannot follow each: ""
+            where it can. Empty where it has gaps.
+        reaches_layers: whether layers can be tapped, differentiated and cut.
         library_versions: of the libraries that compute, by name.
     """
 
@@ -107,6 +93,8 @@ class LoadedModel(Protocol):
     fixed_batch: bool
     gaps: tuple[OperatorGap, ...]
     layers: tuple[Layer, ...]
+    gradient_rules: Mapping[str, str]
+    reaches_layers: bool
     library_versions: Mapping[str, str]
 
     @property
@@ -133,6 +121,8 @@ class LoadedModel(Protocol):
         Raises:
             EvaluationFailed: the model raised.
             Unsupported: a gradient is asked of a model with gaps (NOT_DIFFERENTIABLE).
+            InvalidRequest: a layer does not exist (UNKNOWN_LAYER), or the score does not depend on it
+                (LAYER_NOT_ON_PATH).
         """
         ...
 

@@ -11,13 +11,12 @@ import onnx
 from onnx import TensorProto
 
 from explainserve import onnx_vjp
-from explainserve.backends.contract import Layer
 from explainserve.errors import ModelRefused
 from explainserve.model_config import ModelConfig
 from explainserve.onnx_vjp import Shape
 from explainserve.onnx_vjp.registry import canonical_domain
 from explainserve.onnx_vjp.subgraphs import is_standard, subgraphs
-from explainserve.signature import Activation, Axis, InputSpec, OutputKind, OutputSpec, Signature
+from explainserve.signature import Activation, Axis, InputSpec, Layer, OutputKind, OutputSpec, Signature
 
 BATCH = "batch"
 

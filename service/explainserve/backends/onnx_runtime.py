@@ -56,7 +56,7 @@ from explainserve.onnx_vjp import (
 )
 from explainserve.onnx_vjp.blocked import keep_in_blocks
 from explainserve.onnx_vjp.opset import OLDEST as OLDEST_OPSET
-from explainserve.plan import Differentiation, Rows, SegmentEvaluation
+from explainserve.plan import STANDARD, Differentiation, Rows, SegmentEvaluation
 from explainserve.signature import Axis, ScoreHead, Signature
 
 logger = logging.getLogger(__name__)
@@ -127,6 +127,8 @@ class OnnxModel:
         self._interruption = Interruption()
         self.gaps = _gaps(graph, signature, weights)
         self.layers = onnx_graph.layers(graph)
+        self.gradient_rules: Mapping[str, str] = {STANDARD.name: ""} if self._has_gradient else {}
+        self.reaches_layers = False
         self.gradient_mode = "gradient_graph" if self._has_gradient else "black_box"
 
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:

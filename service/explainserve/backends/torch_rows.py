@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from explainserve.backends.contract import Layer, LoadOptions, OperatorGap
+from explainserve.backends.contract import LoadOptions, OperatorGap
 from explainserve.backends.resident_memory import peak_growth
 from explainserve.backends.torch_precision import Arithmetic, row_scales
 from explainserve.errors import (
@@ -24,8 +24,8 @@ from explainserve.errors import (
     first_line,
     is_out_of_memory,
 )
-from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector
-from explainserve.signature import OutputSpec, ScoreHead, Signature, element_count
+from explainserve.plan import STANDARD, Differentiation, Rows, Segment, SegmentEvaluation, Selector
+from explainserve.signature import Layer, OutputSpec, ScoreHead, Signature, element_count
 
 Forward = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Outputs of a batch, in the order of the signature, from its inputs in that order."""
@@ -62,6 +62,8 @@ class TorchModel:
         self.fixed_batch = fixed_batch or not all(spec.batched for spec in signature.inputs)
         self.gaps = gaps
         self.layers: tuple[Layer, ...] = ()
+        self.gradient_rules: Mapping[str, str] = {} if gaps else {STANDARD.name: ""}
+        self.reaches_layers = False
         self.memory = None
         self.library_versions: Mapping[str, str] = {"torch": str(torch.__version__)}
         self._forward = forward

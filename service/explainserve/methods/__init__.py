@@ -6,12 +6,22 @@ came back into the answer or asks for more. To add one: a file here, its line in
 
 from __future__ import annotations
 
-from explainserve.methods.contract import Cost, Method, ReadingGuide
+from explainserve.methods.contract import Cost, Method, Needs, ReadingGuide
+from explainserve.methods.gradient import Gradient
+from explainserve.methods.gradient_x_input import GradientXInput
 from explainserve.methods.integrated_gradients import IntegratedGradients
 
 METHODS: dict[str, type[Method]] = {
     "integrated_gradients": IntegratedGradients,
+    "gradient": Gradient,
+    "gradient_x_input": GradientXInput,
 }
 """Methods by the name of their field in MethodSpec."""
 
-__all__ = ["METHODS", "Cost", "IntegratedGradients", "Method", "ReadingGuide"]
+
+def name_of(method: Method) -> str:
+    """Its key in METHODS."""
+    return next(name for name, kind in METHODS.items() if kind is type(method))
+
+
+__all__ = ["METHODS", "Cost", "IntegratedGradients", "Method", "Needs", "ReadingGuide", "name_of"]

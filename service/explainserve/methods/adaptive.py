@@ -79,7 +79,7 @@ class Displacement:
         """The displacement of a question's path."""
         names = tuple(question.instance.moving)
         values = _flat(question.instance.moving, names).astype(np.float64)
-        values -= _flat(question.baseline.moving, names)
+        values -= _flat(question.start, names)
         changed = values != 0
         return cls(values[changed], changed, names)
 
@@ -288,7 +288,7 @@ class Path:
 
     def score_path(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Alphas, ascending from 0 to 1, and scores of all points."""
-        alphas, scores = [0.0], [self.question.baseline_output_value]
+        alphas, scores = [0.0], [self.question.start_output_value]
         for interval in self.intervals:
             alphas += [*interval.inner_alphas, interval.right.alpha]
             scores += [*interval.inner_scores, interval.right.score]
@@ -482,7 +482,7 @@ def _pilot_path(question: Question, evaluation: Evaluation) -> Path:
     displacement = Displacement.of(question)
     alphas = [(k + 0.5) / PILOT_COUNT for k in range(PILOT_COUNT)]
     inner = [_node(alpha, segment, displacement) for alpha, segment in zip(alphas, evaluation.segments, strict=True)]
-    first = replace(inner[0], alpha=0.0, score=question.baseline_output_value)
+    first = replace(inner[0], alpha=0.0, score=question.start_output_value)
     last = replace(inner[-1], alpha=1.0, score=question.instance_output_value)
     errors = _pilot_errors(inner, displacement)
     pairs = pairwise([first, *inner, last])
@@ -591,7 +591,7 @@ def _node(alpha: float, segment: SegmentEvaluation, displacement: Displacement) 
 
 def _segment(question: Question, alphas: Sequence[float]) -> Segment:
     return Segment(
-        start=question.baseline.moving,
+        start=question.start,
         end=question.instance.moving,
         fixed=question.instance.fixed,
         function=question.gradient,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from explainserve.errors import InvalidRequest
-from explainserve.explanation import Attribution, Question, StopReason
+from explainserve.explanation import Attribution, Question, StopReason, Subject
 from explainserve.methods.adaptive import (
     MIN_STEP_COUNT,
     PILOT_COUNT,
@@ -22,11 +22,12 @@ from explainserve.methods.adaptive import (
     next_round,
     pilot,
 )
-from explainserve.methods.contract import Cost, ReadingGuide
+from explainserve.methods.contract import Cost, Method, ReadingGuide
 from explainserve.methods.quadrature import RULES
 from explainserve.plan import Evaluation, Plan, Segment
 
 ADAPTIVE = "adaptive"
+ADAPTIVE_DEFAULTS = {"tolerance": 0.05, "completeness_tolerance": 0.05, "max_step_count": 128}
 
 _WORKING_ARRAYS = 24
 """Arrays of float32 that a path takes beside the gradients of its nodes: the displacement, the integral and what they
@@ -37,11 +38,11 @@ _FLOAT32_BYTES, _FLOAT64_BYTES = 4, 8
 
 
 @dataclass(frozen=True)
-class IntegratedGradients:
+class IntegratedGradients(Method):
     """(x - x') times the integral of the gradient along the straight line from x' to x.
 
     After construction every option has its effective value: `step_count` without `quadrature` means midpoint, neither
-    means adaptive.
+    means adaptive; the options of the adaptive rule are None for a fixed one.
 
     Attributes:
         step_count: gradient evaluations of a fixed rule, at least 1 (trapezoid: 2); None for adaptive.
@@ -65,19 +66,24 @@ class IntegratedGradients:
 
     step_count: int | None = None
     quadrature: str | None = None
-    tolerance: float = 0.05
-    completeness_tolerance: float = 0.05
-    max_step_count: int = 128
+    tolerance: float | None = None
+    completeness_tolerance: float | None = None
+    max_step_count: int | None = None
 
     def __post_init__(self) -> None:
         if self.quadrature is None:
             object.__setattr__(self, "quadrature", ADAPTIVE if self.step_count is None else "midpoint")
         self._check_quadrature()
         if self.step_count is not None:
+            self._check_no_adaptive_options()
             _check_count("step_count", self.step_count, RULES[self._rule_name].min_step_count)
-        _check_count("max_step_count", self.max_step_count, MIN_STEP_COUNT)
-        _check_tolerance("tolerance", self.tolerance)
-        _check_tolerance("completeness_tolerance", self.completeness_tolerance)
+            return
+        for option, value in ADAPTIVE_DEFAULTS.items():
+            if getattr(self, option) is None:
+                object.__setattr__(self, option, value)
+        _check_count("max_step_count", self._max_step_count, MIN_STEP_COUNT)
+        _check_tolerance("tolerance", self._tolerances.map_error)
+        _check_tolerance("completeness_tolerance", self._tolerances.completeness)
 
     def plan(self, question: Question) -> Plan:
         """All rows of a fixed rule in one segment, or the adaptive rule's pilot."""
@@ -85,7 +91,7 @@ class IntegratedGradients:
             return pilot(question)
         alphas, weights = RULES[self._rule_name].nodes_and_weights(self.step_count)
         segment = Segment(
-            start=question.baseline.moving,
+            start=question.start,
             end=question.instance.moving,
             fixed=question.instance.fixed,
             function=question.gradient,
@@ -105,7 +111,7 @@ class IntegratedGradients:
         path = plan.evaluated(question, evaluation)
         if not path.finite:
             return _adaptive_attribution(path, StopReason.NON_FINITE)
-        upcoming = next_round(path, self._tolerances, self.max_step_count)
+        upcoming = next_round(path, self._tolerances, self._max_step_count)
         reason = self._stop_reason(path, upcoming)
         return upcoming if reason is None else _adaptive_attribution(path, reason)
 
@@ -114,15 +120,16 @@ class IntegratedGradients:
         assert isinstance(upcoming, AdaptivePlan) and upcoming.path is not None, "No round came before. This is a bug."
         return _adaptive_attribution(upcoming.path, StopReason.TIME_BUDGET)
 
-    def cost(self) -> Cost:
+    def cost(self, subject: Subject) -> Cost:
         """Rows of one path."""
         if self.step_count is None:
-            return Cost(MIN_STEP_COUNT, self.max_step_count, PILOT_COUNT)
-        return Cost(self.step_count, self.step_count, self.step_count)
+            return Cost(MIN_STEP_COUNT, self._max_step_count, PILOT_COUNT)
+        return Cost.fixed(self.step_count)
 
-    def path_bytes(self, element_count: int) -> int:
+    def path_bytes(self, subject: Subject) -> int:
         """The adaptive rule keeps a gradient for each node, and looks at a sample of all of them together."""
-        node_count = 0 if self.step_count is not None else self.max_step_count
+        element_count = subject.element_count
+        node_count = 0 if self.step_count is not None else self._max_step_count
         sample_bytes = _SAMPLE_COPIES * _FLOAT64_BYTES * min(element_count, SAMPLED_ELEMENTS)
         return _FLOAT32_BYTES * element_count * (node_count + _WORKING_ARRAYS) + node_count * sample_bytes
 
@@ -132,7 +139,11 @@ class IntegratedGradients:
 
     @property
     def _tolerances(self) -> Tolerances:
-        return Tolerances(self.tolerance, self.completeness_tolerance)
+        return Tolerances(cast(float, self.tolerance), cast(float, self.completeness_tolerance))
+
+    @property
+    def _max_step_count(self) -> int:
+        return cast(int, self.max_step_count)
 
     def _stop_reason(self, path: Path, upcoming: Plan) -> StopReason | None:
         if path.converged(self._tolerances):
@@ -159,6 +170,16 @@ class IntegratedGradients:
                 step_count=self.step_count,
             )
 
+    def _check_no_adaptive_options(self) -> None:
+        given = [option for option in ADAPTIVE_DEFAULTS if getattr(self, option) is not None]
+        if given:
+            raise InvalidRequest(
+                "QUADRATURE_CONFLICT",
+                f"{', '.join(given)} of the adaptive rule and step_count of a fixed rule exclude each other",
+                options=", ".join(given),
+                step_count=self.step_count,
+            )
+
 
 def _fixed_attribution(question: Question, segment: Segment, evaluation: Evaluation) -> Attribution:
     (evaluated,) = evaluation.segments
@@ -173,7 +194,7 @@ def _with_end_points(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The score path with both ends, which closed rules have among their rows."""
     inside = (alphas > 0) & (alphas < 1)
-    ends = question.baseline_output_value, question.instance_output_value
+    ends = question.start_output_value, question.instance_output_value
     return (
         np.concatenate([[0.0], alphas[inside], [1.0]]),
         np.concatenate([ends[:1], np.asarray(scores, np.float64)[inside], ends[1:]]),
@@ -193,17 +214,8 @@ def _attribution(
     reason: StopReason,
     map_error: float | None,
 ) -> Attribution:
-    """The answer; whatever the rule says, a map or score that is not finite is NON_FINITE without an error."""
     alphas, scores = path
-    finite = np.isfinite(scores).all() and all(np.isfinite(tensor).all() for tensor in tensors.values())
-    return Attribution(
-        tensors=tensors,
-        step_count=step_count,
-        stop_reason=reason if finite else StopReason.NON_FINITE,
-        map_error=map_error if finite else None,
-        alphas=alphas,
-        scores=scores,
-    )
+    return Attribution(tensors, step_count, reason, map_error, alphas, scores).checked()
 
 
 def _check_count(option: str, value: int, minimum: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,13 @@ from explainserve import baselines as domain_baselines
 from explainserve import targets as domain_targets
 from explainserve.errors import InvalidRequest, LimitExceeded, Unimplemented, Unsupported
 from explainserve.explainer import Query
-from explainserve.explanation import Instance
+from explainserve.explanation import Instance, Subject
 from explainserve.figures import FigureOptions, Group, Region, Selector, check_regions
-from explainserve.methods import IntegratedGradients, Method
+from explainserve.methods import IntegratedGradients, Method, name_of
 from explainserve.methods.adaptive import MIN_STEP_COUNT
 from explainserve.regions import Box
 from explainserve.repository import ServedModel
+from explainserve.rpc.methods import read as read_method
 from explainserve.rpc.tensors import decode, decode_floats
 from explainserve.scheduling import Request
 from explainserve.settings import Settings
@@ -63,15 +64,6 @@ VIEWS: dict[int, View] = {
     statistics_pb2.VIEW_CHANNEL_SUM: View.CHANNEL_SUM,
     statistics_pb2.VIEW_CHANNEL_ABS_SUM: View.CHANNEL_ABS_SUM,
     statistics_pb2.VIEW_CHANNEL_MAX_ABS: View.CHANNEL_MAX_ABS,
-}
-QUADRATURES: dict[int, str | None] = {
-    method_pb2.QUADRATURE_UNSPECIFIED: None,
-    method_pb2.QUADRATURE_LEFT: "left",
-    method_pb2.QUADRATURE_RIGHT: "right",
-    method_pb2.QUADRATURE_MIDPOINT: "midpoint",
-    method_pb2.QUADRATURE_TRAPEZOID: "trapezoid",
-    method_pb2.QUADRATURE_GAUSS_LEGENDRE: "gauss_legendre",
-    method_pb2.QUADRATURE_ADAPTIVE: "adaptive",
 }
 
 
@@ -140,22 +132,22 @@ def explain(
     _check_part_counts(message, settings.max_request_parts)
     arrays = inputs(message.inputs, model.signature, settings)
     moving = _moving(model, message.fixed_inputs)
-    name, chosen = method(message.methods, model, settings)
+    given = instances(arrays, model.signature, moving)
+    subject = _subject(model, given[0])
     query = Query(
         model=model,
-        instances=instances(arrays, model.signature, moving),
+        instances=given,
         targets=_targets(message.targets, model),
         baselines=_baselines(message.baselines, model),
-        method_name=name,
-        method=chosen,
+        methods=methods(message.methods, model, subject, settings),
+        subject=subject,
         request=Request(priority=_priority(message.priority), expires_at=deadline),
         budget_ends_at=_budget_end(message, arrived),
     )
     _check_instance_indices(message, len(query.instances))
-    shapes = {name: array.shape for name, array in query.instances[0].moving.items()}
     return Explain(
         query=query,
-        regions=tuple(check_regions([_region(region) for region in message.regions], model.signature, shapes)),
+        regions=tuple(check_regions([_region(region) for region in message.regions], subject)),
         groups=_groups(message.groups),
         figures=_figure_options(message.response_options),
         fold_baselines=_lookup(FOLDS, message.baseline_reduction, "baseline_reduction"),
@@ -205,28 +197,38 @@ def instances(
     )
 
 
-def method(specs: Sequence[method_pb2.MethodSpec], model: ServedModel, settings: Settings) -> tuple[str, Method]:
-    """The method of a request with its options; adaptive Integrated Gradients where none is named.
+def methods(
+    specs: Sequence[method_pb2.MethodSpec], model: ServedModel, subject: Subject, settings: Settings
+) -> tuple[Method, ...]:
+    """The methods of a request with their options; adaptive Integrated Gradients where none is named.
 
     Raises:
-        InvalidRequest: an option is out of its range, or no method is chosen (METHOD_REQUIRED).
+        InvalidRequest: an option is out of its range or does not fit the model, or no method is chosen
+            (METHOD_REQUIRED).
         LimitExceeded: more steps than the server allows (STEP_COUNT_EXCEEDED).
-        Unimplemented: several methods at once (SEVERAL_METHODS).
+        Unsupported: the model lacks what a method needs.
     """
-    if len(specs) > 1:
-        raise Unimplemented("SEVERAL_METHODS", "several methods in one request are not built yet", count=len(specs))
-    spec = specs[0] if specs else method_pb2.MethodSpec(integrated_gradients=method_pb2.IntegratedGradients())
-    name = spec.WhichOneof("method")
-    if name is None:
-        raise InvalidRequest("METHOD_REQUIRED", "the method message names no method")
     cap = min(settings.max_step_count, model.config.limits.max_step_count or settings.max_step_count)
-    chosen = METHOD_READERS[name](getattr(spec, name), cap)
-    steps = chosen.cost().max_gradient_rows
-    if steps > cap:
-        raise LimitExceeded(
-            "STEP_COUNT_EXCEEDED", f"{steps} steps are above the limit of {cap}", step_count=steps, limit=cap
-        )
-    return name, chosen
+    chosen = [_capped(read_method(spec), spec, cap) for spec in specs or [_DEFAULT_METHOD]]
+    for method in chosen:
+        model.check_supports(method.needs.rule, layers=method.needs.layers)
+    return tuple(method.resolved(subject) for method in chosen)
+
+
+_DEFAULT_METHOD = method_pb2.MethodSpec(integrated_gradients=method_pb2.IntegratedGradients())
+
+
+def _capped(method: Method, spec: method_pb2.MethodSpec, cap: int) -> Method:
+    """A default that is above the cap gives way to it, so that a plain request is never refused for it."""
+    steps = getattr(method, "step_count", None) or getattr(method, "max_step_count", None) or 0
+    if steps <= cap:
+        return method
+    stated = {field.name for field, _ in getattr(spec, name_of(method)).ListFields()}
+    if isinstance(method, IntegratedGradients) and stated.isdisjoint({"step_count", "max_step_count"}):
+        return replace(method, max_step_count=max(MIN_STEP_COUNT, cap))
+    raise LimitExceeded(
+        "STEP_COUNT_EXCEEDED", f"{steps} steps are above the limit of {cap}", step_count=steps, limit=cap
+    )
 
 
 def predicted_score(value: int) -> Score:
@@ -241,33 +243,14 @@ def top_k(value: int) -> int:
     return value or 5
 
 
-_Adaptive = Literal["tolerance", "completeness_tolerance", "max_step_count"]
-_ADAPTIVE_OPTIONS: tuple[_Adaptive, ...] = ("tolerance", "completeness_tolerance", "max_step_count")
-
-
-def _integrated_gradients(message: method_pb2.IntegratedGradients, cap: int) -> IntegratedGradients:
-    """The default of `max_step_count` stays below the cap, so that a plain request is never refused for it."""
-    idle = [name for name in _ADAPTIVE_OPTIONS if message.HasField(name)] if message.HasField("step_count") else []
-    if idle:
-        raise InvalidRequest(
-            "QUADRATURE_CONFLICT",
-            f"{', '.join(idle)} of the adaptive rule and step_count of a fixed rule exclude each other",
-            options=", ".join(idle),
-            step_count=message.step_count,
-        )
-    default = max(MIN_STEP_COUNT, min(IntegratedGradients.max_step_count, cap))
-    given: dict[str, Any] = {"max_step_count": default} | {
-        name: getattr(message, name) for name in _ADAPTIVE_OPTIONS if message.HasField(name)
-    }
-    if message.HasField("step_count"):
-        given["step_count"] = message.step_count
-    return IntegratedGradients(quadrature=_lookup(QUADRATURES, message.quadrature, "quadrature"), **given)
-
-
-METHOD_READERS: dict[str, Callable[[Any, int], Method]] = {
-    "integrated_gradients": _integrated_gradients,
-}
-"""Reads a method's message, given the cap of steps, by the name of its field in MethodSpec."""
+def _subject(model: ServedModel, instance: Instance) -> Subject:
+    specs = {spec.name: spec.map_spec for spec in model.signature.inputs}
+    return Subject(
+        maps={name: specs[name] for name in instance.moving},
+        shapes={name: array.shape for name, array in instance.moving.items()},
+        layers=model.layers,
+        configured_layers=model.config.layers,
+    )
 
 
 def _moving(model: ServedModel, fixed_inputs: Sequence[str]) -> tuple[str, ...]:
@@ -284,7 +267,6 @@ def _moving(model: ServedModel, fixed_inputs: Sequence[str]) -> tuple[str, ...]:
             inputs=", ".join(spec.name for spec in signature.inputs),
             layers=", ".join(_explainable(model)),
         )
-    model.check_differentiable()
     return moving
 
 
@@ -387,7 +369,7 @@ def _budget_end(message: explainer_service_pb2.ExplainRequest, arrived: float) -
 
 def _check_part_counts(message: explainer_service_pb2.ExplainRequest, limit: int) -> None:
     """Before anything else: parts are cheap to send, and what follows looks at each of them."""
-    counts = {name: len(getattr(message, name)) for name in ("targets", "baselines", "regions", "groups")}
+    counts = {name: len(getattr(message, name)) for name in ("methods", "targets", "baselines", "regions", "groups")}
     counts["selectors"] = sum(len(group.selectors) for group in message.groups)
     for part, count in counts.items():
         if count > limit:

@@ -99,7 +99,7 @@ def response_key(request: Explain) -> bytes:
         InvalidRequest, NotFound: as `ResponseCache.lookup`.
     """
     query = request.query
-    computed = responses.provenance(query.model, Usage(), [query.method]).SerializeToString(deterministic=True)
+    computed = responses.provenance(query.model, Usage(), query.methods).SerializeToString(deterministic=True)
     return fingerprint((query.model.identity, computed, _options(request)))
 
 
@@ -113,7 +113,7 @@ def _options(request: Explain) -> dict[str, object]:
     return stated | {
         "targets": [replace(spec, output=signature.output(spec.output).name) for spec in query.targets],
         "baselines": [_effective_baseline(spec, moving) for spec in query.baselines],
-        "views": {name: request.figures.views_of(spec) for name, spec in moving.items()},
+        "views": {name: request.figures.views_of(spec.map_spec) for name, spec in moving.items()},
         "figures": replace(request.figures, views=()),
         "options": _without_views(request.options),
     }

@@ -7,7 +7,7 @@ import enum
 import functools
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -18,23 +18,22 @@ from numpy.typing import NDArray
 
 from explainserve import __version__
 from explainserve import baselines as domain_baselines
-from explainserve.backends import Layer
 from explainserve.cautions import Caution, cautions_for_map, cautions_for_response
 from explainserve.explainer import Answer, Cost, Prepared, Round, Usage
-from explainserve.explanation import Baseline, StopReason, Target, absolute_sum, attribution_sum
+from explainserve.explanation import Attribution, Baseline, StopReason, Target, absolute_sum, attribution_sum
 from explainserve.figures import Entry, InputFigures, JointFigures, entries, group_sizes, input_figures
 from explainserve.figures import joint_figures as joint_figures_of
-from explainserve.methods import METHODS, IntegratedGradients, Method
+from explainserve.methods import METHODS, Method
 from explainserve.repository import ModelEntry, ServedModel
-from explainserve.rpc.requests import QUADRATURES, SCORES, Explain
+from explainserve.rpc.methods import write as write_method
+from explainserve.rpc.requests import SCORES, Explain
 from explainserve.rpc.tensors import data_type, encode
-from explainserve.signature import Activation, Axis, InputSpec, OutputKind, OutputSpec, Score
+from explainserve.signature import Activation, Axis, InputSpec, Layer, MapSpec, OutputKind, OutputSpec, Score
 from explainserve.statistics import delta_over_abs_sum, relative_convergence_delta
 from explainserve.v1 import (
     attribution_pb2,
     baseline_pb2,
     explainer_service_pb2,
-    method_pb2,
     model_pb2,
     statistics_pb2,
     target_pb2,
@@ -43,7 +42,6 @@ from explainserve.v1 import (
 M = TypeVar("M", bound=Message)
 
 _SCORES: dict[Score, Any] = {score: code for code, score in SCORES.items() if code}
-_QUADRATURES: dict[str, Any] = {name: code for code, name in QUADRATURES.items() if name}
 _REDUCTIONS = {
     "": target_pb2.REDUCTION_UNSPECIFIED,
     "sum": target_pb2.REDUCTION_SUM,
@@ -83,16 +81,14 @@ def explain_response(request: Explain, answer: Answer) -> explainer_service_pb2.
     """
     model, options = request.query.model, request.options
     maps = entries(answer, request.fold_baselines)
-    joint = joint_figures_of(maps, model.signature, request.figures, request.groups)
+    joint = joint_figures_of(maps, request.figures, request.groups)
     return explainer_service_pb2.ExplainResponse(
         attributions=[_attribution(entry, request, answer) for entry in maps],
         joint=[_joint(figures) for figures in joint],
         baselines=list(_used_baselines(answer, include_tensors=options.include_baseline_tensors)),
         inputs=[input_spec(spec) for spec in model.signature.inputs if spec.name in shapes(request)],
-        provenance=provenance(model, answer.usage, [request.query.method]),
-        cautions=_cautions(
-            cautions_for_response(map_count=len(maps), needs_baseline=request.query.method.reading_guide.needs_baseline)
-        ),
+        provenance=provenance(model, answer.usage, request.query.methods),
+        cautions=_cautions(cautions_for_response(map_count=len(maps), needs_baseline=request.query.needs_baselines)),
     )
 
 
@@ -101,19 +97,19 @@ def round_messages(
 ) -> tuple[explainer_service_pb2.Progress, attribution_pb2.Attribution | None]:
     """Where a path stands after a round, and where asked for its map, with the figures that Explain gives."""
     query = prepared.query
-    answer = Answer(query, (latest.explanation(query.method),), prepared.baselines, Usage())
+    answer = Answer(query, (latest.explanation(),), prepared.baselines, Usage())
     (own,) = entries(answer, fold_baselines=False)
     progress = explainer_service_pb2.Progress(
         position=statistics_pb2.AttributionSelector(
-            method_index=0,
+            method_index=own.method_index,
             instance_index=own.instance_index,
             target_index=own.target_index,
             baseline_index=own.baseline_index,
         ),
         step_count=own.step_count,
-        max_step_count=query.method.cost().max_gradient_rows,
+        max_step_count=own.method.cost(query.subject).max_step_count,
         map_error=own.map_error,
-        convergence_delta=_delta(own, query.method),
+        convergence_delta=_delta(own),
         stop_reason=_STOP_REASONS[own.stop_reason],
         path_count=prepared.cost.question_count,
     )
@@ -134,13 +130,13 @@ def provenance(model: ServedModel, usage: Usage, methods: Sequence[Method]) -> a
         model_sha256=model.sha256,
         backend=loaded.backend,
         gradient_mode=loaded.gradient_mode,
-        gradient_rule="standard",
+        gradient_rule=", ".join(dict.fromkeys(method.needs.rule for method in methods if method.needs.rule)),
         device=loaded.device,
         execution=loaded.execution,
         precision=model.precision,
         noise_floor=_noise_floor(model),
         precision_map_error=model.probe.precision_map_error,
-        effective_methods=[METHOD_WRITERS[type(method)](method) for method in methods],
+        effective_methods=[write_method(method) for method in methods],
         row_count=usage.row_count,
         forward_count=usage.row_count,
         backward_count=usage.backward_count,
@@ -213,6 +209,7 @@ _MAP_BYTES = 4096  # numbers, and all cautions at once
 _INPUT_BYTES = 384  # shape and layout, twice where there is a spread
 _STATISTICS_BYTES = 2200  # one view with its recipes
 _REGION_BYTES = 192
+_PART_COPIES = 3  # segments, and two base maps
 _POINT_BYTES = 16
 _GROUP_BYTES = 64
 _MEMBER_BYTES = 4
@@ -269,11 +266,13 @@ def _text_bytes(text: str | int) -> int:
 
 
 def _tensor_bytes(request: Explain, map_count: int) -> int:
-    """Of maps, with their spread where baselines are folded, and of baselines."""
+    """Of maps, with what else comes with each of their elements, and of baselines."""
     options, query, total = request.options, request.query, 0
+    of_map = 4 * query.subject.element_count
     if not options.omit_tensors:
-        elements = sum(math.prod(shape) for shape in shapes(request).values())
-        total += map_count * 4 * elements * (2 if request.fold_baselines else 1)
+        total += map_count * of_map * (1 + request.fold_baselines + options.include_standard_errors)
+    if options.include_parts:
+        total += map_count * of_map * _PART_COPIES
     if options.include_baseline_tensors:
         of_one = sum(values.nbytes for values in query.instances[0].moving.values())
         total += of_one * sum(query.baseline_count(index) for index in range(len(query.instances)))
@@ -285,12 +284,13 @@ def _bytes_of_map(request: Explain) -> int:
     options, signature = request.options, request.query.model.signature
     total = _MAP_BYTES + max(_text_bytes(spec.name) + 2 * _label_bytes(spec) for spec in signature.outputs)
     for spec in _explained(request):
-        views = 0 if options.omit_statistics else len(request.figures.views_of(spec))
+        views = 0 if options.omit_statistics else len(request.figures.views_of(spec.map_spec))
         total += _INPUT_BYTES + 2 * _text_bytes(spec.name) + views * _STATISTICS_BYTES  # a caution names it too
     if not options.omit_regions:
         total += sum(2 * (_REGION_BYTES + _text_bytes(region.name)) for region in request.regions)
     if not (options.omit_score_path or request.fold_baselines):
-        total += _POINT_BYTES * (2 + request.query.method.cost().max_gradient_rows)
+        costs = [method.cost(request.query.subject) for method in request.query.methods]
+        total += _POINT_BYTES * (2 + max(cost.max_gradient_rows for cost in costs))
     return total
 
 
@@ -299,7 +299,7 @@ def _label_bytes(spec: OutputSpec) -> int:
 
 
 def _joint_bytes(request: Explain, maps: int, sizes: Sequence[int]) -> int:
-    views = {spec.name: len(request.figures.views_of(spec)) for spec in _explained(request)}
+    views = {spec.name: len(request.figures.views_of(spec.map_spec)) for spec in _explained(request)}
     figures = sum(_GROUP_BYTES + _text_bytes(name) + count * _STATISTICS_BYTES for name, count in views.items())
     pair = sum(count * (_PAIR_BYTES + _text_bytes(name)) for name, count in views.items())
     total = 0
@@ -390,10 +390,7 @@ def _memory(model: ServedModel) -> model_pb2.Memory | None:
 
 
 def _layers(model: ServedModel) -> list[model_pb2.Layer]:
-    """The layers of the graph, then those that only the configuration names."""
-    known = {layer.name for layer in model.loaded.layers}
-    further = [Layer(name) for name in model.config.layers if name not in known]
-    return [_layer(layer, layer.name in model.config.layers) for layer in (*model.loaded.layers, *further)]
+    return [_layer(layer, layer.name in model.config.layers) for layer in model.layers]
 
 
 def _layer(layer: Layer, configured: bool) -> model_pb2.Layer:
@@ -472,26 +469,10 @@ def _prediction(
     )
 
 
-def _integrated_gradients(method: IntegratedGradients) -> method_pb2.MethodSpec:
-    adaptive = method.quadrature == "adaptive"
-    message = method_pb2.IntegratedGradients(quadrature=_QUADRATURES[str(method.quadrature)])
-    if adaptive:
-        message.tolerance = method.tolerance
-        message.completeness_tolerance = method.completeness_tolerance
-        message.max_step_count = method.max_step_count
-    else:
-        message.step_count = method.cost().max_gradient_rows
-    return method_pb2.MethodSpec(integrated_gradients=message)
-
-
-METHOD_WRITERS: dict[type, Callable[[Any], method_pb2.MethodSpec]] = {IntegratedGradients: _integrated_gradients}
-"""Writes a method with all effective parameters, by its class."""
-
-
 def _attribution(entry: Entry, request: Explain, answer: Answer) -> attribution_pb2.Attribution:
-    model, options = request.query.model, request.options
-    delta = _delta(entry, request.query.method)
+    options, delta = request.options, _delta(entry)
     message = attribution_pb2.Attribution(
+        method_index=entry.method_index,
         instance_index=entry.instance_index,
         target_index=entry.target_index,
         baseline_index=entry.baseline_index,
@@ -508,41 +489,65 @@ def _attribution(entry: Entry, request: Explain, answer: Answer) -> attribution_
         applied_normalization=attribution_pb2.APPLIED_NORMALIZATION_NONE,
         cautions=_cautions(_map_cautions(entry, request, answer)),
     )
+    _add_what_it_was_made_of(message, entry.attribution, options)
     for name, tensor in entry.tensors.items():
-        spec = model.signature.input(name)
+        spec = entry.maps[name]
         figures = input_figures(entry, spec, request.figures, request.regions)
         message.inputs.append(_input_attribution(spec, figures))
         if not options.omit_tensors:
             message.inputs[-1].tensor.CopyFrom(encode(tensor))
             if name in entry.spread:
                 message.inputs[-1].spread.CopyFrom(encode(entry.spread[name]))
-    if entry.baseline_index is not None and not options.omit_score_path:
-        message.score_path.alphas.extend(entry.alphas.tolist())
-        message.score_path.scores.extend(entry.scores.tolist())
+            if options.include_standard_errors and name in entry.attribution.standard_errors and not entry.folded:
+                message.inputs[-1].standard_error.CopyFrom(encode(entry.attribution.standard_errors[name]))
+        if options.include_parts and name in entry.attribution.segments and not entry.folded:
+            message.inputs[-1].segments.CopyFrom(encode(entry.attribution.segments[name]))
+    if entry.attribution.alphas.size and not (entry.folded or options.omit_score_path):
+        message.score_path.alphas.extend(entry.attribution.alphas.tolist())
+        message.score_path.scores.extend(entry.attribution.scores.tolist())
     return message
 
 
-def _delta(entry: Entry, method: Method) -> float | None:
+def _add_what_it_was_made_of(
+    message: attribution_pb2.Attribution,
+    attribution: Attribution,
+    options: explainer_service_pb2.ResponseOptions,
+) -> None:
+    if attribution.fit is not None:
+        message.intercept = attribution.fit.intercept
+        if attribution.fit.r_squared is not None:
+            message.r_squared = attribution.fit.r_squared
+    for name, tensor in attribution.parts.items() if options.include_parts else ():
+        message.parts.add(name=name, tensor=encode(tensor))
+
+
+def _delta(entry: Entry) -> float | None:
     """None where the method is not complete, or a map or score is not finite."""
+    if entry.output_change is None or not entry.method.reading_guide.complete:
+        return None
     delta = attribution_sum(entry.tensors) - entry.output_change
-    return delta if method.reading_guide.complete and math.isfinite(delta) else None
+    return delta if math.isfinite(delta) else None
 
 
 def _map_cautions(entry: Entry, request: Explain, answer: Answer) -> list[Caution]:
     model = request.query.model
     own = answer.baselines[entry.instance_index]
-    used = own if entry.baseline_index is None else own[entry.baseline_index : entry.baseline_index + 1]
+    guide = entry.method.reading_guide
+    used = own if entry.folded else [] if entry.baseline_index is None else [own[entry.baseline_index]]
     return cautions_for_map(
         out_of_range_inputs=request.out_of_range,
         stop_reason=entry.stop_reason.name,
         negligible_change=_negligible(entry),
         row_by_row=not model.probe.rows_independent,
         constant_baseline=any(_is_constant(baseline) for baseline in used),
+        fails_randomization=guide.fails_randomization,
     )
 
 
 def _negligible(entry: Entry) -> bool:
     """F(x) - F(x') is within float32 rounding of the two."""
+    if entry.output_change is None or entry.baseline_output_value is None:
+        return False
     size = max(abs(entry.instance_output_value), abs(entry.baseline_output_value))
     return math.isfinite(size) and abs(entry.output_change) <= 8 * float(np.finfo(np.float32).eps) * size
 
@@ -551,10 +556,10 @@ def _is_constant(baseline: Baseline) -> bool:
     return any(float(np.ptp(values.astype(np.float64))) == 0 for values in baseline.moving.values() if values.size > 1)
 
 
-def _input_attribution(spec: InputSpec, figures: InputFigures) -> attribution_pb2.InputAttribution:
+def _input_attribution(spec: MapSpec, figures: InputFigures) -> attribution_pb2.InputAttribution:
     return attribution_pb2.InputAttribution(
         name=spec.name,
-        layout=spec.instance_layout,
+        layout=spec.layout,
         channel_axis=spec.channel_axis,
         statistics=[_mirror(statistics_pb2.Statistics, figure) for figure in figures.statistics],
         normalizations=[_mirror(statistics_pb2.Normalization, recipe) for recipe in figures.normalizations],
@@ -671,11 +676,13 @@ def _cautions(cautions: Sequence[Caution]) -> list[attribution_pb2.Caution]:
 
 
 def _method_support(name: str, method: type[Method], model: ServedModel) -> model_pb2.MethodSupport:
-    guide = method.reading_guide
+    guide, needs = method.reading_guide, method().needs
+    missing = model.missing(needs.rule, layers=needs.layers)
     return model_pb2.MethodSupport(
         method=name,
-        supported=model.differentiable,
-        reason=model.undifferentiable_reason,
+        supported=missing is None,
+        reason=missing.reason if missing else "",
+        missing_capability=missing.capability if missing else "",
         reading_guide=model_pb2.ReadingGuide(**dataclasses.asdict(guide)),
     )
 
@@ -743,7 +750,6 @@ _COMMON_VERSIONS = {
 }
 
 __all__ = [
-    "METHOD_WRITERS",
     "ReplySize",
     "cost_response",
     "explain_response",

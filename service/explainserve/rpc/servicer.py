@@ -16,6 +16,7 @@ import grpc
 from explainserve.errors import DeadlineExceeded, LimitExceeded, Unimplemented
 from explainserve.explainer import Explainer, Observer, Prepared, Round, unobserved
 from explainserve.memory import Memory
+from explainserve.methods import name_of
 from explainserve.metrics import Metrics
 from explainserve.plan import Differentiation
 from explainserve.repository import Repository, ServedModel
@@ -188,7 +189,7 @@ class Servicer(ExplainerServiceServicer):
         seconds = time.monotonic() - started
         responses.set_serialize_duration(response.provenance, seconds)
         self._metrics.serialize_seconds.labels(checked.query.model.name).observe(seconds)
-        self._observe(response, checked.query.method_name)
+        self._observe(response, [name_of(method) for method in checked.query.methods])
         await self._cache.keep(lookup, answer, response, admissible.reply.tensor_bytes)
         return response
 
@@ -244,9 +245,10 @@ class Servicer(ExplainerServiceServicer):
                 limit=limit,
             )
 
-    def _observe(self, response: pb.ExplainResponse, method: str) -> None:
+    def _observe(self, response: pb.ExplainResponse, methods: Sequence[str]) -> None:
         model = response.provenance.model_name
         for attribution in response.attributions:
+            method = methods[attribution.method_index]
             reason = attribution.stop_reason
             self._metrics.attributions.labels(model, method, _stop_reason(reason)).inc()
             self._metrics.step_count.labels(model, method).observe(attribution.step_count)

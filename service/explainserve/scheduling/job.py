@@ -173,17 +173,20 @@ def batch_key(segment: Segment) -> tuple[Hashable, ...]:
 
 
 class _SelectorSum:
-    """Scores, sums and outputs of one segment at one selector while its rows come back in pieces, in any order."""
+    """What comes back of one segment at one selector while its rows come back in pieces, in any order."""
 
     def __init__(self, segment: Segment) -> None:
         self._row_count = segment.row_count
         self._scores = np.empty(segment.row_count if segment.selectors else 0, np.float64)
         self._sums: dict[str, NDArray[np.floating]] = {}
         self._outputs: dict[int, NDArray[np.generic]] = {}
+        self._values: dict[str, dict[int, NDArray[np.generic]]] = {}
 
     def add(self, first: int, last: int, part: SegmentEvaluation) -> None:
         if part.outputs is not None:
             self._outputs[first] = part.outputs
+        for name, values in part.values.items():
+            self._values.setdefault(name, {})[first] = values
         if len(self._scores):
             self._scores[first:last] = part.scores
         for name, gradient_sum in part.gradient_sums.items():
@@ -198,5 +201,11 @@ class _SelectorSum:
             self._sums[name] = gradient_sum.astype(np.float64)
 
     def evaluation(self) -> SegmentEvaluation:
-        outputs = [self._outputs[first] for first in sorted(self._outputs)]
-        return SegmentEvaluation(self._scores, self._sums, np.concatenate(outputs) if outputs else None)
+        outputs = _in_order(self._outputs) if self._outputs else None
+        values = {name: _in_order(pieces) for name, pieces in self._values.items()}
+        return SegmentEvaluation(self._scores, self._sums, outputs, values)
+
+
+def _in_order(pieces: dict[int, NDArray[np.generic]]) -> NDArray[np.generic]:
+    """Pieces by their first row as one array."""
+    return np.concatenate([pieces[first] for first in sorted(pieces)])

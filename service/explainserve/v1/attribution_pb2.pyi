@@ -224,6 +224,8 @@ class InputAttribution(_message.Message):
     NORMALIZATIONS_FIELD_NUMBER: _builtins.int
     REGIONS_FIELD_NUMBER: _builtins.int
     SPREAD_FIELD_NUMBER: _builtins.int
+    STANDARD_ERROR_FIELD_NUMBER: _builtins.int
+    SEGMENTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the input, or later of the layer or embedding."""
     layout: _builtins.str
@@ -252,6 +254,16 @@ class InputAttribution(_message.Message):
     def spread(self) -> _tensor_pb2.Tensor:
         """Population standard deviation over baselines, FLOAT32, same shape; only with BASELINE_REDUCTION_MEAN."""
 
+    @_builtins.property
+    def standard_error(self) -> _tensor_pb2.Tensor:
+        """Standard error of each value, FLOAT32, same shape; of sampled methods, where the response options ask for it."""
+
+    @_builtins.property
+    def segments(self) -> _tensor_pb2.Tensor:
+        """Labels of the segments that elements belong to, INT32 from 0, with extent 1 along axes on which they do not depend; of
+        methods that attribute to segments.
+        """
+
     def __init__(
         self,
         *,
@@ -263,16 +275,46 @@ class InputAttribution(_message.Message):
         normalizations: _abc.Iterable[_statistics_pb2.Normalization] | None = ...,
         regions: _abc.Iterable[_statistics_pb2.RegionSum] | None = ...,
         spread: _tensor_pb2.Tensor | None = ...,
+        standard_error: _tensor_pb2.Tensor | None = ...,
+        segments: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_channel_axis", b"_channel_axis", "channel_axis", b"channel_axis", "spread", b"spread", "tensor", b"tensor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_channel_axis", b"_channel_axis", "channel_axis", b"channel_axis", "segments", b"segments", "spread", b"spread", "standard_error", b"standard_error", "tensor", b"tensor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_channel_axis", b"_channel_axis", "channel_axis", b"channel_axis", "layout", b"layout", "name", b"name", "normalizations", b"normalizations", "regions", b"regions", "spread", b"spread", "statistics", b"statistics", "tensor", b"tensor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_channel_axis", b"_channel_axis", "channel_axis", b"channel_axis", "layout", b"layout", "name", b"name", "normalizations", b"normalizations", "regions", b"regions", "segments", b"segments", "spread", b"spread", "standard_error", b"standard_error", "statistics", b"statistics", "tensor", b"tensor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__channel_axis: _TypeAlias = _typing.Literal["channel_axis"]  # noqa: Y015
     _WhichOneofArgType__channel_axis: _TypeAlias = _typing.Literal["_channel_axis", b"_channel_axis"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__channel_axis) -> _WhichOneofReturnType__channel_axis | None: ...
 
 Global___InputAttribution: _TypeAlias = InputAttribution  # noqa: Y015
+
+@_typing.final
+class MapPart(_message.Message):
+    """A map that an attribution was made of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TENSOR_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Such as "base_map/black" of XRAI."""
+    @_builtins.property
+    def tensor(self) -> _tensor_pb2.Tensor:
+        """FLOAT32."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        tensor: _tensor_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tensor", b"tensor"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "tensor", b"tensor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MapPart: _TypeAlias = MapPart  # noqa: Y015
 
 @_typing.final
 class Attribution(_message.Message):
@@ -298,6 +340,9 @@ class Attribution(_message.Message):
     SCORE_PATH_FIELD_NUMBER: _builtins.int
     APPLIED_NORMALIZATION_FIELD_NUMBER: _builtins.int
     CAUTIONS_FIELD_NUMBER: _builtins.int
+    R_SQUARED_FIELD_NUMBER: _builtins.int
+    INTERCEPT_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     method_index: _builtins.int
     """Position of the method in the request."""
     instance_index: _builtins.int
@@ -305,11 +350,13 @@ class Attribution(_message.Message):
     target_index: _builtins.int
     """Position among the instance's resolved targets."""
     baseline_index: _builtins.int
-    """Position among the instance's baselines; absent for a mean over baselines."""
+    """Position among the instance's baselines; absent for a mean over baselines, and for methods that need none or take all."""
     instance_output_value: _builtins.float
     """F(x), in the unit of the score."""
     baseline_output_value: _builtins.float
-    """F(x'), in the unit of the score; the mean over baselines where they are folded."""
+    """F(x'), in the unit of the score; the mean over baselines where they are folded, or where the method takes all of them;
+    absent for methods without a baseline.
+    """
     attribution_sum: _builtins.float
     """Sum of all attributions over all inputs, float64."""
     convergence_delta: _builtins.float
@@ -319,13 +366,21 @@ class Attribution(_message.Message):
     delta_over_abs_sum: _builtins.float
     """|convergence_delta| / sum|a|; absent where the denominator is zero."""
     map_error: _builtins.float
-    """Estimated relative L2 error of the map over all moving inputs; absent where the rule gives no estimate."""
+    """Estimated relative L2 error of the map over all moving inputs: of the quadrature; or, of sampled methods, the length of the
+    standard errors over that of the map. Absent where there is no estimate.
+    """
     step_count: _builtins.int
-    """Gradient evaluations of this path (the sum over baselines where they are folded)."""
+    """Gradient evaluations of this path, or forward evaluations of a method that takes no gradient (the sum over baselines where
+    they are folded).
+    """
     stop_reason: Global___StopReason.ValueType
     """Why the integral ended."""
     applied_normalization: Global___AppliedNormalization.ValueType
     """Always APPLIED_NORMALIZATION_NONE."""
+    r_squared: _builtins.float
+    """Weighted share of the variance of the samples' scores that the fitted model explains, at most 1; of methods that fit one."""
+    intercept: _builtins.float
+    """Score of the fitted model where every segment is absent; of methods that fit one."""
     @_builtins.property
     def target(self) -> _target_pb2.ResolvedTarget:
         """What was explained."""
@@ -342,6 +397,10 @@ class Attribution(_message.Message):
     def cautions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Caution]:
         """Cautions for this map."""
 
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___MapPart]:
+        """Maps that this one was made of, of methods that name such."""
+
     def __init__(
         self,
         *,
@@ -352,7 +411,7 @@ class Attribution(_message.Message):
         target: _target_pb2.ResolvedTarget | None = ...,
         inputs: _abc.Iterable[Global___InputAttribution] | None = ...,
         instance_output_value: _builtins.float = ...,
-        baseline_output_value: _builtins.float = ...,
+        baseline_output_value: _builtins.float | None = ...,
         attribution_sum: _builtins.float = ...,
         convergence_delta: _builtins.float | None = ...,
         relative_convergence_delta: _builtins.float | None = ...,
@@ -363,29 +422,44 @@ class Attribution(_message.Message):
         score_path: Global___ScorePath | None = ...,
         applied_normalization: Global___AppliedNormalization.ValueType = ...,
         cautions: _abc.Iterable[Global___Caution] | None = ...,
+        r_squared: _builtins.float | None = ...,
+        intercept: _builtins.float | None = ...,
+        parts: _abc.Iterable[Global___MapPart] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_baseline_index", b"_baseline_index", "_convergence_delta", b"_convergence_delta", "_delta_over_abs_sum", b"_delta_over_abs_sum", "_map_error", b"_map_error", "_relative_convergence_delta", b"_relative_convergence_delta", "baseline_index", b"baseline_index", "convergence_delta", b"convergence_delta", "delta_over_abs_sum", b"delta_over_abs_sum", "map_error", b"map_error", "relative_convergence_delta", b"relative_convergence_delta", "score_path", b"score_path", "target", b"target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_baseline_index", b"_baseline_index", "_baseline_output_value", b"_baseline_output_value", "_convergence_delta", b"_convergence_delta", "_delta_over_abs_sum", b"_delta_over_abs_sum", "_intercept", b"_intercept", "_map_error", b"_map_error", "_r_squared", b"_r_squared", "_relative_convergence_delta", b"_relative_convergence_delta", "baseline_index", b"baseline_index", "baseline_output_value", b"baseline_output_value", "convergence_delta", b"convergence_delta", "delta_over_abs_sum", b"delta_over_abs_sum", "intercept", b"intercept", "map_error", b"map_error", "r_squared", b"r_squared", "relative_convergence_delta", b"relative_convergence_delta", "score_path", b"score_path", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_baseline_index", b"_baseline_index", "_convergence_delta", b"_convergence_delta", "_delta_over_abs_sum", b"_delta_over_abs_sum", "_map_error", b"_map_error", "_relative_convergence_delta", b"_relative_convergence_delta", "applied_normalization", b"applied_normalization", "attribution_sum", b"attribution_sum", "baseline_index", b"baseline_index", "baseline_output_value", b"baseline_output_value", "cautions", b"cautions", "convergence_delta", b"convergence_delta", "delta_over_abs_sum", b"delta_over_abs_sum", "inputs", b"inputs", "instance_index", b"instance_index", "instance_output_value", b"instance_output_value", "map_error", b"map_error", "method_index", b"method_index", "relative_convergence_delta", b"relative_convergence_delta", "score_path", b"score_path", "step_count", b"step_count", "stop_reason", b"stop_reason", "target", b"target", "target_index", b"target_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_baseline_index", b"_baseline_index", "_baseline_output_value", b"_baseline_output_value", "_convergence_delta", b"_convergence_delta", "_delta_over_abs_sum", b"_delta_over_abs_sum", "_intercept", b"_intercept", "_map_error", b"_map_error", "_r_squared", b"_r_squared", "_relative_convergence_delta", b"_relative_convergence_delta", "applied_normalization", b"applied_normalization", "attribution_sum", b"attribution_sum", "baseline_index", b"baseline_index", "baseline_output_value", b"baseline_output_value", "cautions", b"cautions", "convergence_delta", b"convergence_delta", "delta_over_abs_sum", b"delta_over_abs_sum", "inputs", b"inputs", "instance_index", b"instance_index", "instance_output_value", b"instance_output_value", "intercept", b"intercept", "map_error", b"map_error", "method_index", b"method_index", "parts", b"parts", "r_squared", b"r_squared", "relative_convergence_delta", b"relative_convergence_delta", "score_path", b"score_path", "step_count", b"step_count", "stop_reason", b"stop_reason", "target", b"target", "target_index", b"target_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__baseline_index: _TypeAlias = _typing.Literal["baseline_index"]  # noqa: Y015
     _WhichOneofArgType__baseline_index: _TypeAlias = _typing.Literal["_baseline_index", b"_baseline_index"]  # noqa: Y015
+    _WhichOneofReturnType__baseline_output_value: _TypeAlias = _typing.Literal["baseline_output_value"]  # noqa: Y015
+    _WhichOneofArgType__baseline_output_value: _TypeAlias = _typing.Literal["_baseline_output_value", b"_baseline_output_value"]  # noqa: Y015
     _WhichOneofReturnType__convergence_delta: _TypeAlias = _typing.Literal["convergence_delta"]  # noqa: Y015
     _WhichOneofArgType__convergence_delta: _TypeAlias = _typing.Literal["_convergence_delta", b"_convergence_delta"]  # noqa: Y015
     _WhichOneofReturnType__delta_over_abs_sum: _TypeAlias = _typing.Literal["delta_over_abs_sum"]  # noqa: Y015
     _WhichOneofArgType__delta_over_abs_sum: _TypeAlias = _typing.Literal["_delta_over_abs_sum", b"_delta_over_abs_sum"]  # noqa: Y015
+    _WhichOneofReturnType__intercept: _TypeAlias = _typing.Literal["intercept"]  # noqa: Y015
+    _WhichOneofArgType__intercept: _TypeAlias = _typing.Literal["_intercept", b"_intercept"]  # noqa: Y015
     _WhichOneofReturnType__map_error: _TypeAlias = _typing.Literal["map_error"]  # noqa: Y015
     _WhichOneofArgType__map_error: _TypeAlias = _typing.Literal["_map_error", b"_map_error"]  # noqa: Y015
+    _WhichOneofReturnType__r_squared: _TypeAlias = _typing.Literal["r_squared"]  # noqa: Y015
+    _WhichOneofArgType__r_squared: _TypeAlias = _typing.Literal["_r_squared", b"_r_squared"]  # noqa: Y015
     _WhichOneofReturnType__relative_convergence_delta: _TypeAlias = _typing.Literal["relative_convergence_delta"]  # noqa: Y015
     _WhichOneofArgType__relative_convergence_delta: _TypeAlias = _typing.Literal["_relative_convergence_delta", b"_relative_convergence_delta"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__baseline_index) -> _WhichOneofReturnType__baseline_index | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__baseline_output_value) -> _WhichOneofReturnType__baseline_output_value | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__convergence_delta) -> _WhichOneofReturnType__convergence_delta | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__delta_over_abs_sum) -> _WhichOneofReturnType__delta_over_abs_sum | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__intercept) -> _WhichOneofReturnType__intercept | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__map_error) -> _WhichOneofReturnType__map_error | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__r_squared) -> _WhichOneofReturnType__r_squared | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__relative_convergence_delta) -> _WhichOneofReturnType__relative_convergence_delta | None: ...
 
@@ -450,7 +524,7 @@ class Provenance(_message.Message):
     gradient_mode: _builtins.str
     """"gradient_graph", "autograd" or "black_box"."""
     gradient_rule: _builtins.str
-    """"standard", or a rule that alters the backward pass."""
+    """"standard", or the rules that alter the backward pass, by commas; empty where no gradient was taken."""
     device: _builtins.str
     """Such as "cpu" or "cuda:0"."""
     precision: _builtins.str

@@ -39,6 +39,8 @@ class ResponseOptions(_message.Message):
     OMIT_REGIONS_FIELD_NUMBER: _builtins.int
     VIEWS_FIELD_NUMBER: _builtins.int
     INCLUDE_BASELINE_TENSORS_FIELD_NUMBER: _builtins.int
+    INCLUDE_STANDARD_ERRORS_FIELD_NUMBER: _builtins.int
+    INCLUDE_PARTS_FIELD_NUMBER: _builtins.int
     omit_tensors: _builtins.bool
     """Leave out the attribution tensors."""
     omit_statistics: _builtins.bool
@@ -51,6 +53,10 @@ class ResponseOptions(_message.Message):
     """Leave out the region sums."""
     include_baseline_tensors: _builtins.bool
     """Include the tensors of the baselines."""
+    include_standard_errors: _builtins.bool
+    """Include the standard error of each value of sampled methods."""
+    include_parts: _builtins.bool
+    """Include the segments of methods that attribute to segments, and the maps that a map was made of."""
     @_builtins.property
     def views(self) -> _containers.RepeatedScalarFieldContainer[_statistics_pb2.View.ValueType]:
         """Views to compute. Default: ELEMENTS, and CHANNEL_SUM where the input has a channel axis."""
@@ -65,10 +71,12 @@ class ResponseOptions(_message.Message):
         omit_regions: _builtins.bool = ...,
         views: _abc.Iterable[_statistics_pb2.View.ValueType] | None = ...,
         include_baseline_tensors: _builtins.bool = ...,
+        include_standard_errors: _builtins.bool = ...,
+        include_parts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_baseline_tensors", b"include_baseline_tensors", "omit_joint_statistics", b"omit_joint_statistics", "omit_regions", b"omit_regions", "omit_score_path", b"omit_score_path", "omit_statistics", b"omit_statistics", "omit_tensors", b"omit_tensors", "views", b"views"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_baseline_tensors", b"include_baseline_tensors", "include_parts", b"include_parts", "include_standard_errors", b"include_standard_errors", "omit_joint_statistics", b"omit_joint_statistics", "omit_regions", b"omit_regions", "omit_score_path", b"omit_score_path", "omit_statistics", b"omit_statistics", "omit_tensors", b"omit_tensors", "views", b"views"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -148,7 +156,7 @@ class ExplainRequest(_message.Message):
 
     @_builtins.property
     def methods(self) -> _containers.RepeatedCompositeFieldContainer[_method_pb2.MethodSpec]:
-        """Optional. Methods. Default: adaptive Integrated Gradients. Several at once answer UNIMPLEMENTED so far."""
+        """Optional. Methods, in the order of the answer; they share what they evaluate. Default: adaptive Integrated Gradients."""
 
     @_builtins.property
     def regions(self) -> _containers.RepeatedCompositeFieldContainer[_statistics_pb2.Region]:

@@ -22,19 +22,100 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from explainserve.v1 import tensor_pb2 as explainserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xplainserve/v1/method.proto\x12\x0f\x65xplainserve.v1\"\x84\x02\n\x13IntegratedGradients\x12\x17\n\nstep_count\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12/\n\nquadrature\x18\x02 \x01(\x0e\x32\x1b.explainserve.v1.Quadrature\x12\x16\n\ttolerance\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12#\n\x16\x63ompleteness_tolerance\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x1b\n\x0emax_step_count\x18\x05 \x01(\x05H\x03\x88\x01\x01\x42\r\n\x0b_step_countB\x0c\n\n_toleranceB\x19\n\x17_completeness_toleranceB\x11\n\x0f_max_step_count\"\\\n\nMethodSpec\x12\x44\n\x14integrated_gradients\x18\x01 \x01(\x0b\x32$.explainserve.v1.IntegratedGradientsH\x00\x42\x08\n\x06method*\xbe\x01\n\nQuadrature\x12\x1a\n\x16QUADRATURE_UNSPECIFIED\x10\x00\x12\x13\n\x0fQUADRATURE_LEFT\x10\x01\x12\x14\n\x10QUADRATURE_RIGHT\x10\x02\x12\x17\n\x13QUADRATURE_MIDPOINT\x10\x03\x12\x18\n\x14QUADRATURE_TRAPEZOID\x10\x04\x12\x1d\n\x19QUADRATURE_GAUSS_LEGENDRE\x10\x05\x12\x17\n\x13QUADRATURE_ADAPTIVE\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xplainserve/v1/method.proto\x12\x0f\x65xplainserve.v1\x1a\x1c\x65xplainserve/v1/tensor.proto\"\x84\x02\n\x13IntegratedGradients\x12\x17\n\nstep_count\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12/\n\nquadrature\x18\x02 \x01(\x0e\x32\x1b.explainserve.v1.Quadrature\x12\x16\n\ttolerance\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12#\n\x16\x63ompleteness_tolerance\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x1b\n\x0emax_step_count\x18\x05 \x01(\x05H\x03\x88\x01\x01\x42\r\n\x0b_step_countB\x0c\n\n_toleranceB\x19\n\x17_completeness_toleranceB\x11\n\x0f_max_step_count\"\n\n\x08Gradient\"\x10\n\x0eGradientXInput\"\xcf\x01\n\nSmoothGrad\x12)\n\x04\x62\x61se\x18\x01 \x01(\x0b\x32\x1b.explainserve.v1.MethodSpec\x12\x19\n\x0csample_count\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0bnoise_level\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tnoise_std\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x03\x88\x01\x01\x42\x0f\n\r_sample_countB\x0e\n\x0c_noise_levelB\x0c\n\n_noise_stdB\x07\n\x05_seed\"\xd6\x01\n\x11SmoothGradSquared\x12)\n\x04\x62\x61se\x18\x01 \x01(\x0b\x32\x1b.explainserve.v1.MethodSpec\x12\x19\n\x0csample_count\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0bnoise_level\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tnoise_std\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x03\x88\x01\x01\x42\x0f\n\r_sample_countB\x0e\n\x0c_noise_levelB\x0c\n\n_noise_stdB\x07\n\x05_seed\"\xcc\x01\n\x07VarGrad\x12)\n\x04\x62\x61se\x18\x01 \x01(\x0b\x32\x1b.explainserve.v1.MethodSpec\x12\x19\n\x0csample_count\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0bnoise_level\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tnoise_std\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x03\x88\x01\x01\x42\x0f\n\r_sample_countB\x0e\n\x0c_noise_levelB\x0c\n\n_noise_stdB\x07\n\x05_seed\"\x81\x01\n\x11\x45xpectedGradients\x12\x19\n\x0csample_count\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x16\n\tnoise_std\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x02\x88\x01\x01\x42\x0f\n\r_sample_countB\x0c\n\n_noise_stdB\x07\n\x05_seed\"\x96\x01\n\x17\x42lurIntegratedGradients\x12\x17\n\nstep_count\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x16\n\tmax_sigma\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12-\n\x07spacing\x18\x03 \x01(\x0e\x32\x1c.explainserve.v1.BlurSpacingB\r\n\x0b_step_countB\x0c\n\n_max_sigma\"\x93\x01\n\x19GuidedIntegratedGradients\x12\x17\n\nstep_count\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\x08\x66raction\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x0cmax_distance\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\r\n\x0b_step_countB\x0b\n\t_fractionB\x0f\n\r_max_distance\"1\n\x04Idgi\x12)\n\x04path\x18\x01 \x01(\x0b\x32\x1b.explainserve.v1.MethodSpec\"t\n\x07GradCam\x12\x12\n\x05layer\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04relu\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12/\n\nupsampling\x18\x03 \x01(\x0e\x32\x1b.explainserve.v1.UpsamplingB\x08\n\x06_layerB\x07\n\x05_relu\"|\n\x0fGradCamPlusPlus\x12\x12\n\x05layer\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04relu\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12/\n\nupsampling\x18\x03 \x01(\x0e\x32\x1b.explainserve.v1.UpsamplingB\x08\n\x06_layerB\x07\n\x05_relu\"u\n\x08LayerCam\x12\x12\n\x05layer\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04relu\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12/\n\nupsampling\x18\x03 \x01(\x0e\x32\x1b.explainserve.v1.UpsamplingB\x08\n\x06_layerB\x07\n\x05_relu\"u\n\x08ScoreCam\x12\x12\n\x05layer\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04relu\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12/\n\nupsampling\x18\x03 \x01(\x0e\x32\x1b.explainserve.v1.UpsamplingB\x08\n\x06_layerB\x07\n\x05_relu\"\x91\x01\n\rGuidedGradCam\x12\x12\n\x05layer\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x31\n\x0cpixel_method\x18\x02 \x01(\x0b\x32\x1b.explainserve.v1.MethodSpec\x12/\n\nupsampling\x18\x03 \x01(\x0e\x32\x1b.explainserve.v1.UpsamplingB\x08\n\x06_layer\"\x17\n\x15GuidedBackpropagation\"\x0b\n\tDeconvNet\"\n\n\x08\x44\x65\x65pLift\"\x8b\x01\n\x03Lrp\x12&\n\x04rule\x18\x01 \x01(\x0e\x32\x18.explainserve.v1.LrpRule\x12\x14\n\x07\x65psilon\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05gamma\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05\x61lpha\x18\x04 \x01(\x01H\x02\x88\x01\x01\x42\n\n\x08_epsilonB\x08\n\x06_gammaB\x08\n\x06_alpha\"\x0c\n\nPatternNet\"\x14\n\x12PatternAttribution\"d\n\tOcclusion\x12\x0e\n\x06window\x18\x01 \x03(\x05\x12\x0e\n\x06stride\x18\x02 \x03(\x05\x12\x37\n\x0b\x61ggregation\x18\x03 \x01(\x0e\x32\".explainserve.v1.WindowAggregation\"\xa8\x01\n\x04Rise\x12\x19\n\x0csample_count\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x16\n\tgrid_size\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1d\n\x10keep_probability\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x03\x88\x01\x01\x42\x0f\n\r_sample_countB\x0c\n\n_grid_sizeB\x13\n\x11_keep_probabilityB\x07\n\x05_seed\"\xfc\x02\n\x04Lime\x12\x35\n\x08segments\x18\x01 \x03(\x0b\x32#.explainserve.v1.Lime.SegmentsEntry\x12\x33\n\x0csegmentation\x18\x02 \x01(\x0e\x32\x1d.explainserve.v1.Segmentation\x12\x1a\n\rsegment_count\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x19\n\x0csample_count\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x19\n\x0ckernel_width\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05ridge\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x04\x88\x01\x01\x1aH\n\rSegmentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.explainserve.v1.Tensor:\x02\x38\x01\x42\x10\n\x0e_segment_countB\x0f\n\r_sample_countB\x0f\n\r_kernel_widthB\x08\n\x06_ridgeB\x07\n\x05_seed\"\xbe\x02\n\nKernelShap\x12;\n\x08segments\x18\x01 \x03(\x0b\x32).explainserve.v1.KernelShap.SegmentsEntry\x12\x33\n\x0csegmentation\x18\x02 \x01(\x0e\x32\x1d.explainserve.v1.Segmentation\x12\x1a\n\rsegment_count\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x19\n\x0csample_count\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x02\x88\x01\x01\x1aH\n\rSegmentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.explainserve.v1.Tensor:\x02\x38\x01\x42\x10\n\x0e_segment_countB\x0f\n\r_sample_countB\x07\n\x05_seed\"\xd2\x02\n\x14ShapleyValueSampling\x12\x45\n\x08segments\x18\x01 \x03(\x0b\x32\x33.explainserve.v1.ShapleyValueSampling.SegmentsEntry\x12\x33\n\x0csegmentation\x18\x02 \x01(\x0e\x32\x1d.explainserve.v1.Segmentation\x12\x1a\n\rsegment_count\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x19\n\x0csample_count\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x02\x88\x01\x01\x1aH\n\rSegmentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.explainserve.v1.Tensor:\x02\x38\x01\x42\x10\n\x0e_segment_countB\x0f\n\r_sample_countB\x07\n\x05_seed\"\x80\x02\n\x0f\x46\x65\x61tureAblation\x12@\n\x08segments\x18\x01 \x03(\x0b\x32..explainserve.v1.FeatureAblation.SegmentsEntry\x12\x33\n\x0csegmentation\x18\x02 \x01(\x0e\x32\x1d.explainserve.v1.Segmentation\x12\x1a\n\rsegment_count\x18\x03 \x01(\x05H\x00\x88\x01\x01\x1aH\n\rSegmentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.explainserve.v1.Tensor:\x02\x38\x01\x42\x10\n\x0e_segment_count\"\x84\x01\n\x04Xrai\x12\x17\n\nstep_count\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12)\n\x08segments\x18\x02 \x01(\x0b\x32\x17.explainserve.v1.Tensor\x12)\n\x08\x62\x61se_map\x18\x03 \x01(\x0b\x32\x17.explainserve.v1.TensorB\r\n\x0b_step_count\"\xab\x0c\n\nMethodSpec\x12\x44\n\x14integrated_gradients\x18\x01 \x01(\x0b\x32$.explainserve.v1.IntegratedGradientsH\x00\x12-\n\x08gradient\x18\x02 \x01(\x0b\x32\x19.explainserve.v1.GradientH\x00\x12;\n\x10gradient_x_input\x18\x03 \x01(\x0b\x32\x1f.explainserve.v1.GradientXInputH\x00\x12\x32\n\x0bsmooth_grad\x18\x04 \x01(\x0b\x32\x1b.explainserve.v1.SmoothGradH\x00\x12\x41\n\x13smooth_grad_squared\x18\x05 \x01(\x0b\x32\".explainserve.v1.SmoothGradSquaredH\x00\x12,\n\x08var_grad\x18\x06 \x01(\x0b\x32\x18.explainserve.v1.VarGradH\x00\x12@\n\x12\x65xpected_gradients\x18\x07 \x01(\x0b\x32\".explainserve.v1.ExpectedGradientsH\x00\x12M\n\x19\x62lur_integrated_gradients\x18\x08 \x01(\x0b\x32(.explainserve.v1.BlurIntegratedGradientsH\x00\x12Q\n\x1bguided_integrated_gradients\x18\t \x01(\x0b\x32*.explainserve.v1.GuidedIntegratedGradientsH\x00\x12%\n\x04idgi\x18\n \x01(\x0b\x32\x15.explainserve.v1.IdgiH\x00\x12,\n\x08grad_cam\x18\x0b \x01(\x0b\x32\x18.explainserve.v1.GradCamH\x00\x12>\n\x12grad_cam_plus_plus\x18\x0c \x01(\x0b\x32 .explainserve.v1.GradCamPlusPlusH\x00\x12.\n\tlayer_cam\x18\r \x01(\x0b\x32\x19.explainserve.v1.LayerCamH\x00\x12.\n\tscore_cam\x18\x0e \x01(\x0b\x32\x19.explainserve.v1.ScoreCamH\x00\x12\x39\n\x0fguided_grad_cam\x18\x0f \x01(\x0b\x32\x1e.explainserve.v1.GuidedGradCamH\x00\x12H\n\x16guided_backpropagation\x18\x10 \x01(\x0b\x32&.explainserve.v1.GuidedBackpropagationH\x00\x12\x30\n\ndeconv_net\x18\x11 \x01(\x0b\x32\x1a.explainserve.v1.DeconvNetH\x00\x12.\n\tdeep_lift\x18\x12 \x01(\x0b\x32\x19.explainserve.v1.DeepLiftH\x00\x12#\n\x03lrp\x18\x13 \x01(\x0b\x32\x14.explainserve.v1.LrpH\x00\x12\x32\n\x0bpattern_net\x18\x14 \x01(\x0b\x32\x1b.explainserve.v1.PatternNetH\x00\x12\x42\n\x13pattern_attribution\x18\x15 \x01(\x0b\x32#.explainserve.v1.PatternAttributionH\x00\x12/\n\tocclusion\x18\x16 \x01(\x0b\x32\x1a.explainserve.v1.OcclusionH\x00\x12%\n\x04rise\x18\x17 \x01(\x0b\x32\x15.explainserve.v1.RiseH\x00\x12%\n\x04lime\x18\x18 \x01(\x0b\x32\x15.explainserve.v1.LimeH\x00\x12\x32\n\x0bkernel_shap\x18\x19 \x01(\x0b\x32\x1b.explainserve.v1.KernelShapH\x00\x12G\n\x16shapley_value_sampling\x18\x1a \x01(\x0b\x32%.explainserve.v1.ShapleyValueSamplingH\x00\x12<\n\x10\x66\x65\x61ture_ablation\x18\x1b \x01(\x0b\x32 .explainserve.v1.FeatureAblationH\x00\x12%\n\x04xrai\x18\x1c \x01(\x0b\x32\x15.explainserve.v1.XraiH\x00\x42\x08\n\x06method*\xbe\x01\n\nQuadrature\x12\x1a\n\x16QUADRATURE_UNSPECIFIED\x10\x00\x12\x13\n\x0fQUADRATURE_LEFT\x10\x01\x12\x14\n\x10QUADRATURE_RIGHT\x10\x02\x12\x17\n\x13QUADRATURE_MIDPOINT\x10\x03\x12\x18\n\x14QUADRATURE_TRAPEZOID\x10\x04\x12\x1d\n\x19QUADRATURE_GAUSS_LEGENDRE\x10\x05\x12\x17\n\x13QUADRATURE_ADAPTIVE\x10\x06*_\n\x0b\x42lurSpacing\x12\x1c\n\x18\x42LUR_SPACING_UNSPECIFIED\x10\x00\x12\x17\n\x13\x42LUR_SPACING_LINEAR\x10\x01\x12\x19\n\x15\x42LUR_SPACING_VARIANCE\x10\x02*n\n\nUpsampling\x12\x1a\n\x16UPSAMPLING_UNSPECIFIED\x10\x00\x12\x13\n\x0fUPSAMPLING_NONE\x10\x01\x12\x17\n\x13UPSAMPLING_BILINEAR\x10\x02\x12\x16\n\x12UPSAMPLING_NEAREST\x10\x03*\x98\x01\n\x07LrpRule\x12\x18\n\x14LRP_RULE_UNSPECIFIED\x10\x00\x12\x14\n\x10LRP_RULE_EPSILON\x10\x01\x12\x12\n\x0eLRP_RULE_GAMMA\x10\x02\x12\x17\n\x13LRP_RULE_ALPHA_BETA\x10\x03\x12\x16\n\x12LRP_RULE_COMPOSITE\x10\x04\x12\x18\n\x14LRP_RULE_DEEP_TAYLOR\x10\x05*p\n\x11WindowAggregation\x12\"\n\x1eWINDOW_AGGREGATION_UNSPECIFIED\x10\x00\x12\x1b\n\x17WINDOW_AGGREGATION_MEAN\x10\x01\x12\x1a\n\x16WINDOW_AGGREGATION_SUM\x10\x02*\x96\x01\n\x0cSegmentation\x12\x1c\n\x18SEGMENTATION_UNSPECIFIED\x10\x00\x12\x15\n\x11SEGMENTATION_GRID\x10\x01\x12\x15\n\x11SEGMENTATION_SLIC\x10\x02\x12\x1b\n\x17SEGMENTATION_QUICKSHIFT\x10\x03\x12\x1d\n\x19SEGMENTATION_FELZENSZWALB\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'explainserve.v1.method_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_QUADRATURE']._serialized_start=407
-  _globals['_QUADRATURE']._serialized_end=597
-  _globals['_INTEGRATEDGRADIENTS']._serialized_start=50
-  _globals['_INTEGRATEDGRADIENTS']._serialized_end=310
-  _globals['_METHODSPEC']._serialized_start=312
-  _globals['_METHODSPEC']._serialized_end=404
+  _globals['_LIME_SEGMENTSENTRY']._loaded_options = None
+  _globals['_LIME_SEGMENTSENTRY']._serialized_options = b'8\001'
+  _globals['_KERNELSHAP_SEGMENTSENTRY']._loaded_options = None
+  _globals['_KERNELSHAP_SEGMENTSENTRY']._serialized_options = b'8\001'
+  _globals['_SHAPLEYVALUESAMPLING_SEGMENTSENTRY']._loaded_options = None
+  _globals['_SHAPLEYVALUESAMPLING_SEGMENTSENTRY']._serialized_options = b'8\001'
+  _globals['_FEATUREABLATION_SEGMENTSENTRY']._loaded_options = None
+  _globals['_FEATUREABLATION_SEGMENTSENTRY']._serialized_options = b'8\001'
+  _globals['_QUADRATURE']._serialized_start=5645
+  _globals['_QUADRATURE']._serialized_end=5835
+  _globals['_BLURSPACING']._serialized_start=5837
+  _globals['_BLURSPACING']._serialized_end=5932
+  _globals['_UPSAMPLING']._serialized_start=5934
+  _globals['_UPSAMPLING']._serialized_end=6044
+  _globals['_LRPRULE']._serialized_start=6047
+  _globals['_LRPRULE']._serialized_end=6199
+  _globals['_WINDOWAGGREGATION']._serialized_start=6201
+  _globals['_WINDOWAGGREGATION']._serialized_end=6313
+  _globals['_SEGMENTATION']._serialized_start=6316
+  _globals['_SEGMENTATION']._serialized_end=6466
+  _globals['_INTEGRATEDGRADIENTS']._serialized_start=80
+  _globals['_INTEGRATEDGRADIENTS']._serialized_end=340
+  _globals['_GRADIENT']._serialized_start=342
+  _globals['_GRADIENT']._serialized_end=352
+  _globals['_GRADIENTXINPUT']._serialized_start=354
+  _globals['_GRADIENTXINPUT']._serialized_end=370
+  _globals['_SMOOTHGRAD']._serialized_start=373
+  _globals['_SMOOTHGRAD']._serialized_end=580
+  _globals['_SMOOTHGRADSQUARED']._serialized_start=583
+  _globals['_SMOOTHGRADSQUARED']._serialized_end=797
+  _globals['_VARGRAD']._serialized_start=800
+  _globals['_VARGRAD']._serialized_end=1004
+  _globals['_EXPECTEDGRADIENTS']._serialized_start=1007
+  _globals['_EXPECTEDGRADIENTS']._serialized_end=1136
+  _globals['_BLURINTEGRATEDGRADIENTS']._serialized_start=1139
+  _globals['_BLURINTEGRATEDGRADIENTS']._serialized_end=1289
+  _globals['_GUIDEDINTEGRATEDGRADIENTS']._serialized_start=1292
+  _globals['_GUIDEDINTEGRATEDGRADIENTS']._serialized_end=1439
+  _globals['_IDGI']._serialized_start=1441
+  _globals['_IDGI']._serialized_end=1490
+  _globals['_GRADCAM']._serialized_start=1492
+  _globals['_GRADCAM']._serialized_end=1608
+  _globals['_GRADCAMPLUSPLUS']._serialized_start=1610
+  _globals['_GRADCAMPLUSPLUS']._serialized_end=1734
+  _globals['_LAYERCAM']._serialized_start=1736
+  _globals['_LAYERCAM']._serialized_end=1853
+  _globals['_SCORECAM']._serialized_start=1855
+  _globals['_SCORECAM']._serialized_end=1972
+  _globals['_GUIDEDGRADCAM']._serialized_start=1975
+  _globals['_GUIDEDGRADCAM']._serialized_end=2120
+  _globals['_GUIDEDBACKPROPAGATION']._serialized_start=2122
+  _globals['_GUIDEDBACKPROPAGATION']._serialized_end=2145
+  _globals['_DECONVNET']._serialized_start=2147
+  _globals['_DECONVNET']._serialized_end=2158
+  _globals['_DEEPLIFT']._serialized_start=2160
+  _globals['_DEEPLIFT']._serialized_end=2170
+  _globals['_LRP']._serialized_start=2173
+  _globals['_LRP']._serialized_end=2312
+  _globals['_PATTERNNET']._serialized_start=2314
+  _globals['_PATTERNNET']._serialized_end=2326
+  _globals['_PATTERNATTRIBUTION']._serialized_start=2328
+  _globals['_PATTERNATTRIBUTION']._serialized_end=2348
+  _globals['_OCCLUSION']._serialized_start=2350
+  _globals['_OCCLUSION']._serialized_end=2450
+  _globals['_RISE']._serialized_start=2453
+  _globals['_RISE']._serialized_end=2621
+  _globals['_LIME']._serialized_start=2624
+  _globals['_LIME']._serialized_end=3004
+  _globals['_LIME_SEGMENTSENTRY']._serialized_start=2861
+  _globals['_LIME_SEGMENTSENTRY']._serialized_end=2933
+  _globals['_KERNELSHAP']._serialized_start=3007
+  _globals['_KERNELSHAP']._serialized_end=3325
+  _globals['_KERNELSHAP_SEGMENTSENTRY']._serialized_start=2861
+  _globals['_KERNELSHAP_SEGMENTSENTRY']._serialized_end=2933
+  _globals['_SHAPLEYVALUESAMPLING']._serialized_start=3328
+  _globals['_SHAPLEYVALUESAMPLING']._serialized_end=3666
+  _globals['_SHAPLEYVALUESAMPLING_SEGMENTSENTRY']._serialized_start=2861
+  _globals['_SHAPLEYVALUESAMPLING_SEGMENTSENTRY']._serialized_end=2933
+  _globals['_FEATUREABLATION']._serialized_start=3669
+  _globals['_FEATUREABLATION']._serialized_end=3925
+  _globals['_FEATUREABLATION_SEGMENTSENTRY']._serialized_start=2861
+  _globals['_FEATUREABLATION_SEGMENTSENTRY']._serialized_end=2933
+  _globals['_XRAI']._serialized_start=3928
+  _globals['_XRAI']._serialized_end=4060
+  _globals['_METHODSPEC']._serialized_start=4063
+  _globals['_METHODSPEC']._serialized_end=5642
 # @@protoc_insertion_point(module_scope)

@@ -3,17 +3,20 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
+from explainserve.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
 
-if sys.version_info >= (3, 10):
-    from typing import TypeAlias as _TypeAlias
+if sys.version_info >= (3, 11):
+    from typing import TypeAlias as _TypeAlias, Never as _Never
 else:
-    from typing_extensions import TypeAlias as _TypeAlias
+    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -56,6 +59,150 @@ QUADRATURE_GAUSS_LEGENDRE: Quadrature.ValueType  # 5
 QUADRATURE_ADAPTIVE: Quadrature.ValueType  # 6
 """Points placed where the gradient is rough, in rounds, until the tolerances hold."""
 Global___Quadrature: _TypeAlias = Quadrature  # noqa: Y015
+
+class _BlurSpacing:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BlurSpacingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BlurSpacing.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BLUR_SPACING_UNSPECIFIED: _BlurSpacing.ValueType  # 0
+    """Means LINEAR."""
+    BLUR_SPACING_LINEAR: _BlurSpacing.ValueType  # 1
+    """Equal steps of the standard deviation, the default of the authors' code."""
+    BLUR_SPACING_VARIANCE: _BlurSpacing.ValueType  # 2
+    """Equal steps of the variance."""
+
+class BlurSpacing(_BlurSpacing, metaclass=_BlurSpacingEnumTypeWrapper):
+    """Spacing of the blurs of Blur Integrated Gradients."""
+
+BLUR_SPACING_UNSPECIFIED: BlurSpacing.ValueType  # 0
+"""Means LINEAR."""
+BLUR_SPACING_LINEAR: BlurSpacing.ValueType  # 1
+"""Equal steps of the standard deviation, the default of the authors' code."""
+BLUR_SPACING_VARIANCE: BlurSpacing.ValueType  # 2
+"""Equal steps of the variance."""
+Global___BlurSpacing: _TypeAlias = BlurSpacing  # noqa: Y015
+
+class _Upsampling:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UpsamplingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Upsampling.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    UPSAMPLING_UNSPECIFIED: _Upsampling.ValueType  # 0
+    """The method's default."""
+    UPSAMPLING_NONE: _Upsampling.ValueType  # 1
+    """Not at all: the map in the layer's own grid, with its geometry."""
+    UPSAMPLING_BILINEAR: _Upsampling.ValueType  # 2
+    """Bilinear, corners not aligned."""
+    UPSAMPLING_NEAREST: _Upsampling.ValueType  # 3
+    """Nearest cell."""
+
+class Upsampling(_Upsampling, metaclass=_UpsamplingEnumTypeWrapper):
+    """How a coarse map is brought to the size of the input."""
+
+UPSAMPLING_UNSPECIFIED: Upsampling.ValueType  # 0
+"""The method's default."""
+UPSAMPLING_NONE: Upsampling.ValueType  # 1
+"""Not at all: the map in the layer's own grid, with its geometry."""
+UPSAMPLING_BILINEAR: Upsampling.ValueType  # 2
+"""Bilinear, corners not aligned."""
+UPSAMPLING_NEAREST: Upsampling.ValueType  # 3
+"""Nearest cell."""
+Global___Upsampling: _TypeAlias = Upsampling  # noqa: Y015
+
+class _LrpRule:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LrpRuleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LrpRule.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LRP_RULE_UNSPECIFIED: _LrpRule.ValueType  # 0
+    """Means COMPOSITE."""
+    LRP_RULE_EPSILON: _LrpRule.ValueType  # 1
+    """LRP-epsilon everywhere."""
+    LRP_RULE_GAMMA: _LrpRule.ValueType  # 2
+    """LRP-gamma everywhere."""
+    LRP_RULE_ALPHA_BETA: _LrpRule.ValueType  # 3
+    """LRP-alpha-beta everywhere."""
+    LRP_RULE_COMPOSITE: _LrpRule.ValueType  # 4
+    """epsilon in dense layers, alpha-beta (1, 0) in convolutions, flat in the first layer: EpsilonPlusFlat."""
+    LRP_RULE_DEEP_TAYLOR: _LrpRule.ValueType  # 5
+    """Deep Taylor decomposition (Montavon et al. 2017): z+ within, the box rule at the input's value range."""
+
+class LrpRule(_LrpRule, metaclass=_LrpRuleEnumTypeWrapper):
+    """Rules of layer-wise relevance propagation."""
+
+LRP_RULE_UNSPECIFIED: LrpRule.ValueType  # 0
+"""Means COMPOSITE."""
+LRP_RULE_EPSILON: LrpRule.ValueType  # 1
+"""LRP-epsilon everywhere."""
+LRP_RULE_GAMMA: LrpRule.ValueType  # 2
+"""LRP-gamma everywhere."""
+LRP_RULE_ALPHA_BETA: LrpRule.ValueType  # 3
+"""LRP-alpha-beta everywhere."""
+LRP_RULE_COMPOSITE: LrpRule.ValueType  # 4
+"""epsilon in dense layers, alpha-beta (1, 0) in convolutions, flat in the first layer: EpsilonPlusFlat."""
+LRP_RULE_DEEP_TAYLOR: LrpRule.ValueType  # 5
+"""Deep Taylor decomposition (Montavon et al. 2017): z+ within, the box rule at the input's value range."""
+Global___LrpRule: _TypeAlias = LrpRule  # noqa: Y015
+
+class _WindowAggregation:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WindowAggregationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WindowAggregation.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WINDOW_AGGREGATION_UNSPECIFIED: _WindowAggregation.ValueType  # 0
+    """Means MEAN."""
+    WINDOW_AGGREGATION_MEAN: _WindowAggregation.ValueType  # 1
+    """The mean over the windows that cover it."""
+    WINDOW_AGGREGATION_SUM: _WindowAggregation.ValueType  # 2
+    """Their sum."""
+
+class WindowAggregation(_WindowAggregation, metaclass=_WindowAggregationEnumTypeWrapper):
+    """How what several windows say of an element is put together."""
+
+WINDOW_AGGREGATION_UNSPECIFIED: WindowAggregation.ValueType  # 0
+"""Means MEAN."""
+WINDOW_AGGREGATION_MEAN: WindowAggregation.ValueType  # 1
+"""The mean over the windows that cover it."""
+WINDOW_AGGREGATION_SUM: WindowAggregation.ValueType  # 2
+"""Their sum."""
+Global___WindowAggregation: _TypeAlias = WindowAggregation  # noqa: Y015
+
+class _Segmentation:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SegmentationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Segmentation.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SEGMENTATION_UNSPECIFIED: _Segmentation.ValueType  # 0
+    """The method's default."""
+    SEGMENTATION_GRID: _Segmentation.ValueType  # 1
+    """A grid of rectangles, about as many as `segment_count`."""
+    SEGMENTATION_SLIC: _Segmentation.ValueType  # 2
+    """SLIC of scikit-image."""
+    SEGMENTATION_QUICKSHIFT: _Segmentation.ValueType  # 3
+    """Quickshift of scikit-image, as LIME's authors use it (kernel 4, distance 200, ratio 0.2); it finds its own number."""
+    SEGMENTATION_FELZENSZWALB: _Segmentation.ValueType  # 4
+    """Felzenszwalb's of scikit-image (scale 100, sigma 0.8, at least 20 pixels); it finds its own number."""
+
+class Segmentation(_Segmentation, metaclass=_SegmentationEnumTypeWrapper):
+    """How the server makes segments of an input with H and W axes."""
+
+SEGMENTATION_UNSPECIFIED: Segmentation.ValueType  # 0
+"""The method's default."""
+SEGMENTATION_GRID: Segmentation.ValueType  # 1
+"""A grid of rectangles, about as many as `segment_count`."""
+SEGMENTATION_SLIC: Segmentation.ValueType  # 2
+"""SLIC of scikit-image."""
+SEGMENTATION_QUICKSHIFT: Segmentation.ValueType  # 3
+"""Quickshift of scikit-image, as LIME's authors use it (kernel 4, distance 200, ratio 0.2); it finds its own number."""
+SEGMENTATION_FELZENSZWALB: Segmentation.ValueType  # 4
+"""Felzenszwalb's of scikit-image (scale 100, sigma 0.8, at least 20 pixels); it finds its own number."""
+Global___Segmentation: _TypeAlias = Segmentation  # noqa: Y015
 
 @_typing.final
 class IntegratedGradients(_message.Message):
@@ -117,26 +264,1307 @@ class IntegratedGradients(_message.Message):
 Global___IntegratedGradients: _TypeAlias = IntegratedGradients  # noqa: Y015
 
 @_typing.final
+class Gradient(_message.Message):
+    """Gradient (Simonyan, Vedaldi, Zisserman: Deep Inside Convolutional Networks, 2014, arXiv:1312.6034): dF/dx at the instance,
+    signed. Take the absolute value, and the largest over channels, on the client where the paper's picture is wanted.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Gradient: _TypeAlias = Gradient  # noqa: Y015
+
+@_typing.final
+class GradientXInput(_message.Message):
+    """Gradient x input (Shrikumar et al. 2016, arXiv:1605.01713): x dF/dx, in MODEL space. Sums to F(x) only for networks of
+    rectifiers without biases.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GradientXInput: _TypeAlias = GradientXInput  # noqa: Y015
+
+@_typing.final
+class SmoothGrad(_message.Message):
+    """SmoothGrad (Smilkov et al. 2017, arXiv:1706.03825): the mean of a method's maps at x + noise, the noise Gaussian, float32,
+    generator PCG64 of NumPy; sample k of an input uses the seed sequence (seed, k, position of the input among the inputs).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_FIELD_NUMBER: _builtins.int
+    SAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    NOISE_LEVEL_FIELD_NUMBER: _builtins.int
+    NOISE_STD_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    sample_count: _builtins.int
+    """Optional. Number of samples, at least 2. Default 50, the paper's."""
+    noise_level: _builtins.float
+    """Optional. Standard deviation of the noise as a share of max(x) - min(x) of each input, positive. Default 0.15; the paper
+    looks at 0.1 to 0.2. Excludes `noise_std`.
+    """
+    noise_std: _builtins.float
+    """Optional. Standard deviation of the noise in the unit of the input, positive. Excludes `noise_level`."""
+    seed: _builtins.int
+    """Optional. Seed, at least 0. Default 0."""
+    @_builtins.property
+    def base(self) -> Global___MethodSpec:
+        """Optional. The method of each sample. Any that attributes to the inputs. Default: Gradient."""
+
+    def __init__(
+        self,
+        *,
+        base: Global___MethodSpec | None = ...,
+        sample_count: _builtins.int | None = ...,
+        noise_level: _builtins.float | None = ...,
+        noise_std: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_noise_level", b"_noise_level", "_noise_std", b"_noise_std", "_sample_count", b"_sample_count", "_seed", b"_seed", "base", b"base", "noise_level", b"noise_level", "noise_std", b"noise_std", "sample_count", b"sample_count", "seed", b"seed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_noise_level", b"_noise_level", "_noise_std", b"_noise_std", "_sample_count", b"_sample_count", "_seed", b"_seed", "base", b"base", "noise_level", b"noise_level", "noise_std", b"noise_std", "sample_count", b"sample_count", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__noise_level: _TypeAlias = _typing.Literal["noise_level"]  # noqa: Y015
+    _WhichOneofArgType__noise_level: _TypeAlias = _typing.Literal["_noise_level", b"_noise_level"]  # noqa: Y015
+    _WhichOneofReturnType__noise_std: _TypeAlias = _typing.Literal["noise_std"]  # noqa: Y015
+    _WhichOneofArgType__noise_std: _TypeAlias = _typing.Literal["_noise_std", b"_noise_std"]  # noqa: Y015
+    _WhichOneofReturnType__sample_count: _TypeAlias = _typing.Literal["sample_count"]  # noqa: Y015
+    _WhichOneofArgType__sample_count: _TypeAlias = _typing.Literal["_sample_count", b"_sample_count"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_level) -> _WhichOneofReturnType__noise_level | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_std) -> _WhichOneofReturnType__noise_std | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sample_count) -> _WhichOneofReturnType__sample_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+Global___SmoothGrad: _TypeAlias = SmoothGrad  # noqa: Y015
+
+@_typing.final
+class SmoothGradSquared(_message.Message):
+    """SmoothGrad-squared (Hooker et al. 2019, arXiv:1806.10758): the mean of the squares of the maps, element by element."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_FIELD_NUMBER: _builtins.int
+    SAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    NOISE_LEVEL_FIELD_NUMBER: _builtins.int
+    NOISE_STD_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    sample_count: _builtins.int
+    """Optional. As in SmoothGrad."""
+    noise_level: _builtins.float
+    """Optional. As in SmoothGrad."""
+    noise_std: _builtins.float
+    """Optional. As in SmoothGrad."""
+    seed: _builtins.int
+    """Optional. As in SmoothGrad."""
+    @_builtins.property
+    def base(self) -> Global___MethodSpec:
+        """Optional. As in SmoothGrad."""
+
+    def __init__(
+        self,
+        *,
+        base: Global___MethodSpec | None = ...,
+        sample_count: _builtins.int | None = ...,
+        noise_level: _builtins.float | None = ...,
+        noise_std: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_noise_level", b"_noise_level", "_noise_std", b"_noise_std", "_sample_count", b"_sample_count", "_seed", b"_seed", "base", b"base", "noise_level", b"noise_level", "noise_std", b"noise_std", "sample_count", b"sample_count", "seed", b"seed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_noise_level", b"_noise_level", "_noise_std", b"_noise_std", "_sample_count", b"_sample_count", "_seed", b"_seed", "base", b"base", "noise_level", b"noise_level", "noise_std", b"noise_std", "sample_count", b"sample_count", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__noise_level: _TypeAlias = _typing.Literal["noise_level"]  # noqa: Y015
+    _WhichOneofArgType__noise_level: _TypeAlias = _typing.Literal["_noise_level", b"_noise_level"]  # noqa: Y015
+    _WhichOneofReturnType__noise_std: _TypeAlias = _typing.Literal["noise_std"]  # noqa: Y015
+    _WhichOneofArgType__noise_std: _TypeAlias = _typing.Literal["_noise_std", b"_noise_std"]  # noqa: Y015
+    _WhichOneofReturnType__sample_count: _TypeAlias = _typing.Literal["sample_count"]  # noqa: Y015
+    _WhichOneofArgType__sample_count: _TypeAlias = _typing.Literal["_sample_count", b"_sample_count"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_level) -> _WhichOneofReturnType__noise_level | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_std) -> _WhichOneofReturnType__noise_std | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sample_count) -> _WhichOneofReturnType__sample_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+Global___SmoothGradSquared: _TypeAlias = SmoothGradSquared  # noqa: Y015
+
+@_typing.final
+class VarGrad(_message.Message):
+    """VarGrad (Adebayo et al. 2018, arXiv:1810.03307): the population variance (ddof 0) of the maps, element by element, computed
+    without cancellation.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_FIELD_NUMBER: _builtins.int
+    SAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    NOISE_LEVEL_FIELD_NUMBER: _builtins.int
+    NOISE_STD_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    sample_count: _builtins.int
+    """Optional. As in SmoothGrad."""
+    noise_level: _builtins.float
+    """Optional. As in SmoothGrad."""
+    noise_std: _builtins.float
+    """Optional. As in SmoothGrad."""
+    seed: _builtins.int
+    """Optional. As in SmoothGrad."""
+    @_builtins.property
+    def base(self) -> Global___MethodSpec:
+        """Optional. As in SmoothGrad."""
+
+    def __init__(
+        self,
+        *,
+        base: Global___MethodSpec | None = ...,
+        sample_count: _builtins.int | None = ...,
+        noise_level: _builtins.float | None = ...,
+        noise_std: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_noise_level", b"_noise_level", "_noise_std", b"_noise_std", "_sample_count", b"_sample_count", "_seed", b"_seed", "base", b"base", "noise_level", b"noise_level", "noise_std", b"noise_std", "sample_count", b"sample_count", "seed", b"seed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_noise_level", b"_noise_level", "_noise_std", b"_noise_std", "_sample_count", b"_sample_count", "_seed", b"_seed", "base", b"base", "noise_level", b"noise_level", "noise_std", b"noise_std", "sample_count", b"sample_count", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__noise_level: _TypeAlias = _typing.Literal["noise_level"]  # noqa: Y015
+    _WhichOneofArgType__noise_level: _TypeAlias = _typing.Literal["_noise_level", b"_noise_level"]  # noqa: Y015
+    _WhichOneofReturnType__noise_std: _TypeAlias = _typing.Literal["noise_std"]  # noqa: Y015
+    _WhichOneofArgType__noise_std: _TypeAlias = _typing.Literal["_noise_std", b"_noise_std"]  # noqa: Y015
+    _WhichOneofReturnType__sample_count: _TypeAlias = _typing.Literal["sample_count"]  # noqa: Y015
+    _WhichOneofArgType__sample_count: _TypeAlias = _typing.Literal["_sample_count", b"_sample_count"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_level) -> _WhichOneofReturnType__noise_level | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_std) -> _WhichOneofReturnType__noise_std | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sample_count) -> _WhichOneofReturnType__sample_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+Global___VarGrad: _TypeAlias = VarGrad  # noqa: Y015
+
+@_typing.final
+class ExpectedGradients(_message.Message):
+    """Expected Gradients (Erion et al. 2021, arXiv:1906.10670), which GradientSHAP of other libraries is: the mean over baselines
+    x' and alpha of (x - x') dF/dx at x' + alpha (x - x'). All baselines of the instance make one map. Stratified: each
+    baseline gets the same number of samples (the first ones one more), and each of a baseline's samples its own part of [0, 1]
+    to draw alpha from.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    NOISE_STD_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    sample_count: _builtins.int
+    """Optional. Samples over all baselines, at least the number of baselines. Default 200."""
+    noise_std: _builtins.float
+    """Optional. Standard deviation of Gaussian noise that is added to x in each sample, in the unit of the input, at least 0.
+    Default 0. With noise the map sums to F(x) - E F(x') only in expectation over it.
+    """
+    seed: _builtins.int
+    """Optional. Seed, at least 0. Default 0."""
+    def __init__(
+        self,
+        *,
+        sample_count: _builtins.int | None = ...,
+        noise_std: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_noise_std", b"_noise_std", "_sample_count", b"_sample_count", "_seed", b"_seed", "noise_std", b"noise_std", "sample_count", b"sample_count", "seed", b"seed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_noise_std", b"_noise_std", "_sample_count", b"_sample_count", "_seed", b"_seed", "noise_std", b"noise_std", "sample_count", b"sample_count", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__noise_std: _TypeAlias = _typing.Literal["noise_std"]  # noqa: Y015
+    _WhichOneofArgType__noise_std: _TypeAlias = _typing.Literal["_noise_std", b"_noise_std"]  # noqa: Y015
+    _WhichOneofReturnType__sample_count: _TypeAlias = _typing.Literal["sample_count"]  # noqa: Y015
+    _WhichOneofArgType__sample_count: _TypeAlias = _typing.Literal["_sample_count", b"_sample_count"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_std) -> _WhichOneofReturnType__noise_std | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sample_count) -> _WhichOneofReturnType__sample_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+Global___ExpectedGradients: _TypeAlias = ExpectedGradients  # noqa: Y015
+
+@_typing.final
+class BlurIntegratedGradients(_message.Message):
+    """Blur Integrated Gradients (Xu, Venugopalan, Sundararajan 2020, arXiv:2004.03383): the path from a blurred instance to the
+    instance by sharpening. It needs no baseline; F(x') is the score of the blurriest instance. For inputs with H and W axes.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_COUNT_FIELD_NUMBER: _builtins.int
+    MAX_SIGMA_FIELD_NUMBER: _builtins.int
+    SPACING_FIELD_NUMBER: _builtins.int
+    step_count: _builtins.int
+    """Optional. Number of gradient evaluations, from 1 to the server's cap. Default 100."""
+    max_sigma: _builtins.float
+    """Optional. Standard deviation of the strongest blur in elements, in (0, 1000]. Default 50."""
+    spacing: Global___BlurSpacing.ValueType
+    """Optional. Default LINEAR."""
+    def __init__(
+        self,
+        *,
+        step_count: _builtins.int | None = ...,
+        max_sigma: _builtins.float | None = ...,
+        spacing: Global___BlurSpacing.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_sigma", b"_max_sigma", "_step_count", b"_step_count", "max_sigma", b"max_sigma", "step_count", b"step_count"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_sigma", b"_max_sigma", "_step_count", b"_step_count", "max_sigma", b"max_sigma", "spacing", b"spacing", "step_count", b"step_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_sigma: _TypeAlias = _typing.Literal["max_sigma"]  # noqa: Y015
+    _WhichOneofArgType__max_sigma: _TypeAlias = _typing.Literal["_max_sigma", b"_max_sigma"]  # noqa: Y015
+    _WhichOneofReturnType__step_count: _TypeAlias = _typing.Literal["step_count"]  # noqa: Y015
+    _WhichOneofArgType__step_count: _TypeAlias = _typing.Literal["_step_count", b"_step_count"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_sigma) -> _WhichOneofReturnType__max_sigma | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_count) -> _WhichOneofReturnType__step_count | None: ...
+
+Global___BlurIntegratedGradients: _TypeAlias = BlurIntegratedGradients  # noqa: Y015
+
+@_typing.final
+class GuidedIntegratedGradients(_message.Message):
+    """Guided Integrated Gradients (Kapishnikov et al. 2021, arXiv:2106.09788): a path that moves first where the gradient is
+    small. Its steps follow each other, so it takes as long as that many evaluations of one row; requests share micro-batches.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_COUNT_FIELD_NUMBER: _builtins.int
+    FRACTION_FIELD_NUMBER: _builtins.int
+    MAX_DISTANCE_FIELD_NUMBER: _builtins.int
+    step_count: _builtins.int
+    """Optional. Number of steps, from 1 to the server's cap. Default 200."""
+    fraction: _builtins.float
+    """Optional. Share of elements that move in each step, in (0, 1]. Default 0.25."""
+    max_distance: _builtins.float
+    """Optional. How far an element may stray from the straight line, as a share of its way, in (0, 1]. Default 0.02."""
+    def __init__(
+        self,
+        *,
+        step_count: _builtins.int | None = ...,
+        fraction: _builtins.float | None = ...,
+        max_distance: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_fraction", b"_fraction", "_max_distance", b"_max_distance", "_step_count", b"_step_count", "fraction", b"fraction", "max_distance", b"max_distance", "step_count", b"step_count"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fraction", b"_fraction", "_max_distance", b"_max_distance", "_step_count", b"_step_count", "fraction", b"fraction", "max_distance", b"max_distance", "step_count", b"step_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__fraction: _TypeAlias = _typing.Literal["fraction"]  # noqa: Y015
+    _WhichOneofArgType__fraction: _TypeAlias = _typing.Literal["_fraction", b"_fraction"]  # noqa: Y015
+    _WhichOneofReturnType__max_distance: _TypeAlias = _typing.Literal["max_distance"]  # noqa: Y015
+    _WhichOneofArgType__max_distance: _TypeAlias = _typing.Literal["_max_distance", b"_max_distance"]  # noqa: Y015
+    _WhichOneofReturnType__step_count: _TypeAlias = _typing.Literal["step_count"]  # noqa: Y015
+    _WhichOneofArgType__step_count: _TypeAlias = _typing.Literal["_step_count", b"_step_count"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fraction) -> _WhichOneofReturnType__fraction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_distance) -> _WhichOneofReturnType__max_distance | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_count) -> _WhichOneofReturnType__step_count | None: ...
+
+Global___GuidedIntegratedGradients: _TypeAlias = GuidedIntegratedGradients  # noqa: Y015
+
+@_typing.final
+class Idgi(_message.Message):
+    """Important Direction Gradient Integration (Yang, Wang, Bilgic: IDGI, CVPR 2023, arXiv:2303.14242) along the path of another
+    method: the change of the score of each step, shared in proportion to the squared gradient. Its completeness delta is zero
+    by construction, whatever the steps, and says nothing about its accuracy.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def path(self) -> Global___MethodSpec:
+        """Optional. The path: Integrated Gradients by a fixed rule, Blur or Guided Integrated Gradients. Default: Integrated
+        Gradients with 50 steps, left rule.
+        """
+
+    def __init__(
+        self,
+        *,
+        path: Global___MethodSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["path", b"path"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Idgi: _TypeAlias = Idgi  # noqa: Y015
+
+@_typing.final
+class GradCam(_message.Message):
+    """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391): the sum over channels k of a layer of alpha_k A_k, with alpha_k the mean
+    over positions of dF/dA_k. Signed, in the layer's grid, unless the options say otherwise. Explain a score before the
+    softmax: ask for SCORE_LOGIT where there is one.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    RELU_FIELD_NUMBER: _builtins.int
+    UPSAMPLING_FIELD_NUMBER: _builtins.int
+    layer: _builtins.str
+    """Optional. Name of the layer, one of `Model.layers`. Default: the first that model.toml names, else the last with a spatial
+    or token grid before the grid is pooled. What was used comes back in the provenance.
+    """
+    relu: _builtins.bool
+    """Optional. Keep only positive values, as the paper's pictures do. Default false."""
+    upsampling: Global___Upsampling.ValueType
+    """Optional. Default NONE."""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.str | None = ...,
+        relu: _builtins.bool | None = ...,
+        upsampling: Global___Upsampling.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "_relu", b"_relu", "layer", b"layer", "relu", b"relu"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "_relu", b"_relu", "layer", b"layer", "relu", b"relu", "upsampling", b"upsampling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__layer: _TypeAlias = _typing.Literal["layer"]  # noqa: Y015
+    _WhichOneofArgType__layer: _TypeAlias = _typing.Literal["_layer", b"_layer"]  # noqa: Y015
+    _WhichOneofReturnType__relu: _TypeAlias = _typing.Literal["relu"]  # noqa: Y015
+    _WhichOneofArgType__relu: _TypeAlias = _typing.Literal["_relu", b"_relu"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__layer) -> _WhichOneofReturnType__layer | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__relu) -> _WhichOneofReturnType__relu | None: ...
+
+Global___GradCam: _TypeAlias = GradCam  # noqa: Y015
+
+@_typing.final
+class GradCamPlusPlus(_message.Message):
+    """Grad-CAM++ (Chattopadhay et al. 2018, arXiv:1710.11063), with the exponential of the score as the paper has it: weights of
+    positive gradients by their second and third order.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    RELU_FIELD_NUMBER: _builtins.int
+    UPSAMPLING_FIELD_NUMBER: _builtins.int
+    layer: _builtins.str
+    """Optional. As in GradCam."""
+    relu: _builtins.bool
+    """Optional. As in GradCam."""
+    upsampling: Global___Upsampling.ValueType
+    """Optional. As in GradCam."""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.str | None = ...,
+        relu: _builtins.bool | None = ...,
+        upsampling: Global___Upsampling.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "_relu", b"_relu", "layer", b"layer", "relu", b"relu"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "_relu", b"_relu", "layer", b"layer", "relu", b"relu", "upsampling", b"upsampling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__layer: _TypeAlias = _typing.Literal["layer"]  # noqa: Y015
+    _WhichOneofArgType__layer: _TypeAlias = _typing.Literal["_layer", b"_layer"]  # noqa: Y015
+    _WhichOneofReturnType__relu: _TypeAlias = _typing.Literal["relu"]  # noqa: Y015
+    _WhichOneofArgType__relu: _TypeAlias = _typing.Literal["_relu", b"_relu"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__layer) -> _WhichOneofReturnType__layer | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__relu) -> _WhichOneofReturnType__relu | None: ...
+
+Global___GradCamPlusPlus: _TypeAlias = GradCamPlusPlus  # noqa: Y015
+
+@_typing.final
+class LayerCam(_message.Message):
+    """LayerCAM (Jiang et al. 2021, IEEE TIP): the sum over channels of ReLU(dF/dA) A, position by position."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    RELU_FIELD_NUMBER: _builtins.int
+    UPSAMPLING_FIELD_NUMBER: _builtins.int
+    layer: _builtins.str
+    """Optional. As in GradCam."""
+    relu: _builtins.bool
+    """Optional. As in GradCam."""
+    upsampling: Global___Upsampling.ValueType
+    """Optional. As in GradCam."""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.str | None = ...,
+        relu: _builtins.bool | None = ...,
+        upsampling: Global___Upsampling.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "_relu", b"_relu", "layer", b"layer", "relu", b"relu"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "_relu", b"_relu", "layer", b"layer", "relu", b"relu", "upsampling", b"upsampling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__layer: _TypeAlias = _typing.Literal["layer"]  # noqa: Y015
+    _WhichOneofArgType__layer: _TypeAlias = _typing.Literal["_layer", b"_layer"]  # noqa: Y015
+    _WhichOneofReturnType__relu: _TypeAlias = _typing.Literal["relu"]  # noqa: Y015
+    _WhichOneofArgType__relu: _TypeAlias = _typing.Literal["_relu", b"_relu"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__layer) -> _WhichOneofReturnType__layer | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__relu) -> _WhichOneofReturnType__relu | None: ...
+
+Global___LayerCam: _TypeAlias = LayerCam  # noqa: Y015
+
+@_typing.final
+class ScoreCam(_message.Message):
+    """Score-CAM (Wang et al. 2020, arXiv:1910.01279): channels weighted by what is left of the score when the instance is masked
+    with each of them, scaled to [0, 1] and upsampled; weights are the softmax over channels. Takes no gradient, and one forward
+    evaluation per channel.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    RELU_FIELD_NUMBER: _builtins.int
+    UPSAMPLING_FIELD_NUMBER: _builtins.int
+    layer: _builtins.str
+    """Optional. As in GradCam."""
+    relu: _builtins.bool
+    """Optional. As in GradCam."""
+    upsampling: Global___Upsampling.ValueType
+    """Optional. As in GradCam."""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.str | None = ...,
+        relu: _builtins.bool | None = ...,
+        upsampling: Global___Upsampling.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "_relu", b"_relu", "layer", b"layer", "relu", b"relu"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "_relu", b"_relu", "layer", b"layer", "relu", b"relu", "upsampling", b"upsampling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__layer: _TypeAlias = _typing.Literal["layer"]  # noqa: Y015
+    _WhichOneofArgType__layer: _TypeAlias = _typing.Literal["_layer", b"_layer"]  # noqa: Y015
+    _WhichOneofReturnType__relu: _TypeAlias = _typing.Literal["relu"]  # noqa: Y015
+    _WhichOneofArgType__relu: _TypeAlias = _typing.Literal["_relu", b"_relu"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__layer) -> _WhichOneofReturnType__layer | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__relu) -> _WhichOneofReturnType__relu | None: ...
+
+Global___ScoreCam: _TypeAlias = ScoreCam  # noqa: Y015
+
+@_typing.final
+class GuidedGradCam(_message.Message):
+    """Guided Grad-CAM (Selvaraju et al. 2017, section 3.3): a pixel method times the upsampled Grad-CAM with ReLU."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    PIXEL_METHOD_FIELD_NUMBER: _builtins.int
+    UPSAMPLING_FIELD_NUMBER: _builtins.int
+    layer: _builtins.str
+    """Optional. As in GradCam."""
+    upsampling: Global___Upsampling.ValueType
+    """Optional. BILINEAR (default) or NEAREST."""
+    @_builtins.property
+    def pixel_method(self) -> Global___MethodSpec:
+        """Optional. The pixel method. Default: GuidedBackpropagation."""
+
+    def __init__(
+        self,
+        *,
+        layer: _builtins.str | None = ...,
+        pixel_method: Global___MethodSpec | None = ...,
+        upsampling: Global___Upsampling.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "layer", b"layer", "pixel_method", b"pixel_method"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "layer", b"layer", "pixel_method", b"pixel_method", "upsampling", b"upsampling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__layer: _TypeAlias = _typing.Literal["layer"]  # noqa: Y015
+    _WhichOneofArgType__layer: _TypeAlias = _typing.Literal["_layer", b"_layer"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__layer) -> _WhichOneofReturnType__layer | None: ...
+
+Global___GuidedGradCam: _TypeAlias = GuidedGradCam  # noqa: Y015
+
+@_typing.final
+class GuidedBackpropagation(_message.Message):
+    """Guided backpropagation (Springenberg et al. 2015, arXiv:1412.6806). Fails the parameter randomization check."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GuidedBackpropagation: _TypeAlias = GuidedBackpropagation  # noqa: Y015
+
+@_typing.final
+class DeconvNet(_message.Message):
+    """DeconvNet (Zeiler, Fergus 2014, arXiv:1311.2901) by backpropagation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeconvNet: _TypeAlias = DeconvNet  # noqa: Y015
+
+@_typing.final
+class DeepLift(_message.Message):
+    """DeepLIFT with the rescale rule (Shrikumar, Greenside, Kundaje 2017, arXiv:1704.02685)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeepLift: _TypeAlias = DeepLift  # noqa: Y015
+
+@_typing.final
+class Lrp(_message.Message):
+    """Layer-wise relevance propagation (Bach et al. 2015, PLOS ONE; rules as in Montavon et al. 2019)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RULE_FIELD_NUMBER: _builtins.int
+    EPSILON_FIELD_NUMBER: _builtins.int
+    GAMMA_FIELD_NUMBER: _builtins.int
+    ALPHA_FIELD_NUMBER: _builtins.int
+    rule: Global___LrpRule.ValueType
+    """Optional. Default COMPOSITE."""
+    epsilon: _builtins.float
+    """Optional. Of epsilon rules, positive. Default 1e-6."""
+    gamma: _builtins.float
+    """Optional. Of gamma rules, positive. Default 0.25."""
+    alpha: _builtins.float
+    """Optional. Of ALPHA_BETA, at least 1; beta is alpha - 1. Default 2."""
+    def __init__(
+        self,
+        *,
+        rule: Global___LrpRule.ValueType = ...,
+        epsilon: _builtins.float | None = ...,
+        gamma: _builtins.float | None = ...,
+        alpha: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_epsilon", b"_epsilon", "_gamma", b"_gamma", "alpha", b"alpha", "epsilon", b"epsilon", "gamma", b"gamma"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_epsilon", b"_epsilon", "_gamma", b"_gamma", "alpha", b"alpha", "epsilon", b"epsilon", "gamma", b"gamma", "rule", b"rule"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
+    _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
+    _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
+    _WhichOneofReturnType__gamma: _TypeAlias = _typing.Literal["gamma"]  # noqa: Y015
+    _WhichOneofArgType__gamma: _TypeAlias = _typing.Literal["_gamma", b"_gamma"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__alpha) -> _WhichOneofReturnType__alpha | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon) -> _WhichOneofReturnType__epsilon | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gamma) -> _WhichOneofReturnType__gamma | None: ...
+
+Global___Lrp: _TypeAlias = Lrp  # noqa: Y015
+
+@_typing.final
+class PatternNet(_message.Message):
+    """PatternNet (Kindermans et al. 2018, arXiv:1705.05598), from the patterns that lie beside the model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PatternNet: _TypeAlias = PatternNet  # noqa: Y015
+
+@_typing.final
+class PatternAttribution(_message.Message):
+    """PatternAttribution (the same paper), from the patterns that lie beside the model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PatternAttribution: _TypeAlias = PatternAttribution  # noqa: Y015
+
+@_typing.final
+class Occlusion(_message.Message):
+    """Occlusion (Zeiler, Fergus 2014): F(x) minus F of the instance with a window replaced by the baseline. For inputs with H and W
+    axes windows cover all channels; for others they run along the last axis.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WINDOW_FIELD_NUMBER: _builtins.int
+    STRIDE_FIELD_NUMBER: _builtins.int
+    AGGREGATION_FIELD_NUMBER: _builtins.int
+    aggregation: Global___WindowAggregation.ValueType
+    """Optional. Default MEAN."""
+    @_builtins.property
+    def window(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Optional. Extent of the window in elements along H and W, or along the last axis, at least 1 and at most the input's.
+        Default: an eighth of the input's, rounded up.
+        """
+
+    @_builtins.property
+    def stride(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Optional. Distance of windows, at least 1 and at most the window's extent. Default: half the window, rounded up. The last
+        window ends with the input.
+        """
+
+    def __init__(
+        self,
+        *,
+        window: _abc.Iterable[_builtins.int] | None = ...,
+        stride: _abc.Iterable[_builtins.int] | None = ...,
+        aggregation: Global___WindowAggregation.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregation", b"aggregation", "stride", b"stride", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Occlusion: _TypeAlias = Occlusion  # noqa: Y015
+
+@_typing.final
+class Rise(_message.Message):
+    """RISE (Petsiuk, Das, Saenko 2018, arXiv:1806.07421): the mean of scores of masked instances, weighted by their masks and
+    divided by the masks' mean. What a mask hides shows the baseline.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    GRID_SIZE_FIELD_NUMBER: _builtins.int
+    KEEP_PROBABILITY_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    sample_count: _builtins.int
+    """Optional. Number of masks, at least 2. Default 4000, the paper's."""
+    grid_size: _builtins.int
+    """Optional. Cells of the coarse mask along H and W, at least 1 and at most the input's extent. Default 7."""
+    keep_probability: _builtins.float
+    """Optional. Probability that a cell is kept, in (0, 1). Default 0.5."""
+    seed: _builtins.int
+    """Optional. Seed, at least 0. Default 0."""
+    def __init__(
+        self,
+        *,
+        sample_count: _builtins.int | None = ...,
+        grid_size: _builtins.int | None = ...,
+        keep_probability: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grid_size", b"_grid_size", "_keep_probability", b"_keep_probability", "_sample_count", b"_sample_count", "_seed", b"_seed", "grid_size", b"grid_size", "keep_probability", b"keep_probability", "sample_count", b"sample_count", "seed", b"seed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grid_size", b"_grid_size", "_keep_probability", b"_keep_probability", "_sample_count", b"_sample_count", "_seed", b"_seed", "grid_size", b"grid_size", "keep_probability", b"keep_probability", "sample_count", b"sample_count", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__grid_size: _TypeAlias = _typing.Literal["grid_size"]  # noqa: Y015
+    _WhichOneofArgType__grid_size: _TypeAlias = _typing.Literal["_grid_size", b"_grid_size"]  # noqa: Y015
+    _WhichOneofReturnType__keep_probability: _TypeAlias = _typing.Literal["keep_probability"]  # noqa: Y015
+    _WhichOneofArgType__keep_probability: _TypeAlias = _typing.Literal["_keep_probability", b"_keep_probability"]  # noqa: Y015
+    _WhichOneofReturnType__sample_count: _TypeAlias = _typing.Literal["sample_count"]  # noqa: Y015
+    _WhichOneofArgType__sample_count: _TypeAlias = _typing.Literal["_sample_count", b"_sample_count"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grid_size) -> _WhichOneofReturnType__grid_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_probability) -> _WhichOneofReturnType__keep_probability | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sample_count) -> _WhichOneofReturnType__sample_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+Global___Rise: _TypeAlias = Rise  # noqa: Y015
+
+@_typing.final
+class Lime(_message.Message):
+    """LIME for images and tables (Ribeiro, Singh, Guestrin 2016, arXiv:1602.04938): a ridge regression of the score on which
+    segments are present, near the instance. Each element gets the coefficient of its segment.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SegmentsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _tensor_pb2.Tensor: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _tensor_pb2.Tensor | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SEGMENTS_FIELD_NUMBER: _builtins.int
+    SEGMENTATION_FIELD_NUMBER: _builtins.int
+    SEGMENT_COUNT_FIELD_NUMBER: _builtins.int
+    SAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    KERNEL_WIDTH_FIELD_NUMBER: _builtins.int
+    RIDGE_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    segmentation: Global___Segmentation.ValueType
+    """Optional. Where no segments are given. Default: QUICKSHIFT for inputs with H and W axes; each element is its own otherwise."""
+    segment_count: _builtins.int
+    """Optional. Number of segments of GRID and SLIC, at least 2. Default 50."""
+    sample_count: _builtins.int
+    """Optional. Number of samples, at least 2. Default 1000."""
+    kernel_width: _builtins.float
+    """Optional. Width of the exponential kernel of the cosine distance, positive. Default 0.25."""
+    ridge: _builtins.float
+    """Optional. Strength of the ridge penalty, at least 0. Default 1."""
+    seed: _builtins.int
+    """Optional. Seed, at least 0. Default 0."""
+    @_builtins.property
+    def segments(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
+        """Optional. Segments by input name, int32 or int64 labels from 0 in the input's shape, with extent 1 along axes on which they
+        do not depend. Elements of inputs that are not named move as one further segment per input.
+        """
+
+    def __init__(
+        self,
+        *,
+        segments: _abc.Mapping[_builtins.str, _tensor_pb2.Tensor] | None = ...,
+        segmentation: Global___Segmentation.ValueType = ...,
+        segment_count: _builtins.int | None = ...,
+        sample_count: _builtins.int | None = ...,
+        kernel_width: _builtins.float | None = ...,
+        ridge: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kernel_width", b"_kernel_width", "_ridge", b"_ridge", "_sample_count", b"_sample_count", "_seed", b"_seed", "_segment_count", b"_segment_count", "kernel_width", b"kernel_width", "ridge", b"ridge", "sample_count", b"sample_count", "seed", b"seed", "segment_count", b"segment_count"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kernel_width", b"_kernel_width", "_ridge", b"_ridge", "_sample_count", b"_sample_count", "_seed", b"_seed", "_segment_count", b"_segment_count", "kernel_width", b"kernel_width", "ridge", b"ridge", "sample_count", b"sample_count", "seed", b"seed", "segment_count", b"segment_count", "segmentation", b"segmentation", "segments", b"segments"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__kernel_width: _TypeAlias = _typing.Literal["kernel_width"]  # noqa: Y015
+    _WhichOneofArgType__kernel_width: _TypeAlias = _typing.Literal["_kernel_width", b"_kernel_width"]  # noqa: Y015
+    _WhichOneofReturnType__ridge: _TypeAlias = _typing.Literal["ridge"]  # noqa: Y015
+    _WhichOneofArgType__ridge: _TypeAlias = _typing.Literal["_ridge", b"_ridge"]  # noqa: Y015
+    _WhichOneofReturnType__sample_count: _TypeAlias = _typing.Literal["sample_count"]  # noqa: Y015
+    _WhichOneofArgType__sample_count: _TypeAlias = _typing.Literal["_sample_count", b"_sample_count"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__segment_count: _TypeAlias = _typing.Literal["segment_count"]  # noqa: Y015
+    _WhichOneofArgType__segment_count: _TypeAlias = _typing.Literal["_segment_count", b"_segment_count"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kernel_width) -> _WhichOneofReturnType__kernel_width | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ridge) -> _WhichOneofReturnType__ridge | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sample_count) -> _WhichOneofReturnType__sample_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__segment_count) -> _WhichOneofReturnType__segment_count | None: ...
+
+Global___Lime: _TypeAlias = Lime  # noqa: Y015
+
+@_typing.final
+class KernelShap(_message.Message):
+    """KernelSHAP (Lundberg, Lee 2017, arXiv:1705.07874): Shapley values of segments by weighted regression, with the sum held to
+    F(x) - F(x'). Exact where the samples cover all subsets. Each element gets an equal share of its segment's value.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SegmentsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _tensor_pb2.Tensor: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _tensor_pb2.Tensor | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SEGMENTS_FIELD_NUMBER: _builtins.int
+    SEGMENTATION_FIELD_NUMBER: _builtins.int
+    SEGMENT_COUNT_FIELD_NUMBER: _builtins.int
+    SAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    segmentation: Global___Segmentation.ValueType
+    """Optional. As in Lime. Default: GRID for inputs with H and W axes."""
+    segment_count: _builtins.int
+    """Optional. As in Lime. Default 16."""
+    sample_count: _builtins.int
+    """Optional. Number of subsets beside the empty and the full one, at least 1. Default: all 2^M - 2 where that is at most 2 M +
+    2048, else 2 M + 2048.
+    """
+    seed: _builtins.int
+    """Optional. Seed, at least 0. Default 0."""
+    @_builtins.property
+    def segments(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
+        """Optional. As in Lime."""
+
+    def __init__(
+        self,
+        *,
+        segments: _abc.Mapping[_builtins.str, _tensor_pb2.Tensor] | None = ...,
+        segmentation: Global___Segmentation.ValueType = ...,
+        segment_count: _builtins.int | None = ...,
+        sample_count: _builtins.int | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sample_count", b"_sample_count", "_seed", b"_seed", "_segment_count", b"_segment_count", "sample_count", b"sample_count", "seed", b"seed", "segment_count", b"segment_count"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sample_count", b"_sample_count", "_seed", b"_seed", "_segment_count", b"_segment_count", "sample_count", b"sample_count", "seed", b"seed", "segment_count", b"segment_count", "segmentation", b"segmentation", "segments", b"segments"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__sample_count: _TypeAlias = _typing.Literal["sample_count"]  # noqa: Y015
+    _WhichOneofArgType__sample_count: _TypeAlias = _typing.Literal["_sample_count", b"_sample_count"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__segment_count: _TypeAlias = _typing.Literal["segment_count"]  # noqa: Y015
+    _WhichOneofArgType__segment_count: _TypeAlias = _typing.Literal["_segment_count", b"_segment_count"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sample_count) -> _WhichOneofReturnType__sample_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__segment_count) -> _WhichOneofReturnType__segment_count | None: ...
+
+Global___KernelShap: _TypeAlias = KernelShap  # noqa: Y015
+
+@_typing.final
+class ShapleyValueSampling(_message.Message):
+    """Shapley value sampling (Castro, Gomez, Tejada 2009; Strumbelj, Kononenko 2010): the mean over random orders of what each
+    segment adds. Exact where the orders cover all. Each element gets an equal share of its segment's value.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SegmentsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _tensor_pb2.Tensor: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _tensor_pb2.Tensor | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SEGMENTS_FIELD_NUMBER: _builtins.int
+    SEGMENTATION_FIELD_NUMBER: _builtins.int
+    SEGMENT_COUNT_FIELD_NUMBER: _builtins.int
+    SAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    segmentation: Global___Segmentation.ValueType
+    """Optional. As in KernelShap."""
+    segment_count: _builtins.int
+    """Optional. As in KernelShap."""
+    sample_count: _builtins.int
+    """Optional. Number of orders, at least 1; each takes one evaluation per segment, less one. Default 25."""
+    seed: _builtins.int
+    """Optional. Seed, at least 0. Default 0."""
+    @_builtins.property
+    def segments(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
+        """Optional. As in Lime."""
+
+    def __init__(
+        self,
+        *,
+        segments: _abc.Mapping[_builtins.str, _tensor_pb2.Tensor] | None = ...,
+        segmentation: Global___Segmentation.ValueType = ...,
+        segment_count: _builtins.int | None = ...,
+        sample_count: _builtins.int | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sample_count", b"_sample_count", "_seed", b"_seed", "_segment_count", b"_segment_count", "sample_count", b"sample_count", "seed", b"seed", "segment_count", b"segment_count"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sample_count", b"_sample_count", "_seed", b"_seed", "_segment_count", b"_segment_count", "sample_count", b"sample_count", "seed", b"seed", "segment_count", b"segment_count", "segmentation", b"segmentation", "segments", b"segments"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__sample_count: _TypeAlias = _typing.Literal["sample_count"]  # noqa: Y015
+    _WhichOneofArgType__sample_count: _TypeAlias = _typing.Literal["_sample_count", b"_sample_count"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__segment_count: _TypeAlias = _typing.Literal["segment_count"]  # noqa: Y015
+    _WhichOneofArgType__segment_count: _TypeAlias = _typing.Literal["_segment_count", b"_segment_count"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sample_count) -> _WhichOneofReturnType__sample_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__segment_count) -> _WhichOneofReturnType__segment_count | None: ...
+
+Global___ShapleyValueSampling: _TypeAlias = ShapleyValueSampling  # noqa: Y015
+
+@_typing.final
+class FeatureAblation(_message.Message):
+    """Feature ablation: F(x) minus F of the instance with one segment replaced by the baseline. Each element gets the value of its
+    segment, as in Captum, so it sums over segments, not elements.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SegmentsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _tensor_pb2.Tensor: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _tensor_pb2.Tensor | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SEGMENTS_FIELD_NUMBER: _builtins.int
+    SEGMENTATION_FIELD_NUMBER: _builtins.int
+    SEGMENT_COUNT_FIELD_NUMBER: _builtins.int
+    segmentation: Global___Segmentation.ValueType
+    """Optional. As in Lime. Default: GRID for inputs with H and W axes; each element is its own segment otherwise."""
+    segment_count: _builtins.int
+    """Optional. As in Lime."""
+    @_builtins.property
+    def segments(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
+        """Optional. As in Lime."""
+
+    def __init__(
+        self,
+        *,
+        segments: _abc.Mapping[_builtins.str, _tensor_pb2.Tensor] | None = ...,
+        segmentation: Global___Segmentation.ValueType = ...,
+        segment_count: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_segment_count", b"_segment_count", "segment_count", b"segment_count"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_segment_count", b"_segment_count", "segment_count", b"segment_count", "segmentation", b"segmentation", "segments", b"segments"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__segment_count: _TypeAlias = _typing.Literal["segment_count"]  # noqa: Y015
+    _WhichOneofArgType__segment_count: _TypeAlias = _typing.Literal["_segment_count", b"_segment_count"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__segment_count) -> _WhichOneofReturnType__segment_count | None: ...
+
+Global___FeatureAblation: _TypeAlias = FeatureAblation  # noqa: Y015
+
+@_typing.final
+class Xrai(_message.Message):
+    """XRAI (Kapishnikov et al. 2019, arXiv:1906.02825): regions in the order of their mean attribution, from maps of Integrated
+    Gradients with a black and a white baseline. The base maps and the segments come back.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_COUNT_FIELD_NUMBER: _builtins.int
+    SEGMENTS_FIELD_NUMBER: _builtins.int
+    BASE_MAP_FIELD_NUMBER: _builtins.int
+    step_count: _builtins.int
+    """Optional. Steps of each base map, from 1 to the server's cap. Default 100, the paper's code."""
+    @_builtins.property
+    def segments(self) -> _tensor_pb2.Tensor:
+        """Optional. Overlapping segments, bool, shape [segments, H, W]; they need not cover the input. Default: Felzenszwalb's of
+        scikit-image at scales 50, 100, 150, 250, 500 and 1200.
+        """
+
+    @_builtins.property
+    def base_map(self) -> _tensor_pb2.Tensor:
+        """Optional. Base map in place of the server's, a floating-point tensor of the input's shape, or H x W."""
+
+    def __init__(
+        self,
+        *,
+        step_count: _builtins.int | None = ...,
+        segments: _tensor_pb2.Tensor | None = ...,
+        base_map: _tensor_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step_count", b"_step_count", "base_map", b"base_map", "segments", b"segments", "step_count", b"step_count"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_count", b"_step_count", "base_map", b"base_map", "segments", b"segments", "step_count", b"step_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__step_count: _TypeAlias = _typing.Literal["step_count"]  # noqa: Y015
+    _WhichOneofArgType__step_count: _TypeAlias = _typing.Literal["_step_count", b"_step_count"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_count) -> _WhichOneofReturnType__step_count | None: ...
+
+Global___Xrai: _TypeAlias = Xrai  # noqa: Y015
+
+@_typing.final
 class MethodSpec(_message.Message):
     """One attribution method with its options."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     INTEGRATED_GRADIENTS_FIELD_NUMBER: _builtins.int
+    GRADIENT_FIELD_NUMBER: _builtins.int
+    GRADIENT_X_INPUT_FIELD_NUMBER: _builtins.int
+    SMOOTH_GRAD_FIELD_NUMBER: _builtins.int
+    SMOOTH_GRAD_SQUARED_FIELD_NUMBER: _builtins.int
+    VAR_GRAD_FIELD_NUMBER: _builtins.int
+    EXPECTED_GRADIENTS_FIELD_NUMBER: _builtins.int
+    BLUR_INTEGRATED_GRADIENTS_FIELD_NUMBER: _builtins.int
+    GUIDED_INTEGRATED_GRADIENTS_FIELD_NUMBER: _builtins.int
+    IDGI_FIELD_NUMBER: _builtins.int
+    GRAD_CAM_FIELD_NUMBER: _builtins.int
+    GRAD_CAM_PLUS_PLUS_FIELD_NUMBER: _builtins.int
+    LAYER_CAM_FIELD_NUMBER: _builtins.int
+    SCORE_CAM_FIELD_NUMBER: _builtins.int
+    GUIDED_GRAD_CAM_FIELD_NUMBER: _builtins.int
+    GUIDED_BACKPROPAGATION_FIELD_NUMBER: _builtins.int
+    DECONV_NET_FIELD_NUMBER: _builtins.int
+    DEEP_LIFT_FIELD_NUMBER: _builtins.int
+    LRP_FIELD_NUMBER: _builtins.int
+    PATTERN_NET_FIELD_NUMBER: _builtins.int
+    PATTERN_ATTRIBUTION_FIELD_NUMBER: _builtins.int
+    OCCLUSION_FIELD_NUMBER: _builtins.int
+    RISE_FIELD_NUMBER: _builtins.int
+    LIME_FIELD_NUMBER: _builtins.int
+    KERNEL_SHAP_FIELD_NUMBER: _builtins.int
+    SHAPLEY_VALUE_SAMPLING_FIELD_NUMBER: _builtins.int
+    FEATURE_ABLATION_FIELD_NUMBER: _builtins.int
+    XRAI_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def integrated_gradients(self) -> Global___IntegratedGradients:
         """Integrated Gradients."""
+
+    @_builtins.property
+    def gradient(self) -> Global___Gradient:
+        """Gradient."""
+
+    @_builtins.property
+    def gradient_x_input(self) -> Global___GradientXInput:
+        """Gradient x input."""
+
+    @_builtins.property
+    def smooth_grad(self) -> Global___SmoothGrad:
+        """SmoothGrad."""
+
+    @_builtins.property
+    def smooth_grad_squared(self) -> Global___SmoothGradSquared:
+        """SmoothGrad-squared."""
+
+    @_builtins.property
+    def var_grad(self) -> Global___VarGrad:
+        """VarGrad."""
+
+    @_builtins.property
+    def expected_gradients(self) -> Global___ExpectedGradients:
+        """Expected Gradients."""
+
+    @_builtins.property
+    def blur_integrated_gradients(self) -> Global___BlurIntegratedGradients:
+        """Blur Integrated Gradients."""
+
+    @_builtins.property
+    def guided_integrated_gradients(self) -> Global___GuidedIntegratedGradients:
+        """Guided Integrated Gradients."""
+
+    @_builtins.property
+    def idgi(self) -> Global___Idgi:
+        """IDGI."""
+
+    @_builtins.property
+    def grad_cam(self) -> Global___GradCam:
+        """Grad-CAM."""
+
+    @_builtins.property
+    def grad_cam_plus_plus(self) -> Global___GradCamPlusPlus:
+        """Grad-CAM++."""
+
+    @_builtins.property
+    def layer_cam(self) -> Global___LayerCam:
+        """LayerCAM."""
+
+    @_builtins.property
+    def score_cam(self) -> Global___ScoreCam:
+        """Score-CAM."""
+
+    @_builtins.property
+    def guided_grad_cam(self) -> Global___GuidedGradCam:
+        """Guided Grad-CAM."""
+
+    @_builtins.property
+    def guided_backpropagation(self) -> Global___GuidedBackpropagation:
+        """Guided backpropagation."""
+
+    @_builtins.property
+    def deconv_net(self) -> Global___DeconvNet:
+        """DeconvNet."""
+
+    @_builtins.property
+    def deep_lift(self) -> Global___DeepLift:
+        """DeepLIFT, rescale rule."""
+
+    @_builtins.property
+    def lrp(self) -> Global___Lrp:
+        """Layer-wise relevance propagation."""
+
+    @_builtins.property
+    def pattern_net(self) -> Global___PatternNet:
+        """PatternNet."""
+
+    @_builtins.property
+    def pattern_attribution(self) -> Global___PatternAttribution:
+        """PatternAttribution."""
+
+    @_builtins.property
+    def occlusion(self) -> Global___Occlusion:
+        """Occlusion."""
+
+    @_builtins.property
+    def rise(self) -> Global___Rise:
+        """RISE."""
+
+    @_builtins.property
+    def lime(self) -> Global___Lime:
+        """LIME."""
+
+    @_builtins.property
+    def kernel_shap(self) -> Global___KernelShap:
+        """KernelSHAP."""
+
+    @_builtins.property
+    def shapley_value_sampling(self) -> Global___ShapleyValueSampling:
+        """Shapley value sampling."""
+
+    @_builtins.property
+    def feature_ablation(self) -> Global___FeatureAblation:
+        """Feature ablation."""
+
+    @_builtins.property
+    def xrai(self) -> Global___Xrai:
+        """XRAI."""
 
     def __init__(
         self,
         *,
         integrated_gradients: Global___IntegratedGradients | None = ...,
+        gradient: Global___Gradient | None = ...,
+        gradient_x_input: Global___GradientXInput | None = ...,
+        smooth_grad: Global___SmoothGrad | None = ...,
+        smooth_grad_squared: Global___SmoothGradSquared | None = ...,
+        var_grad: Global___VarGrad | None = ...,
+        expected_gradients: Global___ExpectedGradients | None = ...,
+        blur_integrated_gradients: Global___BlurIntegratedGradients | None = ...,
+        guided_integrated_gradients: Global___GuidedIntegratedGradients | None = ...,
+        idgi: Global___Idgi | None = ...,
+        grad_cam: Global___GradCam | None = ...,
+        grad_cam_plus_plus: Global___GradCamPlusPlus | None = ...,
+        layer_cam: Global___LayerCam | None = ...,
+        score_cam: Global___ScoreCam | None = ...,
+        guided_grad_cam: Global___GuidedGradCam | None = ...,
+        guided_backpropagation: Global___GuidedBackpropagation | None = ...,
+        deconv_net: Global___DeconvNet | None = ...,
+        deep_lift: Global___DeepLift | None = ...,
+        lrp: Global___Lrp | None = ...,
+        pattern_net: Global___PatternNet | None = ...,
+        pattern_attribution: Global___PatternAttribution | None = ...,
+        occlusion: Global___Occlusion | None = ...,
+        rise: Global___Rise | None = ...,
+        lime: Global___Lime | None = ...,
+        kernel_shap: Global___KernelShap | None = ...,
+        shapley_value_sampling: Global___ShapleyValueSampling | None = ...,
+        feature_ablation: Global___FeatureAblation | None = ...,
+        xrai: Global___Xrai | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["integrated_gradients", b"integrated_gradients", "method", b"method"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blur_integrated_gradients", b"blur_integrated_gradients", "deconv_net", b"deconv_net", "deep_lift", b"deep_lift", "expected_gradients", b"expected_gradients", "feature_ablation", b"feature_ablation", "grad_cam", b"grad_cam", "grad_cam_plus_plus", b"grad_cam_plus_plus", "gradient", b"gradient", "gradient_x_input", b"gradient_x_input", "guided_backpropagation", b"guided_backpropagation", "guided_grad_cam", b"guided_grad_cam", "guided_integrated_gradients", b"guided_integrated_gradients", "idgi", b"idgi", "integrated_gradients", b"integrated_gradients", "kernel_shap", b"kernel_shap", "layer_cam", b"layer_cam", "lime", b"lime", "lrp", b"lrp", "method", b"method", "occlusion", b"occlusion", "pattern_attribution", b"pattern_attribution", "pattern_net", b"pattern_net", "rise", b"rise", "score_cam", b"score_cam", "shapley_value_sampling", b"shapley_value_sampling", "smooth_grad", b"smooth_grad", "smooth_grad_squared", b"smooth_grad_squared", "var_grad", b"var_grad", "xrai", b"xrai"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["integrated_gradients", b"integrated_gradients", "method", b"method"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blur_integrated_gradients", b"blur_integrated_gradients", "deconv_net", b"deconv_net", "deep_lift", b"deep_lift", "expected_gradients", b"expected_gradients", "feature_ablation", b"feature_ablation", "grad_cam", b"grad_cam", "grad_cam_plus_plus", b"grad_cam_plus_plus", "gradient", b"gradient", "gradient_x_input", b"gradient_x_input", "guided_backpropagation", b"guided_backpropagation", "guided_grad_cam", b"guided_grad_cam", "guided_integrated_gradients", b"guided_integrated_gradients", "idgi", b"idgi", "integrated_gradients", b"integrated_gradients", "kernel_shap", b"kernel_shap", "layer_cam", b"layer_cam", "lime", b"lime", "lrp", b"lrp", "method", b"method", "occlusion", b"occlusion", "pattern_attribution", b"pattern_attribution", "pattern_net", b"pattern_net", "rise", b"rise", "score_cam", b"score_cam", "shapley_value_sampling", b"shapley_value_sampling", "smooth_grad", b"smooth_grad", "smooth_grad_squared", b"smooth_grad_squared", "var_grad", b"var_grad", "xrai", b"xrai"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_method: _TypeAlias = _typing.Literal["integrated_gradients"]  # noqa: Y015
+    _WhichOneofReturnType_method: _TypeAlias = _typing.Literal["integrated_gradients", "gradient", "gradient_x_input", "smooth_grad", "smooth_grad_squared", "var_grad", "expected_gradients", "blur_integrated_gradients", "guided_integrated_gradients", "idgi", "grad_cam", "grad_cam_plus_plus", "layer_cam", "score_cam", "guided_grad_cam", "guided_backpropagation", "deconv_net", "deep_lift", "lrp", "pattern_net", "pattern_attribution", "occlusion", "rise", "lime", "kernel_shap", "shapley_value_sampling", "feature_ablation", "xrai"]  # noqa: Y015
     _WhichOneofArgType_method: _TypeAlias = _typing.Literal["method", b"method"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_method) -> _WhichOneofReturnType_method | None: ...
 

@@ -656,12 +656,15 @@ class MethodSupport(_message.Message):
     SUPPORTED_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     READING_GUIDE_FIELD_NUMBER: _builtins.int
+    MISSING_CAPABILITY_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     """Name of the field of MethodSpec, such as "integrated_gradients"."""
     supported: _builtins.bool
     """Whether this model supports it."""
     reason: _builtins.str
     """The missing capability, in words; empty where supported."""
+    missing_capability: _builtins.str
+    """The missing capability by name: "gradient", "layers", or "rule:" and the name of a gradient rule; empty where supported."""
     @_builtins.property
     def reading_guide(self) -> Global___ReadingGuide:
         """How to read a value."""
@@ -673,10 +676,11 @@ class MethodSupport(_message.Message):
         supported: _builtins.bool = ...,
         reason: _builtins.str = ...,
         reading_guide: Global___ReadingGuide | None = ...,
+        missing_capability: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["reading_guide", b"reading_guide"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["method", b"method", "reading_guide", b"reading_guide", "reason", b"reason", "supported", b"supported"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["method", b"method", "missing_capability", b"missing_capability", "reading_guide", b"reading_guide", "reason", b"reason", "supported", b"supported"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -694,10 +698,17 @@ class ReadingGuide(_message.Message):
     NEEDS_BASELINE_FIELD_NUMBER: _builtins.int
     DETERMINISTIC_FIELD_NUMBER: _builtins.int
     PAPER_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    FAILS_RANDOMIZATION_FIELD_NUMBER: _builtins.int
+    POOLS_BASELINES_FIELD_NUMBER: _builtins.int
     family: _builtins.str
-    """"gradient", "path", "activation" or "perturbation"."""
+    """"gradient" (what a change of an element changes), "path" (relative to a baseline), "activation", "backward rule" (an altered
+    backward pass), "perturbation" or "region".
+    """
     units: _builtins.str
-    """Unit of a value: "output" or "output per unit of input"."""
+    """Unit of a value: "output", "output per unit of input", or what else the method states. Maps of different units are pooled
+    apart.
+    """
     complete: _builtins.bool
     """Whether attributions sum to F(x) - F(x')."""
     needs_baseline: _builtins.bool
@@ -706,6 +717,12 @@ class ReadingGuide(_message.Message):
     """Whether it is deterministic."""
     paper: _builtins.str
     """Paper that defines it."""
+    tier: _builtins.str
+    """What it needs of a model: "T0" values, "T1" also input gradients, "T2" also activations within, "T3" altered backward rules."""
+    fails_randomization: _builtins.bool
+    """Whether the literature found that its maps hardly change when the weights are randomized."""
+    pools_baselines: _builtins.bool
+    """Whether all baselines of an instance make one map."""
     def __init__(
         self,
         *,
@@ -715,10 +732,13 @@ class ReadingGuide(_message.Message):
         needs_baseline: _builtins.bool = ...,
         deterministic: _builtins.bool = ...,
         paper: _builtins.str = ...,
+        tier: _builtins.str = ...,
+        fails_randomization: _builtins.bool = ...,
+        pools_baselines: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "deterministic", b"deterministic", "family", b"family", "needs_baseline", b"needs_baseline", "paper", b"paper", "units", b"units"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "deterministic", b"deterministic", "fails_randomization", b"fails_randomization", "family", b"family", "needs_baseline", b"needs_baseline", "paper", b"paper", "pools_baselines", b"pools_baselines", "tier", b"tier", "units", b"units"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

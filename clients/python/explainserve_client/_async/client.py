@@ -104,7 +104,7 @@ class AsyncClient:
         inputs: Any,
         *,
         version: int | None = None,
-        method: Method | None = None,
+        method: Method | Sequence[Method] | None = None,
         targets: Any = None,
         baselines: Any = None,
         score: str | None = None,
@@ -132,7 +132,8 @@ class AsyncClient:
                 axis, or without it for a single instance. What `preprocess` returned, or a list of that, is an input
                 too.
             version: None is the highest that is ready.
-            method: IntegratedGradients(...); None is its adaptive default.
+            method: IntegratedGradients(...) or another method, or a list of them, which share what they evaluate; None
+                is adaptive Integrated Gradients.
             targets: one or a list of class indices, index paths, labels, "argmax", TopK(k), Margin(a, b), float weight
                 arrays, Target(...); None is the model's default.
             baselines: one or a list of "zeros", "black", "gray", "white", "random", arrays, typed baselines, or dicts
