@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from explainserve.plan import STANDARD, Differentiation, GradientRule, Selector, Tensors
 from explainserve.signature import Layer, MapSpec, Score, ScoreHead, element_count
+
+T = TypeVar("T")
 
 
 class StopReason(enum.Enum):
@@ -37,6 +40,17 @@ class Instance:
 
     moving: Tensors
     fixed: Tensors
+    _derived: WeakValueDictionary[Hashable, Any] = field(default_factory=WeakValueDictionary, init=False, repr=False)
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What a method makes of this instance alone: the same object for all questions, as long as any of them holds
+        it, so that their rows are shared.
+
+        Args:
+            key: stands for all that decides the value.
+        """
+        found: T | None = self._derived.get(key)
+        return self._derived.setdefault(key, make()) if found is None else found
 
 
 @dataclass(frozen=True, eq=False)

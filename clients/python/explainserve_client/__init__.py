@@ -45,7 +45,15 @@ from explainserve_client.errors import (
     Unavailable,
     Unimplemented,
 )
-from explainserve_client.methods import Gradient, GradientXInput, IntegratedGradients
+from explainserve_client.methods import (
+    ExpectedGradients,
+    Gradient,
+    GradientXInput,
+    IntegratedGradients,
+    SmoothGrad,
+    SmoothGradSquared,
+    VarGrad,
+)
 from explainserve_client.models import (
     Axis,
     InputSpec,
@@ -103,6 +111,7 @@ __all__ = [
     "CostEstimate",
     "DataBaseline",
     "DeadlineExceeded",
+    "ExpectedGradients",
     "ExplainResult",
     "ExplainServeError",
     "FailedPrecondition",
@@ -146,6 +155,8 @@ __all__ = [
     "ResourceExhausted",
     "ScorePath",
     "ServerError",
+    "SmoothGrad",
+    "SmoothGradSquared",
     "Statistics",
     "Table",
     "Target",
@@ -157,6 +168,7 @@ __all__ = [
     "UsedBaseline",
     "UsedInputBaseline",
     "ValueRange",
+    "VarGrad",
     "Zeros",
     "__version__",
     "reduce_to_view",

@@ -63,12 +63,75 @@ class GradientXInput:
     """Gradient x input (Shrikumar et al. 2016)."""
 
 
-Method: TypeAlias = IntegratedGradients | Gradient | GradientXInput
+@dataclass(frozen=True, slots=True)
+class SmoothGrad:
+    """SmoothGrad (Smilkov et al. 2017): the mean of a method's maps at noisy copies of the instance.
+
+    Attributes:
+        base: the method of each sample. Server default: Gradient().
+        sample_count: at least 2. Server default 50.
+        noise_level: standard deviation of the noise as a share of max(x) - min(x), positive. Server default 0.15.
+        noise_std: the same in the unit of the input, in its place.
+        seed: at least 0. Server default 0.
+    """
+
+    base: Method | None = None
+    sample_count: int | None = None
+    noise_level: float | None = None
+    noise_std: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SmoothGradSquared:
+    """SmoothGrad-squared (Hooker et al. 2019): the mean of the squares of the maps; options as of SmoothGrad."""
+
+    base: Method | None = None
+    sample_count: int | None = None
+    noise_level: float | None = None
+    noise_std: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VarGrad:
+    """VarGrad (Adebayo et al. 2018): the population variance of the maps; options as of SmoothGrad."""
+
+    base: Method | None = None
+    sample_count: int | None = None
+    noise_level: float | None = None
+    noise_std: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedGradients:
+    """Expected Gradients (Erion et al. 2021), which GradientSHAP is: one map of all baselines of an instance.
+
+    Attributes:
+        sample_count: over all baselines, at least one for each. Server default 200.
+        noise_std: standard deviation of noise that is added to the instance in each sample, at least 0. Server default
+            0.
+        seed: at least 0. Server default 0.
+    """
+
+    sample_count: int | None = None
+    noise_std: float | None = None
+    seed: int | None = None
+
+
+Method: TypeAlias = (
+    IntegratedGradients | Gradient | GradientXInput | SmoothGrad | SmoothGradSquared | VarGrad | ExpectedGradients
+)
 
 METHODS: Mapping[str, type[Method]] = {
     "integrated_gradients": IntegratedGradients,
     "gradient": Gradient,
     "gradient_x_input": GradientXInput,
+    "smooth_grad": SmoothGrad,
+    "smooth_grad_squared": SmoothGradSquared,
+    "var_grad": VarGrad,
+    "expected_gradients": ExpectedGradients,
 }
 """Methods by the name of their field in the message."""
 

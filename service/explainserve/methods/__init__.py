@@ -7,14 +7,22 @@ came back into the answer or asks for more. To add one: a file here, its line in
 from __future__ import annotations
 
 from explainserve.methods.contract import Cost, Method, Needs, ReadingGuide
+from explainserve.methods.expected_gradients import ExpectedGradients
 from explainserve.methods.gradient import Gradient
 from explainserve.methods.gradient_x_input import GradientXInput
 from explainserve.methods.integrated_gradients import IntegratedGradients
+from explainserve.methods.smooth_grad import SmoothGrad
+from explainserve.methods.smooth_grad_squared import SmoothGradSquared
+from explainserve.methods.var_grad import VarGrad
 
 METHODS: dict[str, type[Method]] = {
     "integrated_gradients": IntegratedGradients,
     "gradient": Gradient,
     "gradient_x_input": GradientXInput,
+    "smooth_grad": SmoothGrad,
+    "smooth_grad_squared": SmoothGradSquared,
+    "var_grad": VarGrad,
+    "expected_gradients": ExpectedGradients,
 }
 """Methods by the name of their field in MethodSpec."""
 
@@ -24,4 +32,18 @@ def name_of(method: Method) -> str:
     return next(name for name, kind in METHODS.items() if kind is type(method))
 
 
-__all__ = ["METHODS", "Cost", "IntegratedGradients", "Method", "Needs", "ReadingGuide", "name_of"]
+__all__ = [
+    "METHODS",
+    "Cost",
+    "ExpectedGradients",
+    "Gradient",
+    "GradientXInput",
+    "IntegratedGradients",
+    "Method",
+    "Needs",
+    "ReadingGuide",
+    "SmoothGrad",
+    "SmoothGradSquared",
+    "VarGrad",
+    "name_of",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+from typing import Protocol, Self
 
 from explainserve.explanation import Attribution, Question, Subject
 from explainserve.plan import STANDARD, Evaluation, Plan
@@ -92,7 +92,10 @@ class Method(Protocol):
     method says nothing else: it takes one round of derivatives, and leaves nothing to the model.
     """
 
-    reading_guide: ClassVar[ReadingGuide]
+    @property
+    def reading_guide(self) -> ReadingGuide:
+        """How to read a value of its maps."""
+        ...
 
     @property
     def needs(self) -> Needs:

@@ -676,7 +676,8 @@ def _cautions(cautions: Sequence[Caution]) -> list[attribution_pb2.Caution]:
 
 
 def _method_support(name: str, method: type[Method], model: ServedModel) -> model_pb2.MethodSupport:
-    guide, needs = method.reading_guide, method().needs
+    default = method()
+    guide, needs = default.reading_guide, default.needs
     missing = model.missing(needs.rule, layers=needs.layers)
     return model_pb2.MethodSupport(
         method=name,

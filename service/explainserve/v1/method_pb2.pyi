@@ -304,7 +304,7 @@ Global___GradientXInput: _TypeAlias = GradientXInput  # noqa: Y015
 @_typing.final
 class SmoothGrad(_message.Message):
     """SmoothGrad (Smilkov et al. 2017, arXiv:1706.03825): the mean of a method's maps at x + noise, the noise Gaussian, float32,
-    generator PCG64 of NumPy; sample k of an input uses the seed sequence (seed, k, position of the input among the inputs).
+    generator PCG64 of NumPy; sample k uses the seed sequence (seed, k, position of the input among the explained ones).
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -1,0 +1,143 @@
+"""Every registered method over a real connection: what it gives alone, among others, and what it costs."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from explainserve.methods import METHODS
+from explainserve.rpc.methods import read, write
+from explainserve.v1 import attribution_pb2, method_pb2
+from explainserve.v1 import explainer_service_pb2 as pb
+from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
+from rpc.loopback import array, element, every, normal, refusal, relative_distance, request
+
+X = normal(2, 3, 6, 8)
+
+CASES: dict[str, dict[str, Any]] = {
+    "integrated_gradients": {"step_count": 5},
+    "gradient": {},
+    "gradient_x_input": {},
+    "smooth_grad": {"sample_count": 6, "noise_std": 0.1, "seed": 3},
+    "smooth_grad_squared": {"sample_count": 5, "noise_level": 0.1},
+    "var_grad": {"sample_count": 4, "base": {"integrated_gradients": {"step_count": 3}}},
+    "expected_gradients": {"sample_count": 7, "noise_std": 0.05},
+}
+"""Options that are quick to compute, for each method."""
+
+NAMES = sorted(CASES)
+BASELINES = [every(zeros={}), every(constant={"values": [0.5]})]
+
+
+def spec(name: str) -> dict[str, Any]:
+    return {name: CASES[name]}
+
+
+def explain(stub: ExplainerServiceStub, *names: str, **fields: Any) -> pb.ExplainResponse:
+    """Two instances, two targets and two baselines each."""
+    usual: dict[str, Any] = {"targets": [element(1), element(3)], "baselines": BASELINES}
+    asked = request("image", {"image": X}, methods=[spec(name) for name in names], **(usual | fields))
+    return stub.Explain(asked, timeout=120)
+
+
+def tensors(response: pb.ExplainResponse, method_index: int) -> list[Any]:
+    return [array(a.inputs[0].tensor) for a in response.attributions if a.method_index == method_index]
+
+
+def test_every_method_is_tested() -> None:
+    assert CASES.keys() == METHODS.keys()
+    assert METHODS.keys() <= set(method_pb2.MethodSpec.DESCRIPTOR.fields_by_name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_is_read_from_its_message_and_written_back(name: str) -> None:
+    method = read(method_pb2.MethodSpec(**spec(name)))
+
+    assert read(write(method)) == method
+    assert read(method_pb2.MethodSpec(**{name: {}})) == METHODS[name]()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_gives_finite_maps_in_the_shape_of_the_input(stub: ExplainerServiceStub, name: str) -> None:
+    response = explain(stub, name)
+    guide = read(method_pb2.MethodSpec(**spec(name))).reading_guide
+
+    assert len(response.attributions) == 2 * 2 * (2 if guide.one_map_per_baseline else 1)
+    for own in response.attributions:
+        assert own.HasField("baseline_index") == guide.one_map_per_baseline
+        assert own.HasField("convergence_delta") <= guide.complete
+        assert own.stop_reason != attribution_pb2.STOP_REASON_NON_FINITE
+        assert np.isfinite(array(own.inputs[0].tensor)).all()
+        assert own.inputs[0].statistics
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_targets_and_instances_together_give_what_each_gives_alone(stub: ExplainerServiceStub, name: str) -> None:
+    together = tensors(explain(stub, name), 0)
+    alone = [
+        tensors(
+            stub.Explain(
+                request("image", {"image": X[i : i + 1]}, targets=[target], baselines=BASELINES, methods=[spec(name)]),
+                timeout=120,
+            ),
+            0,
+        )
+        for i in range(2)
+        for target in (element(1), element(3))
+    ]
+    for own, other in zip(together, [one for each in alone for one in each], strict=True):
+        assert relative_distance(own, other) < 1e-5
+
+
+def test_methods_mixed_in_one_request_give_what_each_gives_alone(stub: ExplainerServiceStub) -> None:
+    response = explain(stub, *NAMES)
+
+    for index, name in enumerate(NAMES):
+        for own, other in zip(tensors(response, index), tensors(explain(stub, name), 0), strict=True):
+            assert relative_distance(own, other) < 1e-5
+    assert [a.method_index for a in response.attributions] == sorted(a.method_index for a in response.attributions)
+
+
+def test_methods_mixed_in_one_load_give_what_each_gives_alone(stub: ExplainerServiceStub) -> None:
+    found: dict[str, list[Any]] = {}
+    threads = [threading.Thread(target=lambda n=n: found.update({n: tensors(explain(stub, n), 0)})) for n in NAMES]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name in NAMES:
+        for own, other in zip(found[name], tensors(explain(stub, name), 0), strict=True):
+            assert relative_distance(own, other) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cost_is_what_was_estimated(stub: ExplainerServiceStub, name: str) -> None:
+    asked = request("image", {"image": X}, targets=[element(1), element(3)], methods=[spec(name)])
+    cost = stub.EstimateCost(pb.EstimateCostRequest(explain=asked))
+    own = stub.Explain(asked, timeout=120).provenance
+
+    assert cost.min_row_count <= own.row_count <= cost.max_row_count
+    assert cost.min_backward_count <= own.backward_count <= cost.max_backward_count
+    assert read(own.effective_methods[0]) == read(method_pb2.MethodSpec(**spec(name)))
+
+
+def test_methods_share_what_they_evaluate(stub: ExplainerServiceStub) -> None:
+    """The gradient and its product with the input are one row, and the last node of a closed rule is another's."""
+    closed = {"integrated_gradients": {"step_count": 5, "quadrature": "QUADRATURE_RIGHT"}}
+    asked = request(
+        "image", {"image": X[:1]}, targets=[element(1)], methods=[closed, {"gradient": {}}, {"gradient_x_input": {}}]
+    )
+    own = stub.Explain(asked, timeout=60).provenance
+
+    assert (own.row_count, own.backward_count) == (2 + 5, 5)
+    assert own.saved_row_count == 2 + 2
+
+
+def test_a_method_that_is_not_built_says_so(stub: ExplainerServiceStub) -> None:
+    missing = set(method_pb2.MethodSpec.DESCRIPTOR.fields_by_name) - METHODS.keys()
+    for name in missing:
+        asked = request("plain", {"x": normal(1, 4)}, methods=[{name: {}}])
+        assert refusal(lambda a=asked: stub.Explain(a)).reason == "METHOD_UNIMPLEMENTED"
