@@ -24,6 +24,7 @@ from explainserve.onnx_vjp.registry import (
     state_of,
     zero_gradient,
 )
+from explainserve.onnx_vjp.scaling import scaled_gradient
 from explainserve.onnx_vjp.shapes import Shape
 from explainserve.onnx_vjp.split import SplitGradient, split
 from explainserve.onnx_vjp.tables import GRADIENT_RULES
@@ -54,6 +55,7 @@ __all__ = [
     "overridden",
     "refused",
     "rule",
+    "scaled_gradient",
     "split",
     "standard",
     "state_of",

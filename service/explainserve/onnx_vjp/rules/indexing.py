@@ -112,7 +112,7 @@ def reduced_scatter(op: Emitter, data: str, indices: str, updates: str, reductio
     starts = op.Mul(positive(op, indices, op.Slice(dims, [0], [depth])), op.Concat(*below[:depth], axis=0))
     offsets = counted(op, below[depth - 1])
     flat = op.Reshape(op.Add(op.Reshape(op.ReduceSum(starts, [-1], keepdims=0), [-1, 1]), offsets), [-1])
-    cells = op.ScatterElements(op.Reshape(data, [-1]), flat, op.Reshape(updates, [-1]), axis=0, reduction=reduction)
+    cells = op.scattered(op.Reshape(data, [-1]), flat, op.Reshape(updates, [-1]), 0, reduction)
     return op.reshape_like(cells, data)
 
 
@@ -171,7 +171,7 @@ def positive(op: Emitter, indices: str, size: str) -> str:
 @rule("GatherElements")
 def gather_elements(op: Emitter, node: Node, g: str) -> Gradients:
     x, indices = node.inputs
-    return op.ScatterElements(op.zeros_like(x), indices, g, axis=node.attribute("axis", 0), reduction="add"), None
+    return op.scattered(op.zeros_like(x), indices, g, node.attribute("axis", 0)), None
 
 
 @rule("GatherND")

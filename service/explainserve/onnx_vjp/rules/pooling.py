@@ -26,7 +26,7 @@ def unpooled(op: Emitter, node: Node, g: str) -> str:
     x = node.inputs[0]
     positions = op.Reshape(_indices(op, node), [-1])
     blank = op.zeros(op.Reshape(op.Size(x), [1]), x)
-    return op.reshape_like(op.ScatterElements(blank, positions, op.Reshape(g, [-1]), axis=0, reduction="add"), x)
+    return op.reshape_like(op.scattered(blank, positions, op.Reshape(g, [-1]), 0), x)
 
 
 @rule("MaxUnpool")
