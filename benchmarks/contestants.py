@@ -113,11 +113,13 @@ class Captum:
     """A network as a user of Captum has it: in the faster memory format, with the fastest of CAPTUM_BATCHES.
 
     Several clients are answered one after another with all threads, or side by side with a thread each: `threaded`.
+    On CUDA, torch's own defaults hold: convolutions may be in TensorFloat-32, products are not.
     """
 
-    def __init__(self, task: Task, net: nn.Module, threads: int) -> None:
+    def __init__(self, task: Task, net: nn.Module, threads: int, device: str = "cpu") -> None:
         torch.set_num_threads(threads)
-        self._task, self._threads = task, threads
+        self._task, self._threads, self._device = task, threads, device
+        net = net.to(device)
         self._net = torch.nn.Sequential(net, torch.nn.Softmax(1)) if task.probability else net
         self._channels_last, self._batch_rows = False, CAPTUM_BATCHES[0]
         self._pool = ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1))
@@ -141,8 +143,8 @@ class Captum:
 
     def _maps(self, instances: Array, target: int | None, rule: Rule) -> Array:
         layout = torch.channels_last if self._channels_last else torch.contiguous_format
-        x = torch.from_numpy(instances).contiguous(memory_format=layout)
-        baseline = torch.from_numpy(np.broadcast_to(self._task.baseline, instances.shape).copy())
+        x = torch.from_numpy(instances).to(self._device).contiguous(memory_format=layout)
+        baseline = torch.from_numpy(np.broadcast_to(self._task.baseline, instances.shape).copy()).to(self._device)
         found = captum.attr.IntegratedGradients(self._net).attribute(
             x,
             baseline.contiguous(memory_format=layout),
@@ -151,7 +153,7 @@ class Captum:
             method=CAPTUM_RULES[rule.name],
             internal_batch_size=self._batch_rows,
         )
-        return found.detach().contiguous().numpy()
+        return found.detach().contiguous().cpu().numpy()
 
     def _choose(self) -> None:
         """The fastest pair of memory format and batch."""
@@ -186,11 +188,11 @@ class Captum:
         return min(times) / max(LEAST_STEPS, self._batch_rows)
 
 
-def captum_of(subject: Subject, task: Task, threads: int) -> Captum:
+def captum_of(subject: Subject, task: Task, threads: int, device: str = "cpu") -> Captum:
     """For a process of its own, which makes or reads the network itself."""
     net = module_of(subject, cache_folder())
     assert net is not None
-    return Captum(task, net, threads)
+    return Captum(task, net, threads, device)
 
 
 def _in_layout(net: nn.Module, channels_last: bool) -> nn.Module:
@@ -203,7 +205,7 @@ def _in_layout(net: nn.Module, channels_last: bool) -> nn.Module:
 class InProcess:
     """Our explainer called directly: scheduler, device thread and arithmetic of methods; neither gRPC nor figures."""
 
-    def __init__(self, subject: Subject, task: Task, threads: int) -> None:
+    def __init__(self, subject: Subject, task: Task, threads: int, device: str = "cpu") -> None:
         from prometheus_client import CollectorRegistry
 
         from explainserve import process
@@ -218,7 +220,7 @@ class InProcess:
         self._loop = asyncio.new_event_loop()
         process.prepare(self._loop)  # and settle below: as the server does
         settings = Settings()
-        options = LoadOptions(settings.device, settings.allow_device_fallback, threads, None, settings.share_weights)
+        options = LoadOptions(device, settings.allow_device_fallback, threads, None, settings.share_weights)
         repository = Repository(
             subject.folder / subject.formats[0],
             options,
@@ -233,6 +235,12 @@ class InProcess:
         engine = Engine(scheduler, Metrics(CollectorRegistry()))
         engine.start()
         self._explainer = Explainer(engine, settings.row_limit, settings.byte_limit)
+
+    @property
+    def description(self) -> str:
+        """How the model is run."""
+        words = [f"batches of {self._model.max_batch_rows}", self._model.loaded.execution.replace("_", " ")]
+        return ", ".join(filter(None, words))
 
     def explain(self, asks: Sequence[Ask]) -> list[tuple[Array, int]]:
         return self._loop.run_until_complete(self._at_once(asks))

@@ -113,6 +113,44 @@ def two_digits() -> Any:
     return load_weights()
 
 
+@pytest.mark.torch
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the device: three processes of its own, precisions that are there and are not, and the page."""
+    pytest.importorskip("captum")
+    import gpu
+    import networks
+
+    net = networks.calibrated(networks.ResNet((1,), 1, width=8, classes=5), 16)
+    for file_format in ("onnx", "pt"):
+        networks.write_model(net, file_format, tmp_path / file_format / "tiny", 16, classes=5)
+    monkeypatch.setattr(gpu, "cache_folder", lambda: tmp_path)
+    files = [str(tmp_path / kind / "tiny" / "1" / f"model.{kind}") for kind in ("onnx", "pt")]
+    page = tmp_path / "page.md"
+    gpu.main(["--device", "cpu", "--quick", "--threads", "1", "--output", str(page), ",".join(files)])
+    lines = [line.split(" | ") for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| tiny")]
+
+    assert [line[2] for line in lines] == ["float32", "float16"]
+    assert all(len(line) == len(gpu.HEADER) for line in lines)
+    assert "the CPU" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.torch
+def test_the_work_of_a_row_is_that_of_its_products() -> None:
+    pytest.importorskip("torch")
+    import torch
+
+    import floor
+
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16, bias=False), torch.nn.ReLU(), torch.nn.Linear(16, 4, bias=False))
+    work = floor.work_of(net.requires_grad_(False), torch.randn(8))
+    weights = 8 * 16 + 16 * 4
+
+    assert work.operations == 2 * 2 * weights  # forward and backward
+    assert work.elements == 2 * (8 + 16 + 16 + 4 + weights / floor.ROWS)
+    assert floor.Peak(100.0, 10.0).seconds(floor.Work(50.0, 10.0), "float16") == (0.5, 2.0)
+
+
 def test_slow_reader_passes_everything_on_and_vanishes() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=_echo, args=(listener,), daemon=True).start()
