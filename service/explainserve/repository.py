@@ -331,7 +331,8 @@ def _checked(loaded: LoadedModel, path: Path, config: ModelConfig, options: Load
     if config.precision is Precision.FLOAT32:
         return probe.check(loaded)
     in_float32 = config.model_copy(update={"precision": Precision.FLOAT32})
-    return precision.check(loaded, backends.load(path, in_float32, options), config.precision.value)
+    reference = backends.load(path, in_float32, precision.reference_options(options))
+    return precision.check(loaded, reference, config.precision.value)
 
 
 def model_files(path: Path, trials: Trials | None = None) -> tuple[Path, ...]:

@@ -18,9 +18,9 @@ from explainserve.backends import gradient_cache, onnx_batch, onnx_runtime, onnx
 from explainserve.backends.contract import LoadOptions
 from explainserve.backends.gradient_cache import GradientCache, cache_key
 from explainserve.backends.onnx_runtime import OnnxModel
-from explainserve.backends.onnx_verification import LARGEST_DIFFERENCE, largest_difference
+from explainserve.backends.onnx_verification import LARGEST_DIFFERENCES, largest_difference
 from explainserve.backends.onnx_weights import Weights
-from explainserve.model_config import ModelConfig
+from explainserve.model_config import ModelConfig, Precision
 from explainserve.onnx_vjp import GradientGraph, input_gradient
 from explainserve.plan import Differentiation, Rows, Segment, Selector
 from explainserve.signature import ScoreHead
@@ -262,7 +262,10 @@ class _Wrong:
         return [*others, last * np.float32(self._factor)]
 
 
-@pytest.mark.parametrize(("factor", "believed"), [(1.0, True), (1 + LARGEST_DIFFERENCE / 2, True), (2.4, False)])
+BELIEVED = LARGEST_DIFFERENCES[Precision.FLOAT32]
+
+
+@pytest.mark.parametrize(("factor", "believed"), [(1.0, True), (1 + BELIEVED / 2, True), (2.4, False)])
 def test_a_provider_that_disagrees_with_the_cpu_is_refused_with_the_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, believed: bool
 ) -> None:

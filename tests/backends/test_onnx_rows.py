@@ -326,3 +326,30 @@ def test_a_selector_without_entries_selects_nothing() -> None:
     _, _, seeded = selected(weighted([1.0]), np.ones((1, 3), np.float32), [nothing])
 
     np.testing.assert_array_equal(seeded, np.zeros((1, 3)))
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+@both_ways
+def test_the_rank_of_every_tensor_is_known(multiplies: bool) -> None:
+    """TensorRT's provider refuses graphs in which one is not."""
+    shape, integers = ["batch", 2, 3], TensorProto.INT64
+    nodes = [node("Identity", ["x"], ["y"]), node("Mul", ["cotangent", "cotangent"], ["g"]), node("Neg", ["id"], ["n"])]
+    inputs = [("x", shape), ("cotangent", shape), ("id", ["batch"], integers)]
+    graph = RowGraph(
+        model(nodes, inputs, [("y", shape), ("g", shape), ("n", ["batch"], integers)]), multiplies=multiplies
+    )
+    graph.interpolate({"x", "id"})
+    graph.select("y", "cotangent")
+    graph.reduce({"g": TensorProto.FLOAT})
+    inferred = onnx.shape_inference.infer_shapes(graph.model, data_prop=True, strict_mode=True).graph
+    known = {
+        value.name
+        for value in (*inferred.input, *inferred.value_info, *inferred.output)
+        if value.type.tensor_type.HasField("shape")
+    }
+
+    assert {value.name for value in graph.model.graph.input} <= known
+    if not multiplies:  # what a branch returns has a rank only when it runs
+        assert {name for each in graph.model.graph.node for name in each.output} <= known

@@ -668,10 +668,11 @@ class TestDevice:
 def test_a_session_that_fell_back_silently_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An onnxruntime with CUDA on a machine without it lists the provider and runs on the CPU."""
     from explainserve.backends import onnx_session
+    from explainserve.backends.onnx_providers import CPU
 
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", onnx_session.CPU])
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", CPU])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
-    monkeypatch.setattr(onnx_session, "_providers", lambda device: [onnx_session.CPU])
+    monkeypatch.setattr(onnx_session, "session_providers", lambda options, compiled: [CPU])
 
     assert refusal(save(linear(WEIGHTS), tmp_path), LoadOptions("cuda")).reason == "DEVICE_UNAVAILABLE"
 

@@ -17,7 +17,7 @@ from explainserve import backends  # noqa: E402
 from explainserve.backends import precision  # noqa: E402
 from explainserve.backends.contract import LoadedModel, LoadOptions  # noqa: E402
 from explainserve.backends.torch_precision import _Float32Mode, row_scales  # noqa: E402
-from explainserve.errors import ModelRefused  # noqa: E402
+from explainserve.errors import EvaluationFailed, ModelRefused  # noqa: E402
 from explainserve.model_config import ModelConfig, Precision  # noqa: E402
 from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector  # noqa: E402
 from explainserve.signature import ScoreHead  # noqa: E402
@@ -27,10 +27,17 @@ NARROW = {Precision.BFLOAT16: 2.0**-8, Precision.FLOAT16: 2.0**-11}
 
 narrow = pytest.mark.parametrize("chosen", NARROW, ids=lambda each: each.value)
 torch_format = pytest.mark.parametrize("suffix", ["pt2", "pt"])
+narrow_format = pytest.mark.parametrize(
+    ("suffix", "chosen"),
+    [
+        *(pytest.param(suffix, each, id=f"{suffix}-{each.value}") for suffix in ("pt2", "pt") for each in NARROW),
+        pytest.param("onnx", Precision.FLOAT16, id="onnx-float16"),
+    ],
+)
 
 
 class Net(nn.Module):
-    """Convolutions, a normalization of activations and attention: what autocast treats in different ways."""
+    """Convolutions, a normalization of activations and attention: what sixteen bits treat in different ways."""
 
     def __init__(self, sharpness: float = 1.0) -> None:
         super().__init__()
@@ -41,8 +48,8 @@ class Net(nn.Module):
 
     def forward(self, x: Any) -> Any:
         tokens = self.norm(nn.functional.gelu(self.conv(x)).flatten(2).transpose(1, 2))
-        query, key, value = self.attention(tokens).chunk(3, -1)
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        query, key, value = self.attention(tokens)[:, None].chunk(3, -1)  # of one head
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)[:, 0]
         return self.sharpness * self.head((tokens + mixed).mean(1))
 
 
@@ -70,11 +77,14 @@ def write(path: Path, suffix: str, sharpness: float) -> None:
     net, example = Net(sharpness).eval(), (torch.randn(2, 3, 9, 9),)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces the end of TorchScript
+        batch = ({0: torch.export.Dim("batch", min=1, max=64)},)
         if suffix == "pt":
             torch.jit.trace(net, example).save(str(path))
-        else:
-            batch = ({0: torch.export.Dim("batch", min=1, max=64)},)
+        elif suffix == "pt2":
             torch.export.save(torch.export.export(net, example, dynamic_shapes=batch), path)
+        else:
+            names = {"input_names": ["x"], "output_names": ["y"]}
+            torch.onnx.export(net, example, path, dynamo=True, verbose=False, dynamic_shapes=batch, **names)
 
 
 def path_of(model: LoadedModel, head: ScoreHead = ScoreHead.IDENTITY) -> Rows:
@@ -95,8 +105,7 @@ def relative(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> flo
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-@torch_format
-@narrow
+@narrow_format
 def test_gradients_differ_from_float32_by_the_rounding_of_their_precision(
     folder: Path, suffix: str, chosen: Precision
 ) -> None:
@@ -113,8 +122,7 @@ def test_both_formats_of_torch_compute_alike(folder: Path, chosen: Precision) ->
     assert relative(one, other) < 5 * NARROW[chosen]
 
 
-@torch_format
-@narrow
+@narrow_format
 def test_a_saturated_probability_keeps_its_gradient(folder: Path, suffix: str, chosen: Precision) -> None:
     """Its gradient with respect to the logits is below what float16 holds."""
     exact, found = (
@@ -136,9 +144,9 @@ def test_row_scales_are_powers_of_two_and_leave_what_cannot_be_scaled() -> None:
     assert ((largest >= 8) & (largest <= 16)).all()
 
 
-@narrow
-def test_the_map_error_is_that_of_whole_maps(folder: Path, chosen: Precision) -> None:
-    reference, model = (load(folder, "pt2", each) for each in (Precision.FLOAT32, chosen))
+@narrow_format
+def test_the_map_error_is_that_of_whole_maps(folder: Path, suffix: str, chosen: Precision) -> None:
+    reference, model = (load(folder, suffix, each) for each in (Precision.FLOAT32, chosen))
     found = precision.check(model, reference, chosen.value)
 
     assert found.rows_independent
@@ -175,7 +183,21 @@ def test_a_precision_that_spoils_maps_is_refused(factor: float) -> None:
     assert refusal.value.metadata["precision"] == "float16"
 
 
-@torch_format
+class Failing(ClosedForm):
+    """Has no gradient in its precision."""
+
+    def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
+        raise EvaluationFailed("MODEL_RAISED", "no kernel of float16")
+
+
+def test_a_model_that_runs_in_float32_only_is_refused() -> None:
+    with pytest.raises(ModelRefused, match="no kernel of float16") as refusal:
+        precision.check(Failing(), ClosedForm(), "float16")
+
+    assert refusal.value.reason == "PRECISION_UNUSABLE"
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "pt", "onnx"])
 def test_tf32_is_refused_on_the_cpu(folder: Path, suffix: str) -> None:
     with pytest.raises(ModelRefused) as refusal:
         load(folder, suffix, Precision.TF32)
@@ -196,7 +218,7 @@ def test_evaluations_in_different_modes_take_turns() -> None:
 
 
 @pytest.mark.gpu
-@torch_format
+@pytest.mark.parametrize("suffix", ["pt2", "pt", "onnx"])
 def test_tf32_is_told_from_float32_on_cuda(folder: Path, suffix: str) -> None:
     path = folder / f"model-1.0.{suffix}"
     if not path.exists():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from explainserve.model_config import ModelConfig
+from explainserve.model_config import ModelConfig, Precision
 from explainserve.plan import Rows, SegmentEvaluation
 from explainserve.signature import Layer, Signature
 
@@ -22,7 +22,8 @@ class LoadOptions:
         thread_count: threads of one evaluation; 0 means all cores.
         cache: folder for gradient graphs, shared safely by several processes; None builds them at each start.
         share_weights: hold each weight once for all sessions, without the packed copies that compute faster.
-        tf32: compute float32 products on CUDA in TensorFloat-32.
+        precision: of products; the ONNX loader takes it from the model's configuration.
+        captures: record on CUDA what a session runs and run it again as a whole; the ONNX loader decides it.
     """
 
     device: str = "cpu"
@@ -30,7 +31,8 @@ class LoadOptions:
     thread_count: int = 0
     cache: Path | None = None
     share_weights: bool = False
-    tf32: bool = False
+    precision: Precision = Precision.FLOAT32
+    captures: bool = False
 
 
 @dataclass(frozen=True)

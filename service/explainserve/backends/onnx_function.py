@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from explainserve.backends.onnx_passes import Passes
 from explainserve.backends.onnx_rows import RowGraph
-from explainserve.backends.row_feeds import Array, Feeds, RowFeeds, ends, selector_feeds, spans
+from explainserve.backends.row_feeds import Array, Feeds, RowFeeds, ends, fixed_size, selector_feeds, spans
 from explainserve.errors import EvaluationFailed
 from explainserve.plan import Rows, Segment, SegmentEvaluation, Selector
 from explainserve.signature import InputSpec, element_count
@@ -25,6 +25,7 @@ class OnnxFunction:
         inputs: of the model.
         output: the one whose scores are computed.
         bare: names of inputs and outputs without a batch axis; rows come one at a time then.
+        padded: whether micro-batches are filled up to a few sizes.
     """
 
     sessions: Passes
@@ -32,6 +33,7 @@ class OnnxFunction:
     inputs: tuple[InputSpec, ...]
     output: str
     bare: Collection[str]
+    padded: bool = False
 
     def evaluations(self, rows: Rows) -> list[SegmentEvaluation]:
         """What comes back for each segment at each of its selectors, or without one; see `contract.LoadedModel`.
@@ -43,18 +45,19 @@ class OnnxFunction:
         if rows.function.wrt:
             return self._differentiated(rows)
         scores = self.scores(rows)
-        _check_row_count(len(scores), rows)
+        self._check_row_count(len(scores), rows)
         return [part for segment, span in spans(rows) for part in _forward_parts(segment, scores[span])]
 
     def scores(self, rows: Rows) -> Array:
-        """Score tensors of all rows, (rows, *score shape), of a graph without gradients."""
+        """Score tensors of all rows, (rows, *score shape), of a graph without gradients; those filled in come last."""
         ((scores,),) = self._passes(self._path_feeds(self._feeds(rows)), [{}])
         return scores[None] if self.output in self.bare else scores
 
     def _differentiated(self, rows: Rows) -> list[SegmentEvaluation]:
         own = self._feeds(rows)
         paths = {**self._path_feeds(own), **own.of_segments()}
-        results = self._passes(paths, [selector_feeds(selectors) for selectors in rows.passes])
+        seeds = [selector_feeds(selectors, padded=self.padded) for selectors in rows.passes]
+        results = self._passes(paths, seeds)
         found = [self._at(rows, selectors, *arrays) for selectors, arrays in zip(rows.passes, results, strict=True)]
         return [evaluation for of_segment in zip(*found, strict=True) for evaluation in of_segment]
 
@@ -62,7 +65,7 @@ class OnnxFunction:
         self, rows: Rows, selectors: Sequence[Selector], shape: Array, entries: Array, *sums: Array
     ) -> list[SegmentEvaluation]:
         """What comes back for each segment at one of its selectors."""
-        _check_row_count(1 if self.output in self.bare else shape[0], rows)
+        self._check_row_count(1 if self.output in self.bare else shape[0], rows)
         by_input = dict(zip(rows.function.wrt, sums, strict=True))
         return [
             SegmentEvaluation(
@@ -72,8 +75,13 @@ class OnnxFunction:
             for i, (selector, (segment, span)) in enumerate(zip(selectors, spans(rows), strict=True))
         ]
 
+    def _check_row_count(self, count: int, rows: Rows) -> None:
+        expected = fixed_size(rows.row_count) if self.padded else rows.row_count
+        if count != expected:
+            raise EvaluationFailed("MODEL_RAISED", f"the model returned {count} rows for {expected}")
+
     def _feeds(self, rows: Rows) -> RowFeeds:
-        return RowFeeds(rows, multiplies=self.graph.multiplies)
+        return RowFeeds(rows, multiplies=self.graph.multiplies, padded=self.padded)
 
     def _path_feeds(self, feeds: RowFeeds) -> Feeds:
         paths: Feeds = {}
@@ -86,11 +94,6 @@ class OnnxFunction:
 
     def _named(self, feeds: Feeds) -> Feeds:
         return {self.graph.prefix + name: array for name, array in feeds.items()}
-
-
-def _check_row_count(count: int, rows: Rows) -> None:
-    if count != rows.row_count:
-        raise EvaluationFailed("MODEL_RAISED", f"the model returned {count} rows for {rows.row_count}")
 
 
 def _forward_parts(segment: Segment, scores: Array) -> Iterator[SegmentEvaluation]:

@@ -58,7 +58,7 @@ class WholePasses:
     def passes(self, feeds: Feeds, seeds: Sequence[Feeds]) -> Iterator[list[Array]]:
         """See `Passes`."""
         for seed in seeds:
-            yield _guarded(self.session.run, None, {**feeds, **seed}, self.interruption.options)
+            yield guarded(self.session.run, None, {**feeds, **seed}, self.interruption.options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +87,9 @@ class SplitPasses:
         """See `Passes`."""
         memory = memory_of(self.device)
         shared = _moved(feeds, memory)
-        shared |= _guarded(self._run, self.forward, shared, memory)
+        shared |= guarded(self._run, self.forward, shared, memory)
         for seed in seeds:
-            results = _guarded(self._run, self.backward, shared | _moved(seed, memory), memory)
+            results = guarded(self._run, self.backward, shared | _moved(seed, memory), memory)
             yield [result.numpy() for result in results.values()]
 
     def _run(self, session: onnxruntime.InferenceSession, values: OrtValues, memory: Memory) -> OrtValues:
@@ -109,7 +109,7 @@ def _moved(feeds: Feeds, memory: Memory) -> OrtValues:
     return {name: onnxruntime.OrtValue.ortvalue_from_numpy(array, *memory) for name, array in feeds.items()}
 
 
-def _guarded(call: Callable[..., _Result], *arguments: Any) -> _Result:
+def guarded(call: Callable[..., _Result], *arguments: Any) -> _Result:
     """Turns whatever onnxruntime raises into EvaluationFailed."""
     try:
         return call(*arguments)

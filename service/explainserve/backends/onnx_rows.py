@@ -68,10 +68,11 @@ class RowGraph:
         for value in [value for value in self.model.graph.input if value.name in names]:
             kind = value.type.tensor_type.elem_type
             if kind in _FLOATS:
-                self._interpolate(value.name, kind)
+                self._interpolate(value.name, kind, self._rank(value))
             else:
-                values = self._input(f"values/{value.name}", kind)
-                self._add("Gather", values, self._input(f"places/{value.name}", _INDEX), name=value.name)
+                values = self._input(f"values/{value.name}", kind, self._rank(value, stacked=True))
+                places = self._input(f"places/{value.name}", _INDEX, 0 if value.name in self._bare else 1)
+                self._add("Gather", values, places, name=value.name)
             self._take_from_inputs(value)
         self._insert()
 
@@ -81,9 +82,9 @@ class RowGraph:
         """
         (seeded,) = (value for value in self.model.graph.input if value.name == cotangent)
         kind = seeded.type.tensor_type.elem_type
-        shape, flat, segment = self._add("Shape", score), self._flat(score), self._input("segment", _INDEX)
-        entries = self._add("Gather", self._input("entries", _INDEX), segment)
-        weights = self._add("Gather", self._input("entry_weights", TensorProto.FLOAT), segment)
+        shape, flat, segment = self._add("Shape", score), self._flat(score), self._input("segment", _INDEX, 1)
+        entries = self._add("Gather", self._input("entries", _INDEX, 2), segment)
+        weights = self._add("Gather", self._input("entry_weights", TensorProto.FLOAT, 2), segment)
         zeros = self._add("Expand", self._constant(0, _work(kind)), self._add("Shape", flat))
         updates = self._cast(weights, TensorProto.FLOAT, _work(kind))
         seeds = self._add("ScatterElements", zeros, entries, updates, axis=1, reduction="add")
@@ -99,28 +100,30 @@ class RowGraph:
         for gradient, kind in gradients.items():
             work = _work(kind)
             rows = self._cast(self._flat(gradient), kind, work)
-            weights = self._cast(self._input("weights", TensorProto.DOUBLE), TensorProto.DOUBLE, work)
+            weights = self._cast(self._input("weights", TensorProto.DOUBLE, 2), TensorProto.DOUBLE, work)
             total = self._product if self.multiplies else self._scattered
             self.outputs.append(total(weights, rows, work))
         self._insert()
 
-    def _interpolate(self, name: str, kind: int) -> None:
+    def _interpolate(self, name: str, kind: int, rank: int | None) -> None:
         """The points of an input on all rows."""
         work = _work(kind)
-        ends = self._cast(self._input(f"ends/{name}", kind), kind, work)
+        ends = self._cast(self._input(f"ends/{name}", kind, 2), kind, work)
         if self.multiplies:
-            points = self._product(self._input(f"shares/{name}", work), ends, work)
+            points = self._product(self._input(f"shares/{name}", work, 2), ends, work)
         else:
             points = self._gathered(name, ends, work)
-        self._add("Reshape", self._cast(points, work, kind), self._input(f"shape/{name}", _INDEX), name=name)
+        shape = self._input(f"shape/{name}", _INDEX, 1, extent=rank)
+        self._add("Reshape", self._cast(points, work, kind), shape, name=name)
 
     def _gathered(self, name: str, ends: str, work: int) -> str:
         """to_start x start + to_end x end on rows that move, and the end itself on rows that do not."""
-        start, end = (self._add("Gather", ends, self._input(f"{which}/{name}", _INDEX)) for which in ("start", "end"))
-        to_start, to_end = (self._input(f"to_{which}/{name}", work) for which in ("start", "end"))
+        places = [self._input(f"{which}/{name}", _INDEX, 1) for which in ("start", "end")]
+        start, end = (self._add("Gather", ends, place) for place in places)
+        to_start, to_end = (self._input(f"to_{which}/{name}", work, 2) for which in ("start", "end"))
         mixed = self._add("Add", self._add("Mul", start, to_start), self._add("Mul", end, to_end))
         candidates = self._add("Concat", mixed, ends, axis=0)
-        return self._add("Gather", candidates, self._input(f"candidate/{name}", _INDEX))
+        return self._add("Gather", candidates, self._input(f"candidate/{name}", _INDEX, 1))
 
     def _scattered(self, weights: str, rows: str, work: int) -> str:
         """Weighted rows added up where their segment is; rows of weight 0 are left out."""
@@ -128,7 +131,7 @@ class RowGraph:
         weight = self._add("ReduceSum", self._add("Transpose", weights), self._constant([1], _INDEX))
         used = self._add("Where", self._add("Equal", weight, zero), zero, self._add("Mul", rows, weight))
         shape = self._add("Concat", self._add("Shape", weights, end=1), self._add("Shape", rows, start=1), axis=0)
-        segment = self._add("Unsqueeze", self._input("segment", _INDEX), self._constant([1], _INDEX))
+        segment = self._add("Unsqueeze", self._input("segment", _INDEX, 1), self._constant([1], _INDEX))
         places = self._add("Expand", segment, self._add("Shape", rows))
         sums = self._add("Expand", zero, shape)
         return self._add("ScatterElements", sums, places, used, axis=0, reduction="add")
@@ -185,12 +188,19 @@ class RowGraph:
     def _fresh(self) -> str:
         return f"{self.prefix}{next(self._numbers)}"
 
-    def _input(self, name: str, kind: int) -> str:
-        """A new input, or the one of that name."""
+    def _input(self, name: str, kind: int, rank: int | None, extent: int | None = None) -> str:
+        """A new input, or the one of that name; `extent` is that of a single axis. TensorRT needs to know ranks."""
         full = self.prefix + name
         if full not in {value.name for value in self.model.graph.input}:
-            self.model.graph.input.append(helper.make_tensor_value_info(full, kind, None))
+            shape = None if rank is None else [extent] * rank
+            self.model.graph.input.append(helper.make_tensor_value_info(full, kind, shape))
         return full
+
+    def _rank(self, value: ValueInfoProto, *, stacked: bool = False) -> int | None:
+        """The rank of a tensor, or of arrays of such rows that are put together; None where it is not stated."""
+        if not value.type.tensor_type.HasField("shape"):
+            return None
+        return len(value.type.tensor_type.shape.dim) + (stacked and value.name in self._bare)
 
     def _take_from_inputs(self, value: ValueInfoProto) -> None:
         """What is computed from now on keeps its stated type and shape."""

@@ -17,21 +17,24 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from explainserve.backends import onnx_file, onnx_graph
-from explainserve.backends.contract import LoadOptions, Memory, OperatorGap
+from explainserve.backends.contract import Layer, LoadOptions, Memory, OperatorGap
 from explainserve.backends.gradient_cache import GradientCache, cache_key
 from explainserve.backends.onnx_batch import with_rows
+from explainserve.backends.onnx_binding import RUNS_UNTIL_REPLAY, BoundPasses
 from explainserve.backends.onnx_blocks import state_block_size
+from explainserve.backends.onnx_float16 import in_float16
 from explainserve.backends.onnx_function import OnnxFunction
 from explainserve.backends.onnx_passes import Passes, SplitPasses, WholePasses
+from explainserve.backends.onnx_providers import provider_of, require_precision
 from explainserve.backends.onnx_rows import MULTIPLYING, RowGraph, unused_prefix
 from explainserve.backends.onnx_session import (
     Interruption,
     available_device,
-    in_precision,
+    memory_of,
     open_session,
 )
 from explainserve.backends.onnx_subnormal import flush_subnormals
-from explainserve.backends.onnx_verification import LARGEST_DIFFERENCE, largest_difference
+from explainserve.backends.onnx_verification import LARGEST_DIFFERENCES, largest_difference
 from explainserve.backends.onnx_weights import Weights, stored_bytes
 from explainserve.backends.probe import (
     FreeExtents,
@@ -44,7 +47,7 @@ from explainserve.backends.probe import (
 from explainserve.backends.resident_memory import peak_growth, resident_bytes
 from explainserve.backends.row_feeds import joined, single_rows
 from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported
-from explainserve.model_config import ModelConfig
+from explainserve.model_config import ModelConfig, Precision
 from explainserve.onnx_vjp import (
     Gap,
     GradientGraph,
@@ -52,6 +55,7 @@ from explainserve.onnx_vjp import (
     append_score_head,
     find_gaps,
     input_gradient,
+    scaled_gradient,
     split,
 )
 from explainserve.onnx_vjp.blocked import keep_in_blocks
@@ -75,7 +79,8 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> OnnxModel:
             missing (DEVICE_UNAVAILABLE) or lacks the precision (PRECISION_UNAVAILABLE).
     """
     device = available_device(options)
-    options = in_precision(replace(options, device=device), config.precision)
+    require_precision(device, config.precision)
+    options = replace(options, device=device, precision=config.precision)
     weights = Weights()
     model = onnx_file.read(path, weights)
     _check_opset(model)
@@ -86,16 +91,30 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> OnnxModel:
     model, free = with_rows(model, declared, options, weights)
     signature = config.signature(_with_batch_extent(declared, None if free else 1))
     unbatched = bare_outputs | {spec.name for spec in signature.inputs if not spec.batched}
-    loaded = OnnxModel(model, weights, signature, frozenset(unbatched), bool(unbatched) or not free, options)
+    layers = onnx_graph.layers(model)
+    if config.precision is Precision.FLOAT16:
+        model, weights = _converted(model, weights, signature)
+    loaded = OnnxModel(model, weights, signature, frozenset(unbatched), bool(unbatched) or not free, options, layers)
     loaded.verify()
     return loaded
+
+
+def _converted(model: onnx.ModelProto, weights: Weights, signature: Signature) -> tuple[onnx.ModelProto, Weights]:
+    """The model in float16."""
+    others = [spec.name for spec in signature.inputs if spec.differentiable and spec.dtype.name != "float32"]
+    if others:
+        raise ModelRefused(
+            "PRECISION_UNAVAILABLE",
+            f"{', '.join(others)} is not float32 in the file, which is evaluated as it is; leave the precision out",
+            precision=Precision.FLOAT16.value,
+        )
+    return in_float16(model, weights)
 
 
 class OnnxModel:
     """A loaded ONNX model; see `contract.LoadedModel`."""
 
     backend = "onnxruntime"
-    execution = ""
 
     def __init__(
         self,
@@ -105,6 +124,7 @@ class OnnxModel:
         unbatched: frozenset[str],
         fixed_batch: bool,
         options: LoadOptions,
+        layers: tuple[Layer, ...],
     ) -> None:
         """`unbatched` names the inputs and outputs whose arrays in the graph lack the batch axis."""
         self.signature = signature
@@ -122,14 +142,24 @@ class OnnxModel:
         self._session_bytes: int | None = 0
         self._unbatched = unbatched
         self._options = options
+        self._provider = provider_of(options.device)
         self._functions: dict[Differentiation, OnnxFunction] = {}
         self._split_functions: dict[Differentiation, OnnxFunction] = {}
         self._interruption = Interruption()
         self.gaps = _gaps(graph, signature, weights)
-        self.layers = onnx_graph.layers(graph)
+        self.layers = layers
         self.gradient_rules: Mapping[str, str] = {STANDARD.name: ""} if self._has_gradient else {}
         self.reaches_layers = False
         self.gradient_mode = "gradient_graph" if self._has_gradient else "black_box"
+
+    @property
+    def execution(self) -> str:
+        """See `contract.LoadedModel`."""
+        opened = [function.sessions for function in self._functions.values()]
+        recording = {sessions.records for sessions in opened if isinstance(sessions, BoundPasses)}
+        if not recording or not self._provider.captures:
+            return ""
+        return "cuda_graphs" if all(recording) else "no_cuda_graphs"
 
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
         """See `contract.LoadedModel`. Everything about rows is done inside the graph; see `onnx_rows`."""
@@ -233,11 +263,14 @@ class OnnxModel:
         except Unsupported as refusal:
             yield OperatorGap("gradient graph", function.output, refusal.message, "serve the model on the CPU")
 
-    def _open(self, graph: onnx.ModelProto, outputs: Sequence[str]) -> onnxruntime.InferenceSession:
+    def _open(
+        self, graph: onnx.ModelProto, outputs: Sequence[str], captures: bool = False
+    ) -> onnxruntime.InferenceSession:
         if self.device == "cpu":
             flush_subnormals(graph, self._weights.of(graph))
         before = resident_bytes()
-        session = open_session(onnx_graph.with_outputs(graph, outputs), self._options, self._weights)
+        options = replace(self._options, captures=captures)
+        session = open_session(onnx_graph.with_outputs(graph, outputs), options, self._weights)
         if before is None or self._session_bytes is None:
             self._session_bytes = None
         else:
@@ -296,7 +329,8 @@ class OnnxModel:
         if not self._has_gradient:
             raise _not_differentiable(self.gaps, self.signature.undifferentiable_reason)
         graph, score = self._with_head(function)
-        result = self._cache.get(cache_key(graph, function.wrt, score), lambda: self._built(graph, function.wrt, score))
+        key = cache_key(graph, function.wrt, score, function.output, self.fixed_batch)
+        result = self._cache.get(key, lambda: self._built(graph, function, score))
         self._weights.take(result.model)
         return result, score
 
@@ -318,15 +352,28 @@ class OnnxModel:
         return {spec.name for spec in self.signature.inputs}
 
     def _opened(self, rows: RowGraph, outputs: Sequence[str], function: Differentiation) -> OnnxFunction:
-        sessions = WholePasses(self._open(rows.model, outputs), self._interruption)
-        return self._with_sessions(sessions, rows, function)
+        return self._with_sessions(self._whole(rows.model, outputs), rows, function)
+
+    def _whole(self, graph: onnx.ModelProto, outputs: Sequence[str]) -> Passes:
+        if not self._provider.binds:
+            return WholePasses(self._open(graph, outputs), self._interruption)
+        return BoundPasses(
+            lambda captures: self._open(graph, outputs, captures),
+            memory_of(self.device),
+            self._interruption,
+            self._provider.captures,
+        )
 
     def _with_sessions(self, sessions: Passes, rows: RowGraph, function: Differentiation) -> OnnxFunction:
-        return OnnxFunction(sessions, rows, self.signature.inputs, function.output, self._unbatched)
+        inputs, padded = self.signature.inputs, self._provider.binds
+        return OnnxFunction(sessions, rows, inputs, function.output, self._unbatched, padded)
 
-    def _built(self, graph: onnx.ModelProto, wrt: Sequence[str], score: str) -> GradientGraph:
+    def _built(self, graph: onnx.ModelProto, function: Differentiation, score: str) -> GradientGraph:
+        wrt, weights = function.wrt, self._weights.of(graph)
         try:
-            return input_gradient(graph, wrt, score, weights=self._weights.of(graph))
+            if self._options.precision is Precision.FLOAT16:
+                return scaled_gradient(graph, wrt, score, function.output, single=self.fixed_batch, weights=weights)
+            return input_gradient(graph, wrt, score, weights=weights)
         except UnsupportedOperators as error:
             raise _not_differentiable(_operator_gaps(error.gaps)) from error
         except ValueError as error:
@@ -339,19 +386,22 @@ class OnnxModel:
 
     def _check_equal(self, gradient: OnnxFunction, reference: OnnxFunction, function: Differentiation) -> None:
         """Refuses a gradient that differs from another one on random rows."""
+        largest = LARGEST_DIFFERENCES[self._options.precision]
         for extents in free_extents(self.signature):
             rows = self._random_rows(function, extents)
             try:
-                found, expected = (self._evaluations(own, rows) for own in (gradient, reference))
+                difference = max(
+                    largest_difference(*(_arrays(self._evaluations(own, again)) for own in (gradient, reference)))
+                    for again in _in_turn(rows)
+                )
             except EvaluationFailed:
                 continue
-            difference = largest_difference(_arrays(found), _arrays(expected))
-            if difference <= LARGEST_DIFFERENCE:
+            if difference <= largest:
                 return
             raise Unsupported(
                 "NOT_DIFFERENTIABLE",
                 f"the gradient on {self.device} differs from that on the CPU by a relative {difference:.2g}, "
-                f"more than {LARGEST_DIFFERENCE:g}",
+                f"more than {largest:g}",
                 device=self.device,
                 difference=f"{difference:.3g}",
             )
@@ -374,6 +424,12 @@ def _select_and_reduce(rows: RowGraph, graph: GradientGraph, function: Different
     kinds = {value.name: value.type.tensor_type.elem_type for value in rows.model.graph.output}
     rows.select(score, graph.cotangent)
     rows.reduce({name: kinds[name] for name in (graph.gradients[own] for own in function.wrt)})
+
+
+def _in_turn(rows: Rows) -> Iterator[Rows]:
+    """Micro-batches of one size until a recorded run has been started again, each unlike the one before."""
+    for run in range(RUNS_UNTIL_REPLAY):
+        yield replace(rows, segments=rows.segments[:: -1 if run % 2 else 1])
 
 
 def _arrays(evaluations: Iterable[SegmentEvaluation]) -> list[Array]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +15,16 @@ import onnx
 import onnxruntime
 
 from explainserve.backends.contract import LoadOptions
+from explainserve.backends.onnx_providers import provider_of, session_providers
 from explainserve.backends.onnx_weights import Weights
 from explainserve.errors import ModelRefused, first_line, is_out_of_memory
-from explainserve.model_config import Precision
 
 logger = logging.getLogger(__name__)
-
-CPU = "CPUExecutionProvider"
-
-
-def _cuda_options(index: str, options: LoadOptions) -> dict[str, str]:
-    return {
-        "device_id": index,
-        "use_tf32": str(int(options.tf32)),  # on by default, but float32 means float32
-        "cudnn_conv_algo_search": "HEURISTIC",  # by default all are tried again for every new size of a micro-batch
-        "arena_extend_strategy": "kSameAsRequested",  # by default the arena doubles, beside those of other sessions
-    }
-
-
-PROVIDERS: Mapping[str, tuple[str, Callable[[str, LoadOptions], dict[str, str]]]] = {
-    "cuda": ("CUDAExecutionProvider", _cuda_options),
-    "tensorrt": ("TensorrtExecutionProvider", lambda index, options: {"device_id": index}),
-    "openvino": ("OpenVINOExecutionProvider", lambda index, options: {"device_type": "CPU", "precision": "FP32"}),
-}
-"""Execution provider and its options, given the number of the device, by the name of the device."""
 
 _SPIN_MICROSECONDS = 50
 """How long a thread that waits for the next operator of a batch spins before it sleeps. Waking it takes longer than a
 small operator; but on a busy machine long spinning takes the processor from who has work, and after a batch any does.
 """
-
-_OWN_COMPILERS = frozenset({"openvino", "tensorrt"})
-"""They are handed the serialized graph and cannot follow its references."""
 
 
 def quiet() -> onnxruntime.RunOptions:
@@ -59,18 +37,25 @@ def quiet() -> onnxruntime.RunOptions:
 QUIET = quiet()
 
 
+_RECORDING = "gpu_graph_id"
+"""onnxruntime's option of a run: the number of the recording that it makes or starts, a "CUDA graph"."""
+_UNRECORDED = -1
+
+
 class Interruption:
     """Lets another thread end the runs of one evaluation: onnxruntime looks between nodes, those of loops included.
 
     Attributes:
         options: for every run of the evaluation that is in progress.
+        ended: whether somebody ended it.
     """
 
     def __init__(self) -> None:
-        self.options = quiet()
+        self.begin()
 
     def begin(self) -> None:
         """A new evaluation, which nobody has ended."""
+        self.ended = False
         self.options = quiet()
 
     def begin_releasing(self) -> None:
@@ -78,8 +63,17 @@ class Interruption:
         self.begin()
         self.options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
+    def begin_recorded(self, number: int | None) -> onnxruntime.RunOptions:
+        """Options for the next run of the same evaluation, which is recorded under a number, or not at all."""
+        options = quiet()
+        options.add_run_config_entry(_RECORDING, str(_UNRECORDED if number is None else number))
+        self.options = options
+        options.terminate = self.ended  # also where that was said just now
+        return options
+
     def interrupt(self) -> None:
         """Makes the runs raise that are in progress, and those that are to come before the next evaluation."""
+        self.ended = True
         self.options.terminate = True
 
 
@@ -96,11 +90,12 @@ def open_session(
     if weights is not None and options.share_weights and options.device == "cpu":
         model = _optimized(model, options, weights)
         _share(settings, weights.values(model))
-    if weights is not None and options.device.partition(":")[0] in _OWN_COMPILERS:
+    compiled = _compiled(model, options)
+    if weights is not None and provider_of(options.device).embeds:
         model = weights.embedded(model)
     elif weights is not None:
         _resolve(settings, weights.values(model))
-    session = _session(model, settings, options)
+    session = _session(model, settings, options, compiled)
     _check_provider(session, options.device)
     return session
 
@@ -128,9 +123,23 @@ def _share_arena() -> None:
     onnxruntime.create_and_register_allocator(host, onnxruntime.OrtArenaCfg({}))
 
 
-def _session(model: onnx.ModelProto, settings: Any, options: LoadOptions) -> onnxruntime.InferenceSession:
+def _compiled(model: onnx.ModelProto, options: LoadOptions) -> Path | None:
+    """A folder of its own for each graph: TensorRT takes engines of other weights for those of this graph."""
+    if options.cache is None or not provider_of(options.device).embeds:
+        return None
+    digest = hashlib.sha256(model.SerializeToString(deterministic=True))  # references hold digests of the weights
+    digest.update(options.precision.value.encode())
+    folder = options.cache / "engines" / digest.hexdigest()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def _session(
+    model: onnx.ModelProto, settings: Any, options: LoadOptions, compiled: Path | None = None
+) -> onnxruntime.InferenceSession:
     try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), settings, _providers(options))
+        providers = session_providers(options, compiled)
+        return onnxruntime.InferenceSession(model.SerializeToString(), settings, providers)
     except Exception as error:  # onnxruntime's own exceptions derive from Exception directly
         if is_out_of_memory(error):
             raise MemoryError(first_line(error)) from error
@@ -167,31 +176,6 @@ def _optimized(model: onnx.ModelProto, options: LoadOptions, weights: Weights) -
     return optimized
 
 
-def in_precision(options: LoadOptions, precision: Precision) -> LoadOptions:
-    """The options of sessions that compute in a precision.
-
-    Raises:
-        ModelRefused: the device has no kernels for it (PRECISION_UNAVAILABLE).
-    """
-    if precision is Precision.FLOAT32:
-        return options
-    if precision is Precision.TF32 and options.device.startswith("cuda"):
-        return replace(options, tf32=True)
-    reason = (
-        "TensorFloat-32 is a mode of CUDA devices"
-        if precision is Precision.TF32
-        else "onnxruntime evaluates a file in the element types that it states, and where a provider has no kernels of "
-        "sixteen bits, in float32 with conversions around each operator; convert the file itself, with "
-        "onnxruntime.transformers.float16, and leave the precision out"
-    )
-    raise ModelRefused(
-        "PRECISION_UNAVAILABLE",
-        f"precision {precision.value!r} is not available for ONNX files on {options.device}: {reason}",
-        precision=precision.value,
-        device=options.device,
-    )
-
-
 def available_device(options: LoadOptions) -> str:
     """Where sessions really run: `options.device` with its number, or "cpu" where falling back to it is allowed.
 
@@ -212,35 +196,23 @@ def available_device(options: LoadOptions) -> str:
 
 def _try_device(options: LoadOptions) -> None:
     available = onnxruntime.get_available_providers()
-    if _provider(options.device) not in available:
+    if provider_of(options.device).name not in available:
         raise _unavailable(options.device, f"this onnxruntime has only {', '.join(available)}")
-    if options.device.startswith("cuda"):
+    if provider_of(options.device).memory == "cuda":
         onnxruntime.preload_dlls()
     open_session(_identity_model(), options)
 
 
 def memory_of(device: str) -> tuple[str, int]:
     """Kind and number, as onnxruntime names them, of the memory that sessions of a device compute in."""
-    name, _, index = device.partition(":")
-    return ("cuda", int(index or "0")) if name in ("cuda", "tensorrt") else ("cpu", 0)
-
-
-def _provider(device: str) -> str:
-    return CPU if device == "cpu" else PROVIDERS[device.partition(":")[0]][0]
-
-
-def _providers(options: LoadOptions) -> list[Any]:
-    if options.device == "cpu":
-        return [CPU]
-    name, _, index = options.device.partition(":")
-    provider, provider_options = PROVIDERS[name]
-    return [(provider, provider_options(index or "0", options)), CPU]
+    kind, index = provider_of(device).memory, device.partition(":")[2]
+    return (kind, 0 if kind == "cpu" else int(index or "0"))
 
 
 def _check_provider(session: onnxruntime.InferenceSession, device: str) -> None:
     """onnxruntime falls back to the CPU without an error."""
     found = session.get_providers()
-    if _provider(device) not in found:
+    if provider_of(device).name not in found:
         raise _unavailable(device, f"onnxruntime runs on {', '.join(found)}")
 
 

@@ -11,12 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainserve.backends.probe import relative_difference
+from explainserve.model_config import Precision
 
 Array = NDArray[np.generic]
 
-LARGEST_DIFFERENCE = 1e-2
-"""Relative L2 difference to the CPU provider up to which a provider is believed. Rounding of deep networks in float32
-stays well below."""
+LARGEST_DIFFERENCES = {
+    Precision.FLOAT32: 1e-2,
+    Precision.TF32: 0.1,
+    Precision.FLOAT16: 0.1,
+    Precision.BFLOAT16: 0.5,
+}
+"""Relative L2 difference to the CPU provider up to which a provider is believed. Rounding of deep networks stays well
+below: float32 has 24 bits, TensorFloat-32 and float16 have 11, bfloat16 has 8."""
 
 
 def largest_difference(found: Sequence[Array], expected: Sequence[Array]) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainserve.backends import probe
-from explainserve.backends.contract import LoadedModel
+from explainserve.backends.contract import LoadedModel, LoadOptions
 from explainserve.backends.probe import ProbeResult, free_extents, gradient_rows, relative_difference, sample_instances
 from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported
 from explainserve.plan import Rows, Segment
@@ -47,6 +47,11 @@ def check(model: LoadedModel, reference: LoadedModel, precision: str) -> ProbeRe
     return replace(found, noise_floor=measured, precision_map_error=error)
 
 
+def reference_options(options: LoadOptions) -> LoadOptions:
+    """Those of the same model in float32: on the CPU where a device has only less."""
+    return replace(options, device="cpu") if options.device.startswith("tensorrt") else options
+
+
 def map_error(model: LoadedModel, reference: LoadedModel) -> float | None:
     """Relative L2 difference of Integrated Gradients maps of random rows from zeros, midpoint rule of 16 steps.
 
@@ -70,10 +75,27 @@ def _errors(model: LoadedModel, reference: LoadedModel, extents: probe.FreeExten
     for rows in gradient_rows(reference.signature, sample_instances(reference.signature, _INSTANCES, extents)):
         paths = [_path(segment) for segment in rows.segments]
         try:
-            pairs = [(_map(model, path), _map(reference, path)) for path in paths]
+            exact = [_map(reference, path) for path in paths]
+            found = [_in_precision(model, path) for path in paths]
         except Unsupported:
             continue
-        yield float(np.median([relative_difference(found, expected) for found, expected in pairs]))
+        yield float(np.median([relative_difference(*pair) for pair in zip(found, exact, strict=True)]))
+
+
+def _in_precision(model: LoadedModel, path: Segment) -> NDArray[np.float64]:
+    """The map of a path that runs in float32.
+
+    Raises:
+        ModelRefused: it does not run in the precision of the model (PRECISION_UNUSABLE).
+        EvaluationFailed: memory ran out.
+    """
+    try:
+        return _map(model, path)
+    except EvaluationFailed as failure:
+        if failure.reason == "OUT_OF_MEMORY":
+            raise
+        text = f"what runs in float32 does not run in this precision: {failure.message}"
+        raise ModelRefused("PRECISION_UNUSABLE", text) from failure
 
 
 def _path(point: Segment) -> Segment:

@@ -44,24 +44,36 @@ def joined(parts: Sequence[SegmentEvaluation]) -> SegmentEvaluation:
     )
 
 
+def fixed_size(count: int) -> int:
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24... that is not below a count."""
+    power = 1 << (count - 1).bit_length()
+    return power * 3 // 4 if power > 2 and count <= power * 3 // 4 else power
+
+
 class RowFeeds:
     """The feeds of one micro-batch.
 
     Args:
         multiplies: see `onnx_rows.RowGraph`.
+        padded: fill rows, segments and ends up to a `fixed_size`. Rows that are filled in repeat the last one, and have
+            weight 0.
     """
 
-    def __init__(self, rows: Rows, *, multiplies: bool) -> None:
+    def __init__(self, rows: Rows, *, multiplies: bool, padded: bool = False) -> None:
         self._segments = rows.segments
         self._multiplies = multiplies
-        self._rows = np.arange(rows.row_count)
-        self._segment = np.arange(len(rows.segments)).repeat([segment.row_count for segment in rows.segments])
-        self._alphas = np.concatenate([segment.alphas for segment in rows.segments])
+        self._size = fixed_size if padded else int
+        self._rows = np.arange(self._size(rows.row_count))
+        self._segment = self._filled(
+            np.arange(len(rows.segments)).repeat([segment.row_count for segment in rows.segments])
+        )
+        self._alphas = self._filled(np.concatenate([segment.alphas for segment in rows.segments]))
 
     def of_segments(self) -> Feeds:
         """The segment of each row, and the weight that each row has in the sum of each segment, (segments, rows)."""
-        weights = np.zeros((len(self._segments), len(self._rows)))
-        weights[self._segment, self._rows] = np.concatenate([segment.weights for segment in self._segments])
+        own = np.concatenate([segment.weights for segment in self._segments])
+        weights = np.zeros((self._size(len(self._segments)), len(self._rows)))
+        weights[self._segment[: len(own)], self._rows[: len(own)]] = own
         return {"segment": self._segment, "weights": weights}
 
     def of_input(self, spec: InputSpec, *, bare: bool = False) -> Feeds:
@@ -74,12 +86,17 @@ class RowFeeds:
         distinct = {id(array): array for pair in pairs for array in pair}
         places = {key: place for place, key in enumerate(distinct)}
         start, end = np.array([[places[id(array)] for array in pair] for pair in pairs])[self._segment].T
-        arrays = np.array(list(distinct.values()), spec.dtype)
+        arrays = self._filled(np.array(list(distinct.values()), spec.dtype))
         if spec.differentiable:
             feeds = self._points(arrays, start, end, bare)
         else:
             feeds = {"values": arrays, "places": end[0, ...] if bare else end}
         return {f"{name}/{spec.name}": array for name, array in feeds.items()}
+
+    def _filled(self, array: Any) -> Any:
+        """With its last row repeated."""
+        missing = self._size(len(array)) - len(array)
+        return np.concatenate([array, np.repeat(array[-1:], missing, 0)]) if missing else array
 
     def _points(self, arrays: Array, start: Places, end: Places, bare: bool) -> Feeds:
         """The ends of all paths, flat, what of them makes each row, and the shape of the batch."""
@@ -109,11 +126,12 @@ class RowFeeds:
         }
 
 
-def selector_feeds(selectors: Sequence[Selector]) -> Feeds:
+def selector_feeds(selectors: Sequence[Selector], *, padded: bool = False) -> Feeds:
     """The entries of one selector per segment and their weights, (segments, most entries); what a selector lacks is
-    filled up with entry 0 of weight 0.
+    filled up with entry 0 of weight 0. See `RowFeeds` for `padded`.
     """
-    shape = (len(selectors), max(1, *(len(selector.indices) for selector in selectors)))
+    size = fixed_size if padded else int
+    shape = (size(len(selectors)), size(max(1, *(len(selector.indices) for selector in selectors))))
     entries, weights = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
     for position, selector in enumerate(selectors):
         entries[position, : len(selector.indices)] = selector.indices
