@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -14,18 +15,27 @@ from explainserve_client import Client, IntegratedGradients
 from rpc.loopback import Loopback
 from three_formats import module_and_input, relative, two_digits
 
-PRECISIONS = ("float32", "bfloat16", "float16")
-narrow = pytest.mark.parametrize("precision", PRECISIONS[1:])
+MODELS = {
+    "float32": ("pt2", "float32"),
+    "bfloat16": ("pt2", "bfloat16"),
+    "float16": ("pt2", "float16"),
+    "onnx-float16": ("onnx", "float16"),
+}
+"""Format and precision by name."""
+narrow = pytest.mark.parametrize("name", list(MODELS)[1:])
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """Of a server that holds the network once per precision, under its name."""
+    """Of a server that holds the network as each of MODELS."""
     folder = tmp_path_factory.mktemp("precisions")
-    two_digits("pt2", folder / "models" / "float32")
-    for precision in PRECISIONS[1:]:
-        copied = folder / "models" / precision
-        shutil.copytree(folder / "models" / "float32", copied)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's exporters
+        for suffix in ("pt2", "onnx"):
+            two_digits(suffix, folder / suffix)
+    for name, (suffix, precision) in MODELS.items():
+        copied = folder / "models" / name
+        shutil.copytree(folder / suffix, copied)
         config = copied / "model.toml"
         config.write_text(f'precision = "{precision}"\n{config.read_text()}')
     server = Loopback(Settings(models=folder / "models", port=0, http_port=0, thread_count=1, trial_seconds=0))
@@ -34,16 +44,16 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     server.stop()
 
 
-def explain(client: Client, precision: str, **options: object):  # type: ignore[no-untyped-def]
+def explain(client: Client, name: str, **options: object):  # type: ignore[no-untyped-def]
     _, x = module_and_input("two-digits")
-    return client.explain(precision, x, targets=3, method=IntegratedGradients(**options))  # type: ignore[arg-type]
+    return client.explain(name, x, targets=3, method=IntegratedGradients(**options))  # type: ignore[arg-type]
 
 
 @narrow
-def test_the_precision_and_its_error_are_stated(client: Client, precision: str) -> None:
-    provenance, model = explain(client, precision, step_count=4).provenance, client.model(precision)
+def test_the_precision_and_its_error_are_stated(client: Client, name: str) -> None:
+    provenance, model = explain(client, name, step_count=4).provenance, client.model(name)
 
-    assert provenance.precision == model.precision == precision
+    assert provenance.precision == model.precision == MODELS[name][1]
     assert provenance.precision_map_error == model.precision_map_error
     assert 0 < model.precision_map_error < 0.5  # type: ignore[operator]
 
@@ -56,9 +66,9 @@ def test_float32_has_no_error_of_its_precision(client: Client) -> None:
 
 
 @narrow
-def test_maps_are_those_of_float32_within_the_stated_errors(client: Client, precision: str) -> None:
+def test_maps_are_those_of_float32_within_the_stated_errors(client: Client, name: str) -> None:
     reference = explain(client, "float32", step_count=256).attributions[0].tensor
-    result = explain(client, precision)
+    result = explain(client, name)
     found, stated = result.attributions[0], result.provenance.precision_map_error
 
     assert found.stop_reason == "CONVERGED"
@@ -66,10 +76,8 @@ def test_maps_are_those_of_float32_within_the_stated_errors(client: Client, prec
 
 
 @narrow
-def test_a_tolerance_below_the_precision_ends_in_time_and_is_not_called_converged(
-    client: Client, precision: str
-) -> None:
-    found = explain(client, precision, tolerance=1e-5, completeness_tolerance=1e-5, max_step_count=128).attributions[0]
+def test_a_tolerance_below_the_precision_ends_in_time_and_is_not_called_converged(client: Client, name: str) -> None:
+    found = explain(client, name, tolerance=1e-5, completeness_tolerance=1e-5, max_step_count=128).attributions[0]
 
     assert found.stop_reason in ("MAX_STEPS", "NON_CONVERGENT")
     assert found.step_count <= 128

@@ -254,11 +254,6 @@ class Emitter:
         half = self.graph.dtype(value) in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
         return self.Cast(value, to=TensorProto.FLOAT) if half else value
 
-    def scattered(self, data: str, indices: str, updates: str, axis: int, reduction: str = "add") -> str:
-        """ScatterElements with a reduction, of which onnxruntime's CPU provider has none in sixteen bits."""
-        cells = self.ScatterElements(self.widened(data), indices, self.widened(updates), axis=axis, reduction=reduction)
-        return self.cast_like(cells, data)
-
     def divided(self, value: str, count: str) -> str:
         """`value` over an int64 count, which a type of 16 bits may not hold."""
         wide = self.widened(value)

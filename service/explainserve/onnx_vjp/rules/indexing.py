@@ -91,13 +91,19 @@ def place(op: Emitter, g: str, x: str, axis: int, positions: str, *, distinct: b
     rank = op.rank(g)
     perm = [axis, *(other for other in range(rank) if other != axis)]
     front = op.Transpose(g, perm=perm) if axis else g
-    zeros = op.zeros(op.Concat(op.dim(x, axis), op.Slice(op.Shape(front), [1], [rank]), axis=0), g)
+    dims = op.Concat(op.dim(x, axis), op.Slice(op.Shape(front), [1], [rank]), axis=0)
     known = op.constant(positions)
     if distinct or (known is not None and len(np.unique(known)) == known.size):
-        placed = op.ScatterND(zeros, op.Unsqueeze(positions, [1]), front)
+        placed = op.ScatterND(op.zeros(dims, g), op.Unsqueeze(positions, [1]), front)
     else:
-        placed = reduced_scatter(op, zeros, op.Unsqueeze(positions, [1]), front, "add")
+        placed = _summed_in_places(op, front, dims, op.Unsqueeze(positions, [1]))
     return op.Transpose(placed, perm=[int(other) for other in np.argsort(perm)]) if axis else placed
+
+
+def _summed_in_places(op: Emitter, g: str, dims: str, indices: str) -> str:
+    """`g` added to zeros of shape `dims`, as ScatterND does; onnxruntime's CPU provider has no sums in sixteen bits."""
+    wide = op.widened(g)
+    return op.cast_like(reduced_scatter(op, op.zeros(dims, wide), indices, wide, "add"), g)
 
 
 def reduced_scatter(op: Emitter, data: str, indices: str, updates: str, reduction: str) -> str:
@@ -112,7 +118,7 @@ def reduced_scatter(op: Emitter, data: str, indices: str, updates: str, reductio
     starts = op.Mul(positive(op, indices, op.Slice(dims, [0], [depth])), op.Concat(*below[:depth], axis=0))
     offsets = counted(op, below[depth - 1])
     flat = op.Reshape(op.Add(op.Reshape(op.ReduceSum(starts, [-1], keepdims=0), [-1, 1]), offsets), [-1])
-    cells = op.scattered(op.Reshape(data, [-1]), flat, op.Reshape(updates, [-1]), 0, reduction)
+    cells = op.ScatterElements(op.Reshape(data, [-1]), flat, op.Reshape(updates, [-1]), axis=0, reduction=reduction)
     return op.reshape_like(cells, data)
 
 
@@ -171,7 +177,10 @@ def positive(op: Emitter, indices: str, size: str) -> str:
 @rule("GatherElements")
 def gather_elements(op: Emitter, node: Node, g: str) -> Gradients:
     x, indices = node.inputs
-    return op.scattered(op.zeros_like(x), indices, g, node.attribute("axis", 0)), None
+    wide = op.widened(g)
+    zeros = op.zeros(op.dims(x), wide)
+    summed = op.ScatterElements(zeros, indices, wide, axis=node.attribute("axis", 0), reduction="add")
+    return op.cast_like(summed, g), None
 
 
 @rule("GatherND")
@@ -182,7 +191,7 @@ def gather_nd(op: Emitter, node: Node, g: str) -> Gradients:
         return placed_by_element(op, g, x, lambda numbers: op.GatherND(numbers, indices, batch_dims=batch)), None
     if batch:
         indices = _with_batch_indices(op, indices, batch)
-    return reduced_scatter(op, op.zeros_like(x), indices, g, "add"), None
+    return _summed_in_places(op, g, op.dims(x), indices), None
 
 
 def _with_batch_indices(op: Emitter, indices: str, batch: int) -> str:

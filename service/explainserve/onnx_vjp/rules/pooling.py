@@ -25,8 +25,11 @@ def unpooled(op: Emitter, node: Node, g: str) -> str:
     """`g`, of the output's shape, added to zeros of the input's shape at the maxima of a MaxPool."""
     x = node.inputs[0]
     positions = op.Reshape(_indices(op, node), [-1])
-    blank = op.zeros(op.Reshape(op.Size(x), [1]), x)
-    return op.reshape_like(op.scattered(blank, positions, op.Reshape(g, [-1]), 0), x)
+    # onnxruntime's CPU provider has no such sums in sixteen bits; and inference writes out a vector that is cast.
+    wide = op.Reshape(op.widened(g), [-1])
+    blank = op.zeros(op.Reshape(op.Size(x), [1]), wide)
+    summed = op.ScatterElements(blank, positions, wide, axis=0, reduction="add")
+    return op.cast_like(op.reshape_like(summed, x), g)
 
 
 @rule("MaxUnpool")
