@@ -257,20 +257,20 @@ class InProcess:
     def _query(self, ask: Ask) -> Any:
         from explainserve.baselines import BaselineSpec, Given
         from explainserve.explainer import Query
-        from explainserve.explanation import Instance
+        from explainserve.explanation import Instance, Subject
         from explainserve.methods import IntegratedGradients
-        from explainserve.signature import Score
+        from explainserve.signature import MapSpec, Score
         from explainserve.targets import Element, TargetSpec
 
-        output, score = self._model.signature.outputs[0].name, Score[self._task.score]
+        name, output, score = self._task.input, self._model.signature.outputs[0].name, Score[self._task.score]
         indices = [() if target is None else (target,) for target in ask.targets]
         return Query(
             self._model,
-            tuple(Instance({self._task.input: x}, {}) for x in ask.instances),
+            tuple(Instance({name: x}, {}) for x in ask.instances),
             tuple(TargetSpec(output, score, Element(index), request_index=i) for i, index in enumerate(indices)),
             (BaselineSpec(Given(self._task.baseline)),),
-            "integrated_gradients",
-            IntegratedGradients(**ask.rule.options),
+            (IntegratedGradients(**ask.rule.options),),
+            Subject({name: MapSpec(name)}, {name: ask.instances.shape[1:]}),
         )
 
 

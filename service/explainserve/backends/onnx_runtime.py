@@ -17,7 +17,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from explainserve.backends import onnx_file, onnx_graph
-from explainserve.backends.contract import Layer, LoadOptions, Memory, OperatorGap
+from explainserve.backends.contract import LoadOptions, Memory, OperatorGap
 from explainserve.backends.gradient_cache import GradientCache, cache_key
 from explainserve.backends.onnx_batch import with_rows
 from explainserve.backends.onnx_binding import RUNS_UNTIL_REPLAY, BoundPasses
@@ -61,7 +61,7 @@ from explainserve.onnx_vjp import (
 from explainserve.onnx_vjp.blocked import keep_in_blocks
 from explainserve.onnx_vjp.opset import OLDEST as OLDEST_OPSET
 from explainserve.plan import STANDARD, Differentiation, Rows, SegmentEvaluation
-from explainserve.signature import Axis, ScoreHead, Signature
+from explainserve.signature import Axis, Layer, ScoreHead, Signature
 
 logger = logging.getLogger(__name__)
 
