@@ -43,6 +43,8 @@ _OUT_OF_MEMORY = (
     "out of memory",
     "allocate memory: you tried to allocate",
     "cannot allocate memory",
+    "_alloc_failed",  # cuBLAS, cuDNN, cuFFT: for workspaces, where torch and onnxruntime find no words of their own
+    "_allocation_failed",  # cuDNN 9
 )
 
 
