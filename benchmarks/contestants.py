@@ -210,6 +210,7 @@ class InProcess:
 
         from explainserve import process
         from explainserve.backends import LoadOptions
+        from explainserve.devices import Devices
         from explainserve.engine import Engine
         from explainserve.explainer import Explainer
         from explainserve.metrics import Metrics
@@ -220,7 +221,7 @@ class InProcess:
         self._loop = asyncio.new_event_loop()
         process.prepare(self._loop)  # and settle below: as the server does
         settings = Settings()
-        options = LoadOptions(device, settings.allow_device_fallback, threads, None, settings.share_weights)
+        options = LoadOptions(device, thread_count=threads, share_weights=settings.share_weights)
         repository = Repository(
             subject.folder / subject.formats[0],
             options,
@@ -231,10 +232,9 @@ class InProcess:
         process.settle()
         self._task = task
         self._model = repository.get(subject.name)
-        scheduler = Scheduler(settings.max_waiting_rows)
-        engine = Engine(scheduler, Metrics(CollectorRegistry()))
-        engine.start()
-        self._explainer = Explainer(engine, settings.row_limit, settings.byte_limit)
+        devices = Devices({options.device: Engine(Scheduler(settings.max_waiting_rows), Metrics(CollectorRegistry()))})
+        devices.start()
+        self._explainer = Explainer(devices, settings.row_limit, settings.byte_limit)
 
     @property
     def description(self) -> str:

@@ -112,12 +112,14 @@ def exact_attribution(x: NDArray[Any], baseline: NDArray[Any], index: int) -> ND
     return np.asarray(step / step.sum() * change)
 
 
-def served(loaded: ClosedForm, name: str = "closed", max_batch_rows: int = 4) -> ServedModel:
+def served(loaded: ClosedForm, name: str = "closed", max_batch_rows: int = 4, device: str = "cpu") -> ServedModel:
     """The model as the repository would hand it out."""
     return ServedModel(
         name=name,
         version=1,
+        device=device,
         path=Path("model.onnx"),
+        file_bytes=0,
         sha256="0" * 64,
         format="onnx",
         config=ModelConfig(),

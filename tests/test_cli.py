@@ -167,7 +167,8 @@ def test_every_setting_is_a_flag_of_serve_with_its_variable_and_default() -> Non
     assert set(options) == set(Settings.model_fields)
     for name, knob in Settings.model_fields.items():
         assert options[name].envvar == f"EXPLAINSERVE_{name.upper()}"
-        assert str(getattr(options[name].default, "value", options[name].default)) == str(knob.default), name
+        expected = list(knob.default) if isinstance(knob.default, tuple) else knob.default
+        assert str(getattr(options[name].default, "value", options[name].default)) == str(expected), name
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -206,6 +207,7 @@ def test_starting_up_imports_nothing_heavy() -> None:
         ["serve", "--port", "65536"],
         ["serve", "--threads", "-1"],
         ["serve", "--device", "abacus"],
+        ["serve", "--device", "cpu", "--device", "abacus"],
         ["serve", "--log-format", "xml"],
         ["serve", "--default-timeout", "0"],
         ["explain", "--model", "two-digits"],
@@ -268,6 +270,7 @@ def test_flags_win_over_variables_and_variables_over_defaults(tmp_path: Path, mo
     monkeypatch.setenv("EXPLAINSERVE_MAX_STEP_COUNT", "64")
     monkeypatch.setenv("EXPLAINSERVE_THREAD_COUNT", "3")
     monkeypatch.setenv("EXPLAINSERVE_ALLOW_DEVICE_FALLBACK", "1")
+    monkeypatch.setenv("EXPLAINSERVE_DEVICE", "cpu:0 cpu:1")
     answer = call("serve", "--models", tmp_path, "--threads", "2", "--grace", "1.5", "--log-format", "console")
 
     assert answer.exit_code == 0, answer.err
@@ -276,10 +279,26 @@ def test_flags_win_over_variables_and_variables_over_defaults(tmp_path: Path, mo
         max_step_count=64,
         thread_count=2,
         allow_device_fallback=True,
+        device=("cpu:0", "cpu:1"),
         grace_seconds=1.5,
         log_format="console",
     )
     assert seen == [expected]
+    assert Settings().device == expected.device, "the variable means the same without the command line"
+
+
+def test_devices_are_a_repeated_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+
+    async def record(settings: Settings, log: object) -> None:
+        seen.append(settings)
+
+    monkeypatch.setitem(serve_function.__globals__, "_run", record)
+    monkeypatch.setattr("explainserve.logs.configure", lambda log_format: None)
+    answer = call("serve", "--models", tmp_path, "--device", "cuda:1", "--device", "cpu")
+
+    assert answer.exit_code == 0, answer.err
+    assert [settings.device for settings in seen] == [("cuda:1", "cpu")]
 
 
 # Spellings
@@ -413,22 +432,27 @@ def active(running: Running, method: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-def test_requests_that_run_when_it_is_told_to_stop_are_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize("devices", [["cpu"], ["cpu:0", "cpu:1"]], ids=" ".join)
+def test_requests_that_run_when_it_is_told_to_stop_are_finished(devices: list[str], tmp_path: Path) -> None:
+    """As many as there are devices."""
     answers: list[Answer] = []
     np.save(tmp_path / "pictures.npy", np.stack([instance(index) for index in range(8)]))
-    with serving(MODEL_FOLDER, tmp_path / "log", "--threads", "1", "--grace", "120") as running:
+    options = [*(f"--device={name}" for name in devices), "--threads", "1", "--grace", "120"]
+    with serving(MODEL_FOLDER, tmp_path / "log", *options) as running:
         picked = ["--model", "two-digits", "--target", "top2", "--steps", "64"]
-        arguments = ["explain", tmp_path / "pictures.npy", *picked]
-        request = threading.Thread(target=lambda: answers.append(run(*arguments, "--server", running.grpc)))
-        request.start()
-        while request.is_alive() and not active(running, "ExplainStream"):
+        arguments = ["explain", tmp_path / "pictures.npy", *picked, "--server", running.grpc]
+        requests = [threading.Thread(target=lambda: answers.append(run(*arguments))) for _ in devices]
+        for request in requests:
+            request.start()
+        while all(request.is_alive() for request in requests) and active(running, "ExplainStream") < len(devices):
             time.sleep(0.01)
-        assert request.is_alive(), answers
+        assert all(request.is_alive() for request in requests), answers
         assert running.stop() == 0
-        request.join(SECONDS)
+        for request in requests:
+            request.join(SECONDS)
 
-    assert answers[0].exit_code == 0, answers[0].err
-    assert answers[0].out.count("FIXED_STEPS") == 16
+    assert [answer.exit_code for answer in answers] == [0] * len(devices), answers
+    assert all(answer.out.count("FIXED_STEPS") == 16 for answer in answers)
 
 
 STUCK = """

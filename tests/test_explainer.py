@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from closed_form import PATIENCE, ClosedForm, exact_attribution, served, value
 from explainserve.baselines import BaselineSpec, Constant, GaussianNoise, Zeros
+from explainserve.devices import Devices
 from explainserve.engine import Engine
 from explainserve.errors import DeadlineExceeded, EvaluationFailed, ExplainServeError, InvalidRequest, LimitExceeded
 from explainserve.explainer import (
@@ -59,11 +60,15 @@ def scheduler() -> Scheduler:
 
 @pytest_asyncio.fixture
 async def explainer(loaded: ClosedForm, scheduler: Scheduler) -> AsyncIterator[Explainer]:
-    engine = Engine(scheduler, Metrics(CollectorRegistry()))
-    engine.start()
-    yield Explainer(engine, max_request_rows=5000, max_request_bytes=100_000)
+    devices = on_one_device(scheduler)
+    devices.start()
+    yield Explainer(devices, max_request_rows=5000, max_request_bytes=100_000)
     loaded.gate.set()
-    await asyncio.to_thread(engine.stop)
+    await asyncio.to_thread(devices.stop)
+
+
+def on_one_device(scheduler: Scheduler) -> Devices:
+    return Devices({"cpu": Engine(scheduler, Metrics(CollectorRegistry()))})
 
 
 def target(*index: int, **fields: Any) -> TargetSpec:
@@ -210,7 +215,7 @@ def test_cost_counts_questions(
         baselines=tuple(BaselineSpec(GaussianNoise(0.0, 1.0, seed, count)) for seed, count in enumerate(draws)),
         methods=(IntegratedGradients(step_count=step_count),),
     )
-    explainer = Explainer(Engine(Scheduler(1), Metrics(CollectorRegistry())), 10**6, 10**6)
+    explainer = Explainer(on_one_device(Scheduler(1)), 10**6, 10**6)
     cost = explainer.cost(asked)
     target_counts = [1 + sum(own in (None, i) for own in own_targets) for i in range(instances)]
 
@@ -236,14 +241,14 @@ async def test_limits_refuse_before_baselines_are_made(
     with pytest.raises(LimitExceeded) as rows:
         explainer.prepare(query(model, baselines=noise))
     with pytest.raises(LimitExceeded) as memory:
-        Explainer(explainer._engine, 10**6, 1000).prepare(few_steps)
+        Explainer(explainer._devices, 10**6, 1000).prepare(few_steps)
 
     assert (rows.value.reason, rows.value.metadata["rows"]) == ("REQUEST_ROWS_EXCEEDED", "128000")
     assert (memory.value.reason, memory.value.metadata["bytes"]) == ("REQUEST_BYTES_EXCEEDED", "48024")
 
 
 def test_refused_query_still_has_a_cost(model: ServedModel) -> None:
-    tight = Explainer(Engine(Scheduler(1), Metrics(CollectorRegistry())), 10, 10**6)
+    tight = Explainer(on_one_device(Scheduler(1)), 10, 10**6)
 
     cost = tight.cost(query(model))
 
@@ -363,9 +368,9 @@ def test_first_rounds_of_a_time_budget_count_towards_memory(model: ServedModel) 
 
 async def test_admitted_request_is_never_refused_on_its_way(model: ServedModel, loaded: ClosedForm) -> None:
     """Between its rounds nothing of it waits, and yet nobody takes its place."""
-    engine = Engine(Scheduler(max_waiting_rows=70), Metrics(CollectorRegistry()))
-    engine.start()
-    explainer = Explainer(engine, max_request_rows=70, max_request_bytes=100_000)
+    devices = on_one_device(Scheduler(max_waiting_rows=70))
+    devices.start()
+    explainer = Explainer(devices, max_request_rows=70, max_request_bytes=100_000)
     loaded.holds_after = 1
     method = replace(ENDLESS, max_step_count=64)
     first = asyncio.create_task(explain(explainer, query(model, X[:1], methods=(method,))))
@@ -379,7 +384,7 @@ async def test_admitted_request_is_never_refused_on_its_way(model: ServedModel, 
     assert refused.reason == "QUEUE_FULL"
     assert answer.explanations[0].attribution.step_count == 64
     assert (await explain(explainer, other)).explanations
-    await asyncio.to_thread(engine.stop)
+    await asyncio.to_thread(devices.stop)
 
 
 async def test_targets_are_resolved_beside_the_event_loop(
@@ -490,8 +495,8 @@ async def test_every_instance_needs_a_target_and_a_baseline(
 async def test_outputs_by_function_and_instance(explainer: Explainer, model: ServedModel, loaded: ClosedForm) -> None:
     functions = [Differentiation("y", ScoreHead.IDENTITY)]
     instances = query(model).instances
-    outputs, usage = await explainer.outputs(model, instances, functions, query(model).request)
+    outputs = await explainer.outputs(model, instances, functions, query(model).request)
 
-    np.testing.assert_allclose(np.stack(outputs[functions[0]]), value(X), rtol=1e-6)
-    assert (usage.forward_rows, usage.gradient_rows) == (2, 0)
+    np.testing.assert_allclose(np.stack(outputs.scores[functions[0]]), value(X), rtol=1e-6)
+    assert (outputs.usage.forward_rows, outputs.usage.gradient_rows) == (2, 0)
     assert loaded.gradient_rows == 0

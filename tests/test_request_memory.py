@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from closed_form import WEIGHTS, ClosedForm, served, value
 from explainserve.baselines import BaselineSpec, Constant
+from explainserve.devices import Devices
 from explainserve.engine import Engine
 from explainserve.explainer import CONCURRENT_QUESTIONS, Explainer, Query
 from explainserve.explanation import Instance, Subject
@@ -55,11 +56,11 @@ class Wide(ClosedForm):
 
 
 @pytest_asyncio.fixture
-async def engine() -> AsyncIterator[Engine]:
-    engine = Engine(Scheduler(max_waiting_rows=10**6), Metrics(CollectorRegistry()))
-    engine.start()
-    yield engine
-    await asyncio.to_thread(engine.stop)
+async def devices() -> AsyncIterator[Devices]:
+    devices = Devices({"cpu": Engine(Scheduler(max_waiting_rows=10**6), Metrics(CollectorRegistry()))})
+    devices.start()
+    yield devices
+    await asyncio.to_thread(devices.stop)
 
 
 @pytest.fixture
@@ -102,10 +103,10 @@ async def measured(explainer: Explainer, asked: Query) -> int:
     ],
 )
 async def test_a_request_takes_what_was_stated_at_most(
-    engine: Engine, model: ServedModel, method: IntegratedGradients, baseline_count: int, target_count: int
+    devices: Devices, model: ServedModel, method: IntegratedGradients, baseline_count: int, target_count: int
 ) -> None:
     """And not so much less that the figure would say nothing."""
-    explainer = Explainer(engine, max_request_rows=10**6, max_request_bytes=LIMIT)
+    explainer = Explainer(devices, max_request_rows=10**6, max_request_bytes=LIMIT)
     asked = query(model, method, baseline_count, target_count)
     stated = explainer.cost(asked).host_bytes
     found = await measured(explainer, asked)
@@ -113,11 +114,11 @@ async def test_a_request_takes_what_was_stated_at_most(
     assert stated / 8 < found <= stated
 
 
-async def test_paths_wait_for_each_other_where_memory_is_short(engine: Engine, model: ServedModel) -> None:
+async def test_paths_wait_for_each_other_where_memory_is_short(devices: Devices, model: ServedModel) -> None:
     """An eighth of the memory that all of them together could take."""
     asked = query(model, replace(ENDLESS, max_step_count=48), 24, target_count=2)
     limit = asked.held_bytes + 4 * asked.path_bytes
-    roomy, narrow = (Explainer(engine, 10**6, max_request_bytes=size) for size in (LIMIT, limit))
+    roomy, narrow = (Explainer(devices, 10**6, max_request_bytes=size) for size in (LIMIT, limit))
     all_at_once, in_turn = roomy.cost(asked), narrow.cost(asked)
 
     assert (all_at_once.path_count, in_turn.path_count) == (CONCURRENT_QUESTIONS, 4)
@@ -125,9 +126,9 @@ async def test_paths_wait_for_each_other_where_memory_is_short(engine: Engine, m
     assert await measured(narrow, asked) <= in_turn.host_bytes < await measured(roomy, asked)
 
 
-async def test_one_path_always_fits_beside_what_is_held(engine: Engine, model: ServedModel) -> None:
+async def test_one_path_always_fits_beside_what_is_held(devices: Devices, model: ServedModel) -> None:
     asked = query(model, ENDLESS, 3)
-    explainer = Explainer(engine, 10**6, max_request_bytes=asked.held_bytes)
+    explainer = Explainer(devices, 10**6, max_request_bytes=asked.held_bytes)
 
     assert explainer.cost(asked).path_count == 1
     answer = await explainer.explain(explainer.prepare(asked))

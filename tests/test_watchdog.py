@@ -15,7 +15,7 @@ def conduct(*batch_seconds: float, seconds_per_row: float | None = None) -> Cond
     """Of a model with batches of four rows, which took so long."""
     known = Conduct.at_load(replace(served(ClosedForm()), seconds_per_row=seconds_per_row))
     for seconds in batch_seconds:
-        known.completed(seconds)
+        known.completed(1, seconds)
     return known
 
 

@@ -46,6 +46,7 @@ class Engine:
         metrics: instruments to feed.
         watchdog: decides how long a run may take.
         tell_disowned: called with a model that is evaluated no longer and the reason; it must not block.
+        device: its name, for people.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class Engine:
         metrics: Metrics,
         watchdog: Watchdog | None = None,
         tell_disowned: Tell = lambda model, error: None,
+        device: str = "cpu",
     ) -> None:
         self._scheduler = scheduler
         self._metrics = metrics
         self._watchdog = watchdog or Watchdog(0)
         self._tell_disowned = tell_disowned
+        self._device = device
         lock = threading.Lock()
         self._wake = threading.Condition(lock)
         self._wake_watcher = threading.Condition(lock)
@@ -67,7 +70,7 @@ class Engine:
         self._run: Run | None = None
         self._stopping = False
         self._thread = self._device_thread()
-        self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name=f"watchdog {device}", daemon=True)
 
     def start(self) -> None:
         """Starts the threads."""
@@ -95,6 +98,25 @@ class Engine:
         for job in list(self._futures):
             job.error = ShuttingDown("SHUTTING_DOWN", "the server is shutting down")
             self._settle([job])
+
+    def seconds_per_row(self, model: ServedModel) -> float:
+        """What a row of a model took of late, or when it was loaded; 0 where that is not known."""
+        with self._wake:
+            return self._conduct(model).seconds_per_row
+
+    def expected(self, model: ServedModel, row_count: int) -> tuple[float, int]:
+        """When so many more rows of a model would be done, by which devices are compared: in seconds, as far as those
+        of rows are known, and in rows. A run that takes long is expected to take as long again, so that nobody is sent
+        to a device that hangs.
+        """
+        with self._wake:
+            seconds = self._scheduler.reserved_seconds + row_count * self._conduct(model).seconds_per_row
+            rows = self._scheduler.reserved_rows + row_count
+            if self._run is None:
+                return seconds, rows
+            running = self._run.batch.rows.row_count
+            usual = running * self._conduct(self._run.model).seconds_per_row
+            return seconds + max(usual, time.monotonic() - self._run.started_at), rows + running
 
     @contextmanager
     def admitted(self, request: Request, row_count: int) -> Iterator[None]:
@@ -144,11 +166,11 @@ class Engine:
                 self._observe_queue()
         started = job.started_at if job.started_at is not None else job.submitted_at
         queue_seconds = started - job.submitted_at
-        self._metrics.queue_seconds.labels(model.name).observe(queue_seconds)
+        self._metrics.queue_seconds.labels(model.name, self._device).observe(queue_seconds)
         return job.evaluation, queue_seconds
 
     def _device_thread(self) -> threading.Thread:
-        return threading.Thread(target=self._work, name="device", daemon=True)
+        return threading.Thread(target=self._work, name=f"device {self._device}", daemon=True)
 
     def _work(self) -> None:
         give_way()
@@ -189,7 +211,7 @@ class Engine:
     def _completed(self, run: Run, parts: Sequence[SegmentEvaluation]) -> list[Job]:
         """Jobs that are done now; all of the batch's where the model returned nonsense."""
         seconds = time.monotonic() - run.started_at
-        self._conduct(run.model).completed(seconds)
+        self._conduct(run.model).completed(run.batch.rows.row_count, seconds)
         self._observe(run, seconds)
         try:
             return self._scheduler.complete(run.batch, parts, seconds)
@@ -202,11 +224,12 @@ class Engine:
         So a request fails for its own rows only, and memory that does not suffice for a batch is enough for its half.
         """
         batch = run.batch
-        self._metrics.failed_batches.labels(run.model.name, error.reason).inc()
+        self._metrics.failed_batches.labels(run.model.name, self._device, error.reason).inc()
         if error.reason == OUT_OF_MEMORY and batch.rows.row_count > 1:
             self._scheduler.retry_in_halves(batch)
-            text = "model %s ran out of memory with %d rows; its micro-batches hold %d at most from now on"
-            logger.warning(text, run.model.name, batch.rows.row_count, self._conduct(run.model).limit.rows)
+            text = "model %s ran out of memory on %s with %d rows; its micro-batches hold %d at most from now on"
+            rows, limit = batch.rows.row_count, self._conduct(run.model).limit.rows
+            logger.warning(text, run.model.name, self._device, rows, limit)
             return []
         if len(batch.requests) > 1:
             self._scheduler.retry_alone(batch)
@@ -216,7 +239,7 @@ class Engine:
     def _hung(self, run: Run) -> list[Job]:
         """Jobs that end with a run that had to be ended: as with any failure, until it is one too many."""
         ended = self._failed(run, _hangs(run.model))
-        logger.warning("a run of model %s took too long and was ended", run.model.name)
+        logger.warning("a run of model %s on %s took too long and was ended", run.model.name, self._device)
         if self._conduct(run.model).hung():
             ended += self._disown(run.model)
         return ended
@@ -262,17 +285,18 @@ class Engine:
             if self._run is not run:
                 return
             self._run = None
-            self._metrics.failed_batches.labels(run.model.name, _hangs(run.model).reason).inc()
-            self._metrics.lost_threads.inc()
+            self._metrics.failed_batches.labels(run.model.name, self._device, _hangs(run.model).reason).inc()
+            self._metrics.lost_threads.labels(self._device).inc()
             self._settle(self._disown(run.model))
             self._thread = self._device_thread()
             self._thread.start()
-        logger.error("a run of model %s cannot be ended; the server goes on without its thread", run.model.name)
+        text = "a run of model %s on %s cannot be ended; the server goes on without its thread"
+        logger.error(text, run.model.name, self._device)
 
     def _came_back(self, run: Run) -> None:
         """A thread that was lost ends; what it brings is nobody's any more."""
-        self._metrics.lost_threads.dec()
-        logger.warning("a run of model %s that was given up has ended", run.model.name)
+        self._metrics.lost_threads.labels(self._device).dec()
+        logger.warning("a run of model %s on %s that was given up has ended", run.model.name, self._device)
 
     def _conduct(self, model: ServedModel) -> Conduct:
         if model not in self._conducts:
@@ -280,14 +304,14 @@ class Engine:
         return self._conducts[model]
 
     def _observe_queue(self) -> None:
-        self._metrics.waiting_rows.set(self._scheduler.waiting_row_count)
+        self._metrics.waiting_rows.labels(self._device).set(self._scheduler.waiting_row_count)
 
     def _observe(self, run: Run, seconds: float) -> None:
-        rows, name = run.batch.rows, run.model.name
-        self._metrics.compute_seconds.labels(name).observe(seconds)
-        self._metrics.batch_rows.labels(name).observe(rows.row_count)
-        self._metrics.rows.labels(name, "gradient" if rows.function.wrt else "forward").inc(rows.row_count)
-        self._metrics.backward_evaluations.labels(name).inc(rows.backward_count)
+        rows, place = run.batch.rows, (run.model.name, self._device)
+        self._metrics.compute_seconds.labels(*place).observe(seconds)
+        self._metrics.batch_rows.labels(*place).observe(rows.row_count)
+        self._metrics.rows.labels(*place, "gradient" if rows.function.wrt else "forward").inc(rows.row_count)
+        self._metrics.backward_evaluations.labels(*place).inc(rows.backward_count)
 
     def _settle(self, jobs: list[Job]) -> None:
         """Tells the coroutines that wait for these jobs."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainserve.baselines import BaselineSpec
-from explainserve.engine import Engine
+from explainserve.devices import Devices
 from explainserve.errors import DeadlineExceeded, InvalidRequest, LimitExceeded
 from explainserve.explanation import Attribution, Baseline, Instance, Question, StopReason, Subject, Target
 from explainserve.memory import Memory
@@ -259,12 +259,27 @@ class Answer:
     """All attributions of a query, ordered by method, instance, target, baseline.
 
     Attributes:
+        query: with the replica of the model that evaluated it.
         baselines: per instance.
     """
 
     query: Query
     explanations: tuple[Explanation, ...]
     baselines: tuple[tuple[Baseline, ...], ...]
+    usage: Usage
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """Score tensors of instances, forward-only.
+
+    Attributes:
+        model: the replica that evaluated them.
+        scores: per function one array per instance.
+    """
+
+    model: ServedModel
+    scores: dict[Differentiation, list[NDArray[np.generic]]]
     usage: Usage
 
 
@@ -292,7 +307,7 @@ class Prepared:
 
 
 class Explainer:
-    """Answers queries with an engine.
+    """Answers queries, each on one device.
 
     Args:
         memory: from which each query takes what it needs while it is computed.
@@ -301,9 +316,9 @@ class Explainer:
     """
 
     def __init__(
-        self, engine: Engine, max_request_rows: int, max_request_bytes: int, memory: Memory | None = None
+        self, devices: Devices, max_request_rows: int, max_request_bytes: int, memory: Memory | None = None
     ) -> None:
-        self._engine = engine
+        self._devices = devices
         self._memory = memory or Memory()
         self._max_request_rows = max_request_rows
         self._max_request_bytes = max_request_bytes
@@ -346,8 +361,9 @@ class Explainer:
         query, usage = prepared.query, Usage()
         with (
             self._memory.reserved(prepared.cost.host_bytes),
-            self._engine.admitted(query.request, prepared.cost.max_rows),
+            self._devices.admitted(query.model, query.request, prepared.cost.max_rows) as replica,
         ):
+            query = replace(query, model=replica)
             scores = await self._scores(query, prepared.end_points, usage)
             questions = await asyncio.to_thread(_questions, query, prepared.baselines, scores)
             ends = sum(1 if question.baseline is None else 2 for _, question in questions)
@@ -360,8 +376,8 @@ class Explainer:
 
     async def outputs(
         self, model: ServedModel, instances: Sequence[Instance], functions: Sequence[Differentiation], request: Request
-    ) -> tuple[dict[Differentiation, list[NDArray[np.generic]]], Usage]:
-        """Score tensors of instances, forward-only: per function one array per instance.
+    ) -> Outputs:
+        """Score tensors of instances.
 
         Raises:
             LimitExceeded: more rows than a request may have (REQUEST_ROWS_EXCEEDED).
@@ -372,11 +388,15 @@ class Explainer:
         usage = Usage()
         plan = Plan(tuple(_point(i.moving, i.fixed, function) for function in functions for i in instances))
         self._admit_rows(plan.row_count)
-        with self._memory.reserved(_input_bytes(instances)), self._engine.admitted(request, plan.row_count):
-            evaluation = await self._evaluate(model, plan, request, usage)
+        with (
+            self._memory.reserved(_input_bytes(instances)),
+            self._devices.admitted(model, request, plan.row_count) as replica,
+        ):
+            evaluation = await self._evaluate(replica, plan, request, usage)
         arrays = [_only_output(segment) for segment in evaluation.segments]
         count = len(instances)
-        return {f: arrays[k * count : (k + 1) * count] for k, f in enumerate(functions)}, usage
+        scores = {f: arrays[k * count : (k + 1) * count] for k, f in enumerate(functions)}
+        return Outputs(replica, scores, usage)
 
     def _cost(self, query: Query, end_point_rows: int) -> Cost:
         return _cost(query, end_point_rows, query.path_count(self._max_request_bytes))
@@ -459,7 +479,7 @@ class Explainer:
         return True
 
     async def _evaluate(self, model: ServedModel, plan: Plan, request: Request, usage: Usage) -> Evaluation:
-        evaluation, queue_seconds = await self._engine.evaluate(model, plan, request)
+        evaluation, queue_seconds = await self._devices.evaluate(model, plan, request)
         usage.add(plan, queue_seconds)
         usage.compute_seconds = request.compute_seconds  # plans share batches, so theirs do not add up
         return evaluation

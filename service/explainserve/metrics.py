@@ -31,12 +31,16 @@ class Metrics:
         self.queue_seconds = Histogram(
             "explainserve_queue_seconds",
             "Wait of a plan's first row for the device.",
-            ["model"],
+            ["model", "device"],
             buckets=_SECONDS,
             registry=registry,
         )
         self.compute_seconds = Histogram(
-            "explainserve_compute_seconds", "Duration of micro-batches.", ["model"], buckets=_SECONDS, registry=registry
+            "explainserve_compute_seconds",
+            "Duration of micro-batches.",
+            ["model", "device"],
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.serialize_seconds = Histogram(
             "explainserve_serialize_seconds",
@@ -48,28 +52,33 @@ class Metrics:
         self.rows = Counter(
             "explainserve_rows",
             "Rows, each with one forward evaluation, by kind: forward or gradient.",
-            ["model", "kind"],
+            ["model", "device", "kind"],
             registry=registry,
         )
         self.backward_evaluations = Counter(
             "explainserve_backward_evaluations",
             "Backward evaluations of gradient rows, one for each target that shares them.",
-            ["model"],
+            ["model", "device"],
             registry=registry,
         )
         self.batch_rows = Histogram(
-            "explainserve_batch_rows", "Rows per micro-batch.", ["model"], buckets=_ROWS, registry=registry
+            "explainserve_batch_rows", "Rows per micro-batch.", ["model", "device"], buckets=_ROWS, registry=registry
         )
         self.failed_batches = Counter(
             "explainserve_failed_batches",
             "Micro-batches that failed, also where their rows were answered afterwards in others.",
-            ["model", "reason"],
+            ["model", "device", "reason"],
             registry=registry,
         )
         self.lost_threads = Gauge(
-            "explainserve_lost_threads", "Threads in runs of models that cannot be ended.", registry=registry
+            "explainserve_lost_threads",
+            "Threads in runs of models that cannot be ended.",
+            ["device"],
+            registry=registry,
         )
-        self.waiting_rows = Gauge("explainserve_waiting_rows", "Rows that wait for the device.", registry=registry)
+        self.waiting_rows = Gauge(
+            "explainserve_waiting_rows", "Rows that wait for the device.", ["device"], registry=registry
+        )
         self.reserved_bytes = Gauge(
             "explainserve_reserved_bytes",
             "Memory that requests which are being answered may hold, their messages until they are sent included.",

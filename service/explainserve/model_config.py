@@ -106,7 +106,11 @@ class LimitsConfig(_Table):
 
 
 class ModelConfig(_Table):
-    """A whole model.toml; every part is optional where the model file describes itself."""
+    """A whole model.toml; every part is optional where the model file describes itself.
+
+    `devices` are those of the server that may hold the model, by name ("cuda:1") or kind ("cuda"), and `replicas` is on
+    how many of them it is loaded at most; by default on all.
+    """
 
     inputs: tuple[InputConfig, ...] = ()
     outputs: tuple[OutputConfig, ...] = ()
@@ -114,6 +118,8 @@ class ModelConfig(_Table):
     default_baseline: str = "zeros"
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     precision: Precision = Precision.FLOAT32
+    devices: tuple[str, ...] = ()
+    replicas: Extent | None = None
     layers: tuple[str, ...] = ()
     baselines: dict[str, BaselineConfig] = {}
     limits: LimitsConfig = LimitsConfig()

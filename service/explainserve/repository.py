@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from explainserve import backends
+from explainserve import backends, placement
 from explainserve.backends import LOADERS, LoadedModel, LoadOptions, batch_size, precision, probe
 from explainserve.backends.batch_size import BatchSize
 from explainserve.backends.probe import ProbeResult
@@ -79,6 +79,10 @@ class ModelFolder:
         """A value of FORMATS, or "" where there is not exactly one model file."""
         return FORMATS[self.path.suffix] if self.path else ""
 
+    def config(self) -> ModelConfig:
+        """What its model.toml says; raises ModelRefused as `read_model_config` does."""
+        return ModelConfig() if self.config_path is None else read_model_config(self.config_path)
+
     def model_file(self) -> Path:
         """The model file.
 
@@ -115,9 +119,11 @@ class MissingCapability:
 
 @dataclass(frozen=True, eq=False)
 class ServedModel:
-    """A model version that answers requests.
+    """A model version that answers requests, on one of the devices that hold it: a replica.
 
     Attributes:
+        device: name of the device whose engine evaluates it.
+        file_bytes: size of the model file and of its external data files.
         sha256: of the model file followed by its external data files in the order of their names, hexadecimal.
         format: a value of FORMATS.
         max_batch_rows: rows that may share a micro-batch; 1 where the model sees its rows together.
@@ -129,7 +135,9 @@ class ServedModel:
 
     name: str
     version: int
+    device: str
     path: Path
+    file_bytes: int
     sha256: str
     format: str
     config: ModelConfig
@@ -164,6 +172,11 @@ class ServedModel:
     def row_by_row(self) -> bool:
         """Whether rows cannot be evaluated together."""
         return _row_by_row(self.loaded, self.probe)
+
+    @property
+    def runs_on(self) -> str:
+        """The device that evaluates it: another one where its own is missing and the server may fall back."""
+        return placement.where_it_runs(self.device, self.loaded.device)
 
     @property
     def default_baseline(self) -> InputBaseline:
@@ -250,7 +263,7 @@ class ModelEntry:
     Attributes:
         reason: a sentence why it failed; "" otherwise.
         error_reason: the UPPER_SNAKE reason why it failed; "" otherwise.
-        served: the model, where READY.
+        replicas: the model on each device that holds it, where READY; in the server's order of devices.
     """
 
     name: str
@@ -259,7 +272,7 @@ class ModelEntry:
     state: ModelState
     reason: str = ""
     error_reason: str = ""
-    served: ServedModel | None = None
+    replicas: tuple[ServedModel, ...] = ()
 
 
 def discover(root: Path) -> list[ModelFolder]:
@@ -284,7 +297,7 @@ def open_model(
     trials: Trials | None = None,
     warm_up_seconds: float = 0.0,
 ) -> ServedModel:
-    """Reads, checks, probes and times one version.
+    """Reads, checks, probes and times one version on the device of the options.
 
     Args:
         max_batch_rows: where the model states no limit of its own.
@@ -294,8 +307,7 @@ def open_model(
     Raises:
         ModelRefused: it cannot be served; the reason says why.
     """
-    path = folder.model_file()
-    config = ModelConfig() if folder.config_path is None else read_model_config(folder.config_path)
+    path, config = folder.model_file(), folder.config()
     files = model_files(path, trials)
     # Before loading: a backend may run what a file holds.
     sha256 = digest(files)
@@ -310,7 +322,9 @@ def open_model(
     return ServedModel(
         name=folder.name,
         version=folder.version,
+        device=options.device,
         path=path,
+        file_bytes=sum(file.stat().st_size for file in files),
         sha256=sha256,
         format=folder.format,
         config=config,
@@ -396,6 +410,7 @@ class Repository:
         tried: models that need no trial any more.
         warm_up_seconds: in which the fastest size of a model's micro-batches is found; 0 does without.
         report: told of every new state.
+        devices: of the server; by default that of the options alone.
     """
 
     def __init__(
@@ -407,6 +422,7 @@ class Repository:
         tried: Tried | None = None,
         warm_up_seconds: float = 0.0,
         report: Report = lambda entry: None,
+        devices: Sequence[str] = (),
     ) -> None:
         self._root = root
         self._options = options
@@ -415,6 +431,7 @@ class Repository:
         self._tried = tried or Tried()
         self._warm_up_seconds = warm_up_seconds
         self._report = report
+        self._devices = tuple(devices) or (options.device,)
         self._entries: dict[tuple[str, int], ModelEntry] = {}
 
     @property
@@ -477,11 +494,16 @@ class Repository:
         return self._entries[entry.name, entry.version]
 
     def fail(self, model: ServedModel, error: ExplainServeError) -> None:
-        """Serves a model no longer because of what it did, until it is loaded again."""
+        """Serves a replica no longer because of what it did, until the model is loaded again; others are served on."""
         entry = self._entries.get((model.name, model.version))
-        if entry is not None and entry.served is model:  # else another has replaced it
+        if entry is None or model not in entry.replicas:  # others have replaced it
+            return
+        left = tuple(replica for replica in entry.replicas if replica is not model)
+        if left:
+            self._put(replace(entry, replicas=left))
+        else:
             state, reason = ModelState.FAILED, error.message
-            self._put(replace(entry, state=state, reason=reason, error_reason=error.reason, served=None))
+            self._put(replace(entry, state=state, reason=reason, error_reason=error.reason, replicas=()))
 
     def index(self) -> tuple[ModelEntry, ...]:
         """All versions, and those in the folder that were never loaded, by name and version.
@@ -496,8 +518,13 @@ class Repository:
         """The entry of a served model."""
         return self._entries[model.name, model.version]
 
+    def replicas(self, model: ServedModel) -> tuple[ServedModel, ...]:
+        """The model on each device that holds it now; itself alone where it has been replaced."""
+        entry = self._entries.get((model.name, model.version))
+        return entry.replicas if entry is not None and model in entry.replicas else (model,)
+
     def get(self, name: str, version: int | None = None) -> ServedModel:
-        """The model of that name, by default its highest version that is ready.
+        """The model of that name, by default its highest version that is ready, on the first device that holds it.
 
         Raises:
             NotFound: UNKNOWN_MODEL or UNKNOWN_VERSION; metadata tell what there is. That version, or all of them, were
@@ -515,27 +542,43 @@ class Repository:
     def _load(self, folder: ModelFolder, trials: Trials | None) -> ModelEntry:
         """Opens a version beside the one that is served; a reader of entries sees the old one or the new one."""
         try:
-            served = self._opened(folder, trials)
+            replicas = self._opened(folder, trials)
         except ExplainServeError as error:
             failed = _failed(folder, error)
             if not self._serves(folder):
                 self._put(failed)
             raise
-        self._put(replace(_entry(folder, ModelState.READY), served=served))
+        self._put(replace(_entry(folder, ModelState.READY), replicas=replicas))
         return self._entries[folder.name, folder.version]
 
-    def _opened(self, folder: ModelFolder, trials: Trials | None) -> ServedModel:
+    def _opened(self, folder: ModelFolder, trials: Trials | None) -> tuple[ServedModel, ...]:
         try:
-            return open_model(folder, self._options, self._max_batch_rows, trials, self._warm_up_seconds)
+            devices = placement.placed(folder.config(), self._held_bytes(folder))
+            replicas = tuple(self._replica(folder, device, trials) for device in devices)
         except ExplainServeError:
             raise
         except Exception as error:  # whatever a library raises on a bad file, the other models are served
             logger.exception("model %s version %d failed to load", folder.name, folder.version)
             raise ModelRefused("LOAD_FAILED", f"{type(error).__name__}: {error}") from error
+        _check_alike(replicas)
+        return replicas
+
+    def _replica(self, folder: ModelFolder, device: str, trials: Trials | None) -> ServedModel:
+        options = replace(self._options, device=device)
+        return open_model(folder, options, self._max_batch_rows, trials, self._warm_up_seconds)
+
+    def _held_bytes(self, folder: ModelFolder) -> dict[str, int]:
+        """Bytes of models on each device, without those of a version that is about to be replaced."""
+        held = dict.fromkeys(self._devices, 0)
+        for entry in self.entries:
+            for replica in entry.replicas:
+                if (entry.name, entry.version) != (folder.name, folder.version):
+                    held[replica.device] += replica.file_bytes
+        return held
 
     def _serves(self, folder: ModelFolder) -> bool:
         known = self._entries.get((folder.name, folder.version))
-        return known is not None and known.served is not None
+        return known is not None and bool(known.replicas)
 
     def _trials(self) -> AbstractContextManager[Trials | None]:
         return nullcontext() if self._trial_limits is None else Trials(self._trial_limits, self._tried)
@@ -543,7 +586,7 @@ class Repository:
     def _forget(self, name: str, versions: Collection[int]) -> None:
         """Drops what is known of versions of a model that have left the folder and are not served."""
         for entry in self.entries:
-            if entry.name == name and entry.version not in versions and entry.served is None:
+            if entry.name == name and entry.version not in versions and not entry.replicas:
                 del self._entries[entry.name, entry.version]
 
     def _put(self, entry: ModelEntry) -> None:
@@ -595,6 +638,19 @@ def _version(name: str, folder: Path) -> ModelFolder:
 def _cause(error: OSError) -> str:
     """Without the path, which is the server's own business."""
     return error.strerror or type(error).__name__
+
+
+def _check_alike(replicas: Sequence[ServedModel]) -> None:
+    """A request is checked against one replica and evaluated by any."""
+    first = replicas[0]
+    for other in replicas[1:]:
+        if (other.identity, other.differentiable) != (first.identity, first.differentiable):
+            raise ModelRefused(
+                "REPLICAS_DIFFER",
+                f"on {other.device} the model is another one than on {first.device}: its file changed while it was "
+                "read, or it has a gradient on one of them only; then model.toml should name one kind of devices",
+                devices=f"{first.device}, {other.device}",
+            )
 
 
 def _check_sha256(expected: str | None, actual: str, path: Path) -> None:
@@ -729,8 +785,8 @@ def _highest_ready(versions: Mapping[int, ModelEntry]) -> ModelEntry:
 
 
 def _served(entry: ModelEntry) -> ServedModel:
-    if entry.served is not None:
-        return entry.served
+    if entry.replicas:
+        return entry.replicas[0]
     if entry.state is ModelState.UNLOADED:
         raise NotFound(
             "MODEL_UNLOADED",

@@ -6,11 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Device = Annotated[str, Field(pattern=r"^(openvino|(cpu|cuda|tensorrt)(:\d+)?)$")]
 
 _MEMORY_PER_MESSAGE_BYTE = 16
 """Bytes of inputs, baselines and maps that one request may hold in memory, for each byte of the largest message."""
@@ -24,16 +25,17 @@ class Settings(BaseSettings):
         host: address to listen on, for gRPC and HTTP.
         port: gRPC port; 0 picks a free one.
         http_port: port of metrics and liveness; 0 picks a free one.
-        device: "cpu", "cuda", "cuda:N", "tensorrt", "tensorrt:N" or "openvino".
+        device: one or more of "cpu", "cpu:N", "cuda", "cuda:N", "tensorrt", "tensorrt:N" and "openvino", separated by
+            spaces in the variable; "cuda" and "tensorrt" stand for all CUDA devices that there are.
         allow_device_fallback: evaluate on the CPU where the device is missing, instead of refusing models.
-        thread_count: threads of one evaluation; 0 means all cores.
+        thread_count: threads of one evaluation; 0 means all cores, shared by the devices "cpu:N".
         share_weights: hold the weights of an ONNX model once for all of its graphs, at some speed.
         max_batch_rows: most rows of one micro-batch where a model states no limit of its own.
         warm_up_seconds: time in which the fastest size of a model's micro-batches is found at load; 0 does without.
         max_step_count: cap of gradient evaluations of one path.
         max_request_rows: cap of rows of one request.
         max_request_parts: cap of each kind of part of one request: targets, baselines, regions, groups, selectors.
-        max_waiting_rows: cap of rows that all admitted requests together may still need.
+        max_waiting_rows: cap of rows that all admitted requests of one device together may still need.
         max_waiting_bytes: cap of memory that all admitted requests together may hold: inputs, baselines, maps, the
             gradients that paths keep, and messages until they are sent.
         max_message_bytes: largest request and reply.
@@ -56,7 +58,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Port = 8001
     http_port: Port = 8002
-    device: Annotated[str, Field(pattern=r"^(cpu|openvino|(cuda|tensorrt)(:\d+)?)$")] = "cpu"
+    device: Annotated[tuple[Device, ...], Field(min_length=1), NoDecode] = ("cpu",)
     allow_device_fallback: bool = False
     thread_count: Annotated[int, Field(ge=0)] = 0
     share_weights: bool = False
@@ -78,6 +80,11 @@ class Settings(BaseSettings):
     trial_memory_bytes: PositiveInt = 4 * 1024 * 1024 * 1024
     cache: Path | None = None
     log_format: Literal["json", "console"] = "json"
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _split(cls, stated: object) -> object:
+        return tuple(stated.split()) if isinstance(stated, str) else stated
 
     @property
     def row_limit(self) -> int:

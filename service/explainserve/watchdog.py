@@ -31,24 +31,28 @@ class Conduct:
     Attributes:
         limit: rows of its micro-batches, halved where memory ran out.
         batch_seconds: time of a micro-batch of late.
+        seconds_per_row: the same for each of its rows; 0 before anything is known.
         hangs: runs that had to be ended.
         disowned: whether it is evaluated no longer.
     """
 
     limit: RowLimit
     batch_seconds: float = 0.0
+    seconds_per_row: float = 0.0
     hangs: int = 0
     disowned: bool = False
 
     @classmethod
     def at_load(cls, model: ServedModel) -> Conduct:
         """What is known when it was loaded."""
-        return cls(RowLimit(model.max_batch_rows), (model.seconds_per_row or 0.0) * model.max_batch_rows)
+        seconds = model.seconds_per_row or 0.0
+        return cls(RowLimit(model.max_batch_rows), seconds * model.max_batch_rows, seconds)
 
-    def completed(self, seconds: float) -> None:
+    def completed(self, row_count: int, seconds: float) -> None:
         """Counts the time of a batch that came back."""
         kept = _KEPT if self.batch_seconds else 0.0
         self.batch_seconds = kept * self.batch_seconds + (1 - kept) * seconds
+        self.seconds_per_row = kept * self.seconds_per_row + (1 - kept) * seconds / row_count
 
     def hung(self) -> bool:
         """Counts a run that had to be ended; whether it was one too many."""

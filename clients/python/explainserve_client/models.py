@@ -150,6 +150,7 @@ class ModelSummary:
         state: "LOADING", "READY" or "FAILED".
         reason, error_reason: why it failed, in words and as UPPER_SNAKE; "" otherwise.
         format: "ONNX", "TORCH_EXPORT" or "TORCHSCRIPT".
+        devices: that hold it while it is ready, such as "cuda:0".
     """
 
     name: str
@@ -158,6 +159,7 @@ class ModelSummary:
     reason: str
     error_reason: str
     format: str
+    devices: tuple[str, ...] = ()
 
     @classmethod
     def from_proto(cls, message: model_pb2.ModelSummary) -> ModelSummary:
@@ -169,6 +171,7 @@ class ModelSummary:
             reason=message.reason,
             error_reason=message.error_reason,
             format=short_name(model_pb2.ModelFormat, message.format),
+            devices=tuple(message.devices),
         )
 
 

@@ -6,6 +6,7 @@ To add a backend: a file here with `load` (`contract.Loader`) and its line in LO
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 from explainserve.backends.contract import LoadedModel, Loader, LoadOptions, OperatorGap
@@ -28,6 +29,8 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> LoadedModel:
     Raises:
         ModelRefused: the file cannot be served, or its backend is not installed (BACKEND_MISSING).
     """
+    if options.device.startswith("cpu:"):
+        options = replace(options, device="cpu")
     return loader(path.suffix)(path, config, options)
 
 

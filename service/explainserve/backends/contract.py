@@ -17,7 +17,8 @@ class LoadOptions:
     """Where and how models are evaluated.
 
     Attributes:
-        device: "cpu", "cuda", "tensorrt" (both also with ":N") or "openvino"; torch has "cpu" and "cuda".
+        device: "cpu", "cuda", "tensorrt" (each also with ":N") or "openvino"; torch has "cpu" and "cuda". Backends are
+            given "cpu" for any number: it only tells workers apart, which share one processor.
         allow_fallback: evaluate on the CPU where the device is missing, instead of refusing the model.
         thread_count: threads of one evaluation; 0 means all cores.
         cache: folder for gradient graphs, shared safely by several processes; None builds them at each start.

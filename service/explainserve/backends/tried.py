@@ -53,7 +53,8 @@ def file_key(path: Path) -> str:
 
 def model_key(sha256: str, config: ModelConfig, options: LoadOptions, step: str) -> str:
     """Stands for a model, configured and loaded like this by these libraries."""
-    return _key(sha256, config.model_dump_json(), repr(replace(options, thread_count=0, cache=None)), step)
+    kind = options.device.partition(":")[0]  # devices of one kind crash alike
+    return _key(sha256, config.model_dump_json(), repr(replace(options, device=kind, thread_count=0, cache=None)), step)
 
 
 def _key(*parts: str) -> str:

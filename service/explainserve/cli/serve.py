@@ -49,8 +49,14 @@ def serve(
         int, _knob("http_port", "Port of /metrics, /livez and /readyz; 0 picks a free one.", min=0, max=65535)
     ] = 8002,
     device: Annotated[
-        str, _knob("device", "Where models are evaluated: cpu, cuda or tensorrt (or with :N), openvino.", "DEVICE")
-    ] = "cpu",
+        list[str],
+        _knob(
+            "device",
+            "Where models are evaluated: cpu, cuda, tensorrt (each also with :N) or openvino. Repeat it for several, "
+            "each with a queue of its own; cuda is all CUDA devices that there are.",
+            "DEVICE",
+        ),
+    ] = ["cpu"],  # noqa: B006  # typer copies it
     allow_device_fallback: Annotated[
         bool,
         _knob("allow_device_fallback", "Evaluate on the CPU where the device is missing, instead of refusing models."),
@@ -80,7 +86,7 @@ def serve(
         int, _knob("max_request_parts", "Most targets, baselines, regions, groups and selectors of one request.", min=1)
     ] = 4096,
     max_waiting_rows: Annotated[
-        int, _knob("max_waiting_rows", "Most rows that all admitted requests together may still need.", min=1)
+        int, _knob("max_waiting_rows", "Most rows that the requests of one device together may still need.", min=1)
     ] = 262_144,
     max_waiting_bytes: Annotated[
         int,

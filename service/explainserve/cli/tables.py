@@ -66,7 +66,7 @@ def model(info: ModelInfo) -> str:
     rows = [
         ("model", f"{info.name} version {info.version}, {info.summary.state}"),
         ("file", f"{info.summary.format}, sha256 {info.sha256}"),
-        ("backend", f"{info.backend} on {info.device}, {_batching(info)}"),
+        ("backend", f"{info.backend} on {', '.join(info.summary.devices)}, {_batching(info)}"),
         *(("input", f"{spec.name} {spec.dtype} {_axes(spec.shape)} {spec.layout}") for spec in info.inputs.values()),
         *(
             (

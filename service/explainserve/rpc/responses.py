@@ -79,7 +79,7 @@ def explain_response(request: Explain, answer: Answer) -> explainer_service_pb2.
     Raises:
         InvalidRequest: a region or group does not fit the maps.
     """
-    model, options = request.query.model, request.options
+    model, options = answer.query.model, request.options
     maps = entries(answer, request.fold_baselines)
     joint = joint_figures_of(maps, request.figures, request.groups)
     return explainer_service_pb2.ExplainResponse(
@@ -131,7 +131,7 @@ def provenance(model: ServedModel, usage: Usage, methods: Sequence[Method]) -> a
         backend=loaded.backend,
         gradient_mode=loaded.gradient_mode,
         gradient_rule=", ".join(dict.fromkeys(method.needs.rule for method in methods if method.needs.rule)),
-        device=loaded.device,
+        device=model.runs_on,
         execution=loaded.execution,
         precision=model.precision,
         noise_floor=_noise_floor(model),
@@ -353,6 +353,7 @@ def model_summary(entry: ModelEntry) -> model_pb2.ModelSummary:
         reason=entry.reason,
         error_reason=entry.error_reason,
         format=_FORMATS.get(entry.format, model_pb2.MODEL_FORMAT_UNSPECIFIED),
+        devices=[replica.runs_on for replica in entry.replicas],
     )
 
 
@@ -369,7 +370,7 @@ def model_message(entry: ModelEntry, model: ServedModel) -> model_pb2.Model:
         gaps=[model_pb2.OperatorGap(**dataclasses.asdict(gap)) for gap in model.loaded.gaps],
         layers=_layers(model),
         backend=model.loaded.backend,
-        device=model.loaded.device,
+        device=model.runs_on,
         execution=model.loaded.execution,
         noise_floor=_noise_floor(model),
         precision=model.precision,

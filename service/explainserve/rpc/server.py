@@ -13,10 +13,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
-from explainserve import process
+from explainserve import placement, process
 from explainserve.backends import LoadOptions
 from explainserve.backends.trial import TrialLimits
 from explainserve.backends.tried import Tried
+from explainserve.devices import Devices
 from explainserve.engine import Engine
 from explainserve.errors import ExplainServeError
 from explainserve.explainer import Explainer
@@ -95,33 +96,35 @@ class Server:
 
     async def _listen(self) -> None:
         settings = self._settings
+        names = placement.devices(settings.device)
         options = LoadOptions(
-            settings.device,
-            settings.allow_device_fallback,
-            settings.thread_count,
-            settings.cache,
-            settings.share_weights,
+            allow_fallback=settings.allow_device_fallback,
+            thread_count=placement.thread_count(settings.thread_count, names),
+            cache=settings.cache,
+            share_weights=settings.share_weights,
         )
         limits = TrialLimits(settings.trial_seconds, settings.trial_memory_bytes) if settings.trial_seconds else None
         tried = Tried(settings.cache and settings.cache / "tried")
         self._repository = Repository(
-            settings.models, options, settings.max_batch_rows, limits, tried, settings.warm_up_seconds, self._report
+            settings.models,
+            options,
+            settings.max_batch_rows,
+            limits,
+            tried,
+            settings.warm_up_seconds,
+            self._report,
+            names,
         )
-        self._engine = Engine(
-            Scheduler(settings.max_waiting_rows),
-            self._metrics,
-            Watchdog(settings.watchdog_seconds),
-            self._fail,
-        )
+        self._devices = Devices({name: self._engine(name) for name in names}, self._repository.replicas)
         memory = Memory(settings.max_waiting_bytes, self._metrics)
-        explainer = Explainer(self._engine, settings.row_limit, settings.byte_limit, memory)
+        explainer = Explainer(self._devices, settings.row_limit, settings.byte_limit, memory)
         self._health = health.aio.HealthServicer()
         self._control = RepositoryServicer(self._repository, self._loading, enabled=settings.allow_model_control)
         self._server = self._grpc_server(Servicer(self._repository, explainer, memory, self._metrics, settings))
         self.port = self._server.add_insecure_port(_address(settings.host, settings.port))
         self._found = await asyncio.to_thread(self._repository.find_all)
         await self._tell_health()
-        self._engine.start()
+        self._devices.start()
         await self._server.start()
 
     async def stop(self, grace_seconds: float | None = None) -> None:
@@ -130,7 +133,7 @@ class Server:
         self._loading.shutdown(wait=False, cancel_futures=True)  # a load that is under way cannot be interrupted
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._settings.grace_seconds if grace_seconds is None else grace_seconds)
-        await _in_own_thread(self._engine.stop)
+        await _in_own_thread(self._devices.stop)
         await _in_own_thread(self._http.stop)
 
     async def serve_until(self, stopped: Callable[[], Awaitable[object]]) -> None:
@@ -139,6 +142,16 @@ class Server:
             await stopped()
         finally:
             await self.stop()
+
+    def _engine(self, device: str) -> Engine:
+        """Each device has a queue and a watchdog of its own."""
+        return Engine(
+            Scheduler(self._settings.max_waiting_rows),
+            self._metrics,
+            Watchdog(self._settings.watchdog_seconds),
+            self._fail,
+            device,
+        )
 
     def _load(self) -> None:
         self._repository.load_found(self._found)
@@ -153,7 +166,14 @@ class Server:
         if self._loaded:
             asyncio.run_coroutine_threadsafe(self._tell_health(), self._loop)
         line = self._log.error if entry.reason else self._log.info
-        line("model", name=entry.name, version=entry.version, state=entry.state.name, reason=entry.reason)
+        line(
+            "model",
+            name=entry.name,
+            version=entry.version,
+            state=entry.state.name,
+            reason=entry.reason,
+            devices=[replica.runs_on for replica in entry.replicas],
+        )
 
     def _fail(self, model: ServedModel, error: ExplainServeError) -> None:
         """A model hung. The engine must not wait for the log, so the event loop goes on from here."""

@@ -94,12 +94,12 @@ class Servicer(ExplainerServiceServicer):
         replied = self._admit_predictions(specs, stated, len(instances), count, request.include_tensors)
         self._hold(responses.memory_of_messages(request.ByteSize(), replied), context)
         rows = Request(expires_at=self._deadline(context))
-        outputs, usage = await self._explainer.outputs(model, instances, functions, rows)
-        found = [outputs[function][0].shape for function in functions]  # free axes have an extent only now
+        outputs = await self._explainer.outputs(model, instances, functions, rows)
+        found = [outputs.scores[function][0].shape for function in functions]  # free axes have an extent only now
         self._admit_predictions(specs, found, len(instances), count, request.include_tensors)
-        scores = [outputs[function] for function in functions]
+        scores, include = [outputs.scores[function] for function in functions], request.include_tensors
         return await asyncio.to_thread(
-            responses.predict_response, model, specs, scores, usage, count, include_tensors=request.include_tensors
+            responses.predict_response, outputs.model, specs, scores, outputs.usage, count, include_tensors=include
         )
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:

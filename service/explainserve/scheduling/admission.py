@@ -23,9 +23,15 @@ class Admission:
     max_rows: int
     reserved_rows: int = field(init=False, default=0)
     _speed: _Speed = field(init=False)
+    _seconds: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         self._speed = _Speed()
+
+    @property
+    def reserved_seconds(self) -> float:
+        """Time that the reserved rows take, each as long as its request says."""
+        return self._seconds
 
     def admit(self, request: Request, row_count: int) -> None:
         """Reserves all rows that a request may need.
@@ -66,6 +72,7 @@ class Admission:
     def _reserve(self, request: Request, row_count: int) -> None:
         request.reserved_rows += row_count
         self.reserved_rows += row_count
+        self._seconds += row_count * request.seconds_per_row
 
 
 class _Speed:

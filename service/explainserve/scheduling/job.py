@@ -26,6 +26,7 @@ class Request:
     Attributes:
         priority: higher goes first.
         expires_at: time after which its rows are dropped; infinity where there is none.
+        seconds_per_row: that its rows take on the device, as far as is known.
         compute_seconds: time of the batches that held rows of any of its jobs, each batch once.
 
     The scheduler keeps the rest:
@@ -39,6 +40,7 @@ class Request:
 
     priority: int = 0
     expires_at: float = float("inf")
+    seconds_per_row: float = 0.0
     compute_seconds: float = 0.0
     reserved_rows: int = 0
     arrival: int = 0

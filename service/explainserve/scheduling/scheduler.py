@@ -84,6 +84,16 @@ class Scheduler:
         """Rows that were not packed yet."""
         return self._waiting_rows
 
+    @property
+    def reserved_rows(self) -> int:
+        """Rows that admitted requests may still bring, those that wait included."""
+        return self._admission.reserved_rows
+
+    @property
+    def reserved_seconds(self) -> float:
+        """Time of these rows on the device, as far as is known."""
+        return self._admission.reserved_seconds
+
     def admit(self, request: Request, row_count: int) -> None:
         """Reserves all rows that a request may need.
 

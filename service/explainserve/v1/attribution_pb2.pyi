@@ -526,7 +526,7 @@ class Provenance(_message.Message):
     gradient_rule: _builtins.str
     """"standard", or the rules that alter the backward pass, by commas; empty where no gradient was taken."""
     device: _builtins.str
-    """Such as "cpu" or "cuda:0"."""
+    """The device that evaluated the request, such as "cpu" or "cuda:0"."""
     precision: _builtins.str
     """Arithmetic in which the model is evaluated: "float32", or the element type of a file of float16 or float64; or what its
     model.toml chose: "tf32", "bfloat16" or "float16", with scores and sums in float32.

@@ -534,6 +534,7 @@ class ModelSummary(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     ERROR_REASON_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model's folder."""
     version: _builtins.int
@@ -546,6 +547,12 @@ class ModelSummary(_message.Message):
     """UPPER_SNAKE reason, as in google.rpc.ErrorInfo, why it failed; empty otherwise."""
     format: Global___ModelFormat.ValueType
     """Format of its file."""
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Devices that hold it while it is ready, such as "cuda:0" and "cuda:1". A request goes to the one that is expected to be done
+        with it first; its provenance tells which. A device on which it hung is left out.
+        """
+
     def __init__(
         self,
         *,
@@ -555,10 +562,11 @@ class ModelSummary(_message.Message):
         reason: _builtins.str = ...,
         error_reason: _builtins.str = ...,
         format: Global___ModelFormat.ValueType = ...,
+        devices: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error_reason", b"error_reason", "format", b"format", "name", b"name", "reason", b"reason", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "error_reason", b"error_reason", "format", b"format", "name", b"name", "reason", b"reason", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -815,7 +823,7 @@ class Model(_message.Message):
     backend: _builtins.str
     """Backend that evaluates it, such as "onnxruntime"."""
     device: _builtins.str
-    """Device that evaluates it, such as "cpu"."""
+    """First of the devices that evaluate it, such as "cpu". Whatever is measured at load is that of this one."""
     noise_floor: _builtins.float
     """Relative L2 difference of one input gradient between a batch and a single row, measured at load; absent where the model
     has no gradient.
