@@ -6,8 +6,9 @@ without a gradient never pay for the backward part, and rows of several targets 
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from explainserve.backends import onnx_file, onnx_graph
-from explainserve.backends.contract import LoadOptions, Memory, OperatorGap
+from explainserve.backends.contract import LoadedModel, LoadOptions, Memory, OperatorGap
 from explainserve.backends.gradient_cache import GradientCache, cache_key
 from explainserve.backends.onnx_batch import with_rows
 from explainserve.backends.onnx_binding import RUNS_UNTIL_REPLAY, BoundPasses
@@ -32,6 +33,7 @@ from explainserve.backends.onnx_session import (
     available_device,
     memory_of,
     open_session,
+    thread_count,
 )
 from explainserve.backends.onnx_subnormal import flush_subnormals
 from explainserve.backends.onnx_verification import LARGEST_DIFFERENCES, largest_difference
@@ -45,7 +47,9 @@ from explainserve.backends.probe import (
     sample_instances,
 )
 from explainserve.backends.resident_memory import peak_growth, resident_bytes
+from explainserve.backends.row_division import Team
 from explainserve.backends.row_feeds import joined, single_rows
+from explainserve.backends.timing import least_seconds, random_row, repeated
 from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported
 from explainserve.model_config import ModelConfig, Precision
 from explainserve.onnx_vjp import (
@@ -68,6 +72,16 @@ logger = logging.getLogger(__name__)
 Array = NDArray[np.generic]
 NAMED_GAPS = 3
 """Gaps that an error lists; the model's metadata has all of them."""
+
+ROWS_PER_THREAD = (2, 4, 8, 16, 32)
+"""Numbers of rows for each thread that are timed, in order: rows are divided from the first on that is faster so."""
+
+MOST_TIMED_ROWS = 64
+FASTER = 0.95
+"""Time, relative to that of all rows at once, below which rows are divided: what else the machine does disturbs."""
+
+LARGEST_TWICE_PACKED = 32 << 20
+"""Bytes of weights up to which sessions are opened for single threads too, which pack the weights once more."""
 
 
 def load(path: Path, config: ModelConfig, options: LoadOptions) -> OnnxModel:
@@ -96,6 +110,7 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> OnnxModel:
         model, weights = _converted(model, weights, signature)
     loaded = OnnxModel(model, weights, signature, frozenset(unbatched), bool(unbatched) or not free, options, layers)
     loaded.verify()
+    loaded.choose_division()
     return loaded
 
 
@@ -146,6 +161,8 @@ class OnnxModel:
         self._functions: dict[Differentiation, OnnxFunction] = {}
         self._split_functions: dict[Differentiation, OnnxFunction] = {}
         self._interruption = Interruption()
+        self._team: Team | None = None
+        self._on_one_thread: OnnxModel | None = None
         self.gaps = _gaps(graph, signature, weights)
         self.layers = layers
         self.gradient_rules: Mapping[str, str] = {STANDARD.name: ""} if self._has_gradient else {}
@@ -155,6 +172,8 @@ class OnnxModel:
     @property
     def execution(self) -> str:
         """See `contract.LoadedModel`."""
+        if self._team is not None:
+            return "divided_rows"
         opened = [function.sessions for function in self._functions.values()]
         recording = {sessions.records for sessions in opened if isinstance(sessions, BoundPasses)}
         if not recording or not self._provider.captures:
@@ -164,11 +183,16 @@ class OnnxModel:
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
         """See `contract.LoadedModel`. Everything about rows is done inside the graph; see `onnx_rows`."""
         self._interruption.begin()
-        several = len(rows.passes) > 1 and rows.function.wrt
-        function = self._split_function(rows.function) if several else self._function(rows.function)
-        return tuple(self._evaluations(function, rows))
+        return tuple(self._evaluations(rows))
 
-    def _evaluations(self, function: OnnxFunction, rows: Rows) -> list[SegmentEvaluation]:
+    def _evaluations(self, rows: Rows) -> list[SegmentEvaluation]:
+        """With all threads at each operator, or with some of the rows on each thread."""
+        team, alone = self._team, self._on_one_thread
+        if team is None or alone is None or rows.row_count < team.least_rows:
+            return self._at_once(self._function_for(rows), rows)
+        return team.evaluations(rows, alone._function_for(rows).evaluations)
+
+    def _at_once(self, function: OnnxFunction, rows: Rows) -> list[SegmentEvaluation]:
         """All rows at once, or one after the other where the file takes one at a time."""
         if not self.fixed_batch or rows.row_count == 1:
             return function.evaluations(rows)
@@ -178,12 +202,47 @@ class OnnxModel:
             for parts in zip(*(function.evaluations(row) for row in single_rows(segment)), strict=True)
         ]
 
+    def choose_division(self, seconds: Callable[[LoadedModel, Rows], float] = least_seconds) -> None:
+        """Divides rows among threads from now on, where that is faster; only of small models, see
+        `LARGEST_TWICE_PACKED`.
+
+        Args:
+            seconds: measures the evaluation of a micro-batch.
+        """
+        size = thread_count(self._options) if self.device == "cpu" else 1
+        if size == 1 or self.fixed_batch or self._file_bytes > LARGEST_TWICE_PACKED:
+            return
+        try:
+            self._choose_division(size, seconds)
+        except EvaluationFailed:  # as of unlucky guesses of free axes
+            self._team = self._on_one_thread = None
+
+    def _choose_division(self, size: int, seconds: Callable[[LoadedModel, Rows], float]) -> None:
+        row, alone = random_row(self), self._with_one_thread()
+        for count in ROWS_PER_THREAD:
+            rows = repeated(row, size * count)
+            if rows.row_count > MOST_TIMED_ROWS:
+                return
+            at_once = seconds(self, rows)
+            self._team, self._on_one_thread = Team(size, rows.row_count), alone
+            if seconds(self, rows) < FASTER * at_once:
+                return
+            self._team = self._on_one_thread = None
+
+    def _with_one_thread(self) -> OnnxModel:
+        """The same model, whose sessions have one thread each; to be interrupted with this one."""
+        other = copy.copy(self)
+        other._options = replace(self._options, thread_count=1)
+        other._functions, other._split_functions, other._session_bytes = {}, {}, 0
+        other._team = other._on_one_thread = None
+        return other
+
     def peak_bytes(self, rows: Rows) -> int | None:
         """See `contract.LoadedModel`; known on the CPU only. A first evaluation prepares all that is kept for good."""
         if self.device != "cpu":
             return None
         self._interruption.begin_releasing()
-        self._evaluations(self._function(rows.function), rows)
+        self._evaluations(rows)
         return peak_growth(lambda: self.evaluate(rows))
 
     def interrupt(self) -> None:
@@ -193,6 +252,10 @@ class OnnxModel:
     @property
     def _has_gradient(self) -> bool:
         return not (self.signature.undifferentiable_reason or self.gaps)
+
+    def _function_for(self, rows: Rows) -> OnnxFunction:
+        several = len(rows.passes) > 1 and rows.function.wrt
+        return self._split_function(rows.function) if several else self._function(rows.function)
 
     def _function(self, function: Differentiation) -> OnnxFunction:
         if function not in self._functions:
@@ -212,7 +275,13 @@ class OnnxModel:
     @property
     def memory(self) -> Memory:
         """See `contract.LoadedModel`."""
-        return Memory(self._file_bytes, self._weights.byte_count - self._held_bytes, self._session_bytes)
+        sessions = [model._session_bytes for model in (self, self._on_one_thread) if model is not None]
+        known = [count for count in sessions if count is not None]
+        return Memory(
+            self._file_bytes,
+            self._weights.byte_count - self._held_bytes,
+            sum(known) if len(known) == len(sessions) else None,
+        )
 
     def verify(self) -> None:
         """Gives up gradients where the file declares another shape for an output than it computes, and where those of
@@ -391,7 +460,7 @@ class OnnxModel:
             rows = self._random_rows(function, extents)
             try:
                 difference = max(
-                    largest_difference(*(_arrays(self._evaluations(own, again)) for own in (gradient, reference)))
+                    largest_difference(*(_arrays(self._at_once(own, again)) for own in (gradient, reference)))
                     for again in _in_turn(rows)
                 )
             except EvaluationFailed:

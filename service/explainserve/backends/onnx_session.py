@@ -100,9 +100,14 @@ def open_session(
     return session
 
 
+def thread_count(options: LoadOptions) -> int:
+    """Threads of one evaluation."""
+    return options.thread_count or len(os.sched_getaffinity(0))
+
+
 def _settings(options: LoadOptions) -> onnxruntime.SessionOptions:
     settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = options.thread_count or len(os.sched_getaffinity(0))
+    settings.intra_op_num_threads = thread_count(options)
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     settings.log_severity_level = 3  # errors
     settings.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_MICROSECONDS))
@@ -116,7 +121,7 @@ def _settings(options: LoadOptions) -> onnxruntime.SessionOptions:
 
 @functools.cache
 def _share_arena() -> None:
-    """One arena for all sessions of the process, of which one runs at a time: each would keep the most it ever took."""
+    """One arena for all sessions of the process, few of which run at a time: each would keep the most it ever took."""
     host = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
