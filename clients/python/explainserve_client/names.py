@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from typing import TYPE_CHECKING, TypeVar, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from explainserve_client.errors import RequestTypeError, RequestValueError
 
@@ -15,8 +17,7 @@ V = TypeVar("V", bound=int)
 
 def short_name(enum: _EnumTypeWrapper[V], value: int) -> str:
     """Name without the prefix; a value that this client does not know yet is "UNKNOWN_<number>"."""
-    by_number = enum.DESCRIPTOR.values_by_number
-    return by_number[value].name.removeprefix(_prefix(enum)) if value in by_number else f"UNKNOWN_{value}"
+    return _short_names(enum).get(value) or f"UNKNOWN_{value}"
 
 
 def optional_name(enum: _EnumTypeWrapper[V], value: int) -> str | None:
@@ -33,7 +34,7 @@ def enum_value(enum: _EnumTypeWrapper[V], name: str) -> V:
     """
     if not isinstance(name, str):
         raise RequestTypeError(f"{enum.DESCRIPTOR.name} is named by a string, not {name!r}")
-    values = {short_name(enum, number): number for number in enum.DESCRIPTOR.values_by_number if number}
+    values = {own: number for number, own in _short_names(enum).items() if number}
     if name.upper() not in values:
         raise RequestValueError(f"no {enum.DESCRIPTOR.name} {name!r}; there are {', '.join(values)}")
     return cast(V, values[name.upper()])
@@ -44,5 +45,8 @@ def optional_value(enum: _EnumTypeWrapper[V], name: str | None) -> V:
     return cast(V, 0) if name is None else enum_value(enum, name)
 
 
-def _prefix(enum: _EnumTypeWrapper[V]) -> str:
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", enum.DESCRIPTOR.name).upper() + "_"
+@functools.cache
+def _short_names(enum: _EnumTypeWrapper[Any]) -> Mapping[int, str]:
+    """By number; kept, for a result asks a hundred times, and descriptors are slow to answer."""
+    prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", enum.DESCRIPTOR.name).upper() + "_"
+    return {number: value.name.removeprefix(prefix) for number, value in enum.DESCRIPTOR.values_by_number.items()}

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from google.protobuf.descriptor import FieldDescriptor
 from numpy.typing import NDArray
 
 from explainserve.v1 import statistics_pb2
@@ -18,6 +17,10 @@ from explainserve_client.table import Table
 from explainserve_client.tensors import Array
 
 Values = NDArray[np.float64]
+_SCALARS = [field for field in statistics_pb2.Statistics.DESCRIPTOR.fields if field.message_type is None]
+_FIGURES = tuple(field.name for field in _SCALARS if field.has_presence)
+_COUNTS = tuple(field.name for field in _SCALARS if not field.has_presence and field.name != "view")
+_RECIPE_NUMBERS = ("center", "scale", "zero_at", "lower_probability", "upper_probability", "mass")
 VIEWS = tuple(short_name(statistics_pb2.View, number) for number in statistics_pb2.View.values() if number)
 
 
@@ -98,14 +101,13 @@ class Statistics:
     @classmethod
     def from_proto(cls, message: statistics_pb2.Statistics) -> Statistics:
         """Reads the message."""
-        scalars = [stated for stated in message.DESCRIPTOR.fields if stated.name != "view" and not _repeated(stated)]
-        figures: dict[str, Any] = {stated.name: _figure_or_none(message, stated) for stated in scalars}
         return cls(
             view=short_name(statistics_pb2.View, message.view),
+            **{name: getattr(message, name) for name in _COUNTS},
+            **_figures_or_none(message, _FIGURES),
             quantiles=tuple((line.probability, line.value) for line in message.quantiles),
             abs_quantiles=tuple((line.probability, line.value) for line in message.abs_quantiles),
             abs_mass_thresholds=tuple((line.mass, line.value) for line in message.abs_mass_thresholds),
-            **figures,
         )
 
 
@@ -187,8 +189,6 @@ class Normalization:
         cls, message: statistics_pb2.Normalization, channel_axis: int | None, rank: int | None
     ) -> Normalization:
         """Reads the message; axes come from the map or the signature."""
-        optional = ("center", "scale", "zero_at", "lower_probability", "upper_probability", "mass")
-        fields = message.DESCRIPTOR.fields_by_name
         return cls(
             kind=short_name(statistics_pb2.NormalizationKind, message.kind),
             view=short_name(statistics_pb2.View, message.view),
@@ -197,7 +197,7 @@ class Normalization:
             degenerate=message.degenerate,
             channel_axis=channel_axis,
             rank=rank,
-            **{name: _figure_or_none(message, fields[name]) for name in optional},
+            **_figures_or_none(message, _RECIPE_NUMBERS),
         )
 
     @classmethod
@@ -364,12 +364,9 @@ def _figure(figures: tuple[tuple[float, float], ...], level: float, noun: str) -
     raise MissingEntryError(f"no {noun} at {level}; there are {levels or 'none'}")
 
 
-def _repeated(stated: FieldDescriptor) -> bool:
-    return stated.message_type is not None  # the only messages in Statistics are repeated
-
-
-def _figure_or_none(message: Any, stated: FieldDescriptor) -> Any:
-    return getattr(message, stated.name) if not stated.has_presence or message.HasField(stated.name) else None
+def _figures_or_none(message: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Optional numbers by name, None where absent."""
+    return {name: getattr(message, name) if message.HasField(name) else None for name in names}
 
 
 def _short(value: float | None) -> str:

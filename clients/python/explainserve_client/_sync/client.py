@@ -76,6 +76,7 @@ class Client:
         self._timeout = timeout
         self._credentials = credentials
         self._max_message_bytes = max_message_bytes
+        self._explainer: ExplainerServiceStub | None = None
         self._infos: dict[tuple[str, int | None], ModelInfo] = {}
         self._closed = False
         self._lock = threading.Lock()
@@ -374,7 +375,11 @@ class Client:
         return health_state(response)
 
     def _stub(self) -> ExplainerServiceStub:
-        return explainer_service_pb2_grpc.ExplainerServiceStub(self._opened_channel())
+        """Kept, for making it takes a while."""
+        channel = self._opened_channel()
+        if self._explainer is None:
+            self._explainer = explainer_service_pb2_grpc.ExplainerServiceStub(channel)
+        return self._explainer
 
     def _repository_stub(self) -> ModelRepositoryServiceStub:
         return model_repository_service_pb2_grpc.ModelRepositoryServiceStub(self._opened_channel())
