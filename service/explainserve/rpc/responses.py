@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from explainserve import __version__
@@ -38,8 +36,6 @@ from explainserve.v1 import (
     statistics_pb2,
     target_pb2,
 )
-
-M = TypeVar("M", bound=Message)
 
 _SCORES: dict[Score, Any] = {score: code for code, score in SCORES.items() if code}
 _REDUCTIONS = {
@@ -562,9 +558,9 @@ def _input_attribution(spec: MapSpec, figures: InputFigures) -> attribution_pb2.
         name=spec.name,
         layout=spec.layout,
         channel_axis=spec.channel_axis,
-        statistics=[_mirror(statistics_pb2.Statistics, figure) for figure in figures.statistics],
-        normalizations=[_mirror(statistics_pb2.Normalization, recipe) for recipe in figures.normalizations],
-        regions=[_mirror(statistics_pb2.RegionSum, found) for found in figures.regions],
+        statistics=[_mirror(figure) for figure in figures.statistics],
+        normalizations=[_mirror(recipe) for recipe in figures.normalizations],
+        regions=[_mirror(found) for found in figures.regions],
     )
 
 
@@ -575,8 +571,8 @@ def _joint(figures: JointFigures) -> statistics_pb2.JointStatistics:
         inputs=[
             statistics_pb2.JointInput(
                 input=name,
-                statistics=[_mirror(statistics_pb2.Statistics, figure) for figure in own.statistics],
-                normalizations=[_mirror(statistics_pb2.Normalization, recipe) for recipe in own.normalizations],
+                statistics=[_mirror(figure) for figure in own.statistics],
+                normalizations=[_mirror(recipe) for recipe in own.normalizations],
             )
             for name, own in figures.inputs.items()
         ],
@@ -672,8 +668,8 @@ def _target(target: Target) -> target_pb2.ResolvedTarget:
     )
 
 
-def _cautions(cautions: Sequence[Caution]) -> list[attribution_pb2.Caution]:
-    return [_mirror(attribution_pb2.Caution, caution) for caution in cautions]
+def _cautions(cautions: Sequence[Caution]) -> list[Any]:
+    return [_mirror(caution) for caution in cautions]
 
 
 def _method_support(name: str, method: type[Method], model: ServedModel) -> model_pb2.MethodSupport:
@@ -705,29 +701,17 @@ def _axis(axis: Axis) -> model_pb2.Axis:
     return model_pb2.Axis(name=axis.name, size=axis.size)
 
 
-def _mirror(message_type: type[M], value: Any) -> M:
-    """A message from a dataclass with the same field names; None is absent."""
-    items = ((name, getattr(value, name)) for name in _field_names(value.__class__))
-    return message_type(**{name: _plain(item) for name, item in items if item is not None})
-
-
-@functools.cache
-def _field_names(kind: type) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(kind))
-
-
-_ITEMS: Mapping[str, type[Message]] = {
-    "Quantile": statistics_pb2.Quantile,
-    "AbsMassThreshold": statistics_pb2.AbsMassThreshold,
-}
+def _mirror(value: Any) -> Any:
+    """A message, as a dict, from a dataclass with the same field names; None is absent."""
+    return {name: _plain(item) for name, item in vars(value).items() if item is not None}
 
 
 def _plain(item: Any) -> Any:
-    if isinstance(item, enum.Enum):
-        return _wire(item)
+    if item.__class__ is float:  # nearly all are
+        return item
     if isinstance(item, tuple):
-        return [_mirror(_ITEMS[type(part).__name__], part) for part in item]
-    return item
+        return [_mirror(part) for part in item]
+    return _wire(item) if isinstance(item, enum.Enum) else item
 
 
 def _wire(member: enum.Enum) -> Any:
