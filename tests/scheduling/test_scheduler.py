@@ -98,6 +98,29 @@ def test_more_equals_than_rows_of_a_batch_take_turns() -> None:
     assert shares == dict.fromkeys(jobs, 2)
 
 
+def test_short_requests_are_answered_one_after_another() -> None:
+    """Not all of them with the last batch; one that does not fit as a whole goes on where it was."""
+    scheduler = Scheduler(1000)
+    jobs = [job(5) for _ in range(4)]
+    for one in jobs:
+        scheduler.submit(one, 0.0)
+
+    shares = [rows_by_job(scheduler.next_batch(0.0)) for _ in range(3)]
+
+    assert shares == [{jobs[0]: 5, jobs[1]: 3}, {jobs[1]: 2, jobs[2]: 5, jobs[3]: 1}, {jobs[3]: 4}]
+
+
+def test_short_requests_together_get_no_more_than_their_shares() -> None:
+    scheduler = Scheduler(1000)
+    long, first, second = job(100), job(4), job(4)
+    for one in (long, first, second):
+        scheduler.submit(one, 0.0)
+
+    shares = [rows_by_job(scheduler.next_batch(0.0)) for _ in range(2)]
+
+    assert shares == [{first: 4, second: 2, long: 2}, {second: 2, long: 6}]
+
+
 def test_short_requests_leave_batches_to_long_ones() -> None:
     scheduler = Scheduler(100_000)
     long = job(1000, model="long")

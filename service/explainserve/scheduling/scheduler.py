@@ -9,7 +9,8 @@ most go to long ones. Every eighth goes to whoever waits longest, whatever its p
 
 The leader decides which rows can join: those of the same model, function, number of selectors and shapes. Requests of
 one priority that have such rows get equal shares of the batch; what some leave goes to the others in their order, and
-what all leave to the next lower priority.
+what all leave to the next lower priority. The shares of short requests are put together and go to one after another,
+and one that gets a part keeps its place: a part is no answer, and while some are answered the device does the rest.
 
 Cancelled and expired jobs lose their rows before the next batch is packed. Rows of a batch that failed may wait
 again: in smaller batches where memory ran out, or each request's in batches of its own, so that only who is to blame
@@ -219,7 +220,8 @@ class Scheduler:
         self._turn_count += 1
         with self._changing(request):
             taken = list(request.waiting[key].take(row_count))
-            request.waits_since = self._turn_count
+            if not request.short:
+                request.waits_since = self._turn_count
         self._admission.packed(request, row_count)
         for piece in taken:
             if piece.job.started_at is None:
@@ -275,7 +277,8 @@ def _shares(line: Line, turn: Turn, key: Hashable, budget: int) -> Iterator[tupl
     order = islice(line.order(turn), budget)
     for _, members in groupby(order, key=lambda request: turn is Turn.LONGEST_WAITING or request.priority):
         equals = list(members)
-        shares = _equal_shares(budget, [request.waiting[key].row_count for request in equals])
+        wanted = [request.waiting[key].row_count for request in equals]
+        shares = _undivided(equals, wanted, _equal_shares(budget, wanted))
         budget -= sum(shares)
         yield from ((request, share) for request, share in zip(equals, shares, strict=True) if share)
 
@@ -290,6 +293,17 @@ def _equal_shares(budget: int, wanted: Sequence[int]) -> list[int]:
             shares[index] += more
             budget -= more
     return shares
+
+
+def _undivided(requests: Sequence[Request], wanted: Sequence[int], shares: Sequence[int]) -> list[int]:
+    """The same shares, but those of short requests together go to one after another."""
+    left = sum(share for request, share in zip(requests, shares, strict=True) if request.short)
+    dealt = []
+    for request, rows, share in zip(requests, wanted, shares, strict=True):
+        own = min(rows, left) if request.short else share
+        left -= own if request.short else 0
+        dealt.append(own)
+    return dealt
 
 
 def _open_jobs(batch: Batch) -> list[Job]:
