@@ -1,8 +1,8 @@
 """Whether two answers to one request are equal, as the contract defines it.
 
 Maps of a fixed rule agree to a relative L2 distance of 1e-5 or the model's noise floor, whichever is larger. So do
-those of the adaptive rule where it chose the same points; where it did not, both estimates of the error cover the
-distance.
+those of the adaptive rule where it chose the same points; where it did not, the estimates of their errors cover the
+distance. Maps that are further apart get a second look (`second_look.py`).
 """
 
 from __future__ import annotations
@@ -21,17 +21,11 @@ RELATIVE_DISTANCE = 1e-5
 NEGLIGIBLE = 1e-9
 """Absolute distance of maps that are zero but for rounding."""
 
-ESTIMATE_FACTOR = 2.0
-"""An error estimate is honest from one half of the true error on."""
-
-CUT_FACTOR = 10.0
-"""Estimates after the first rounds, which a time budget cuts short, are rougher; most of all on untrained networks."""
-
 Array = NDArray[Any]
 
 
 def differences(answer: pb.ExplainResponse, alone: pb.ExplainResponse) -> Iterator[str]:
-    """What differs, in words; nothing where the answers are equal."""
+    """What differs beside the maps themselves, in words; nothing where the answers are equal."""
     if len(answer.attributions) != len(alone.attributions):
         yield f"{len(answer.attributions)} attributions, alone {len(alone.attributions)}"
         return
@@ -42,32 +36,39 @@ def differences(answer: pb.ExplainResponse, alone: pb.ExplainResponse) -> Iterat
         yield "baselines differ"
     if [group.group for group in answer.joint] != [group.group for group in alone.joint]:
         yield "groups differ"
-    allowed = max(RELATIVE_DISTANCE, alone.provenance.noise_floor)
     for index, pair in enumerate(zip(answer.attributions, alone.attributions, strict=True)):
-        for difference in _of_attribution(*pair, allowed):
+        for difference in _of_attribution(*pair):
             yield f"attribution {index}: {difference}"
 
 
-def _of_attribution(
-    found: attribution_pb2.Attribution, alone: attribution_pb2.Attribution, allowed: float
-) -> Iterator[str]:
+def unequal_maps(answer: pb.ExplainResponse, alone: pb.ExplainResponse) -> list[int]:
+    """Positions of maps of other points, or further apart than maps of the same points may be."""
+    pairs = enumerate(zip(answer.attributions, alone.attributions, strict=True))
+    return [index for index, pair in pairs if not (same_points(*pair) and distance(*pair) <= tolerance(alone))]
+
+
+def tolerance(alone: pb.ExplainResponse) -> float:
+    """Relative distance of equal maps of the same points."""
+    return max(RELATIVE_DISTANCE, alone.provenance.noise_floor)
+
+
+def distance(found: attribution_pb2.Attribution, alone: attribution_pb2.Attribution) -> float:
+    """Relative L2 distance of two maps, all inputs together."""
+    return relative_distance(_whole_map(found), _whole_map(alone))
+
+
+def _of_attribution(found: attribution_pb2.Attribution, alone: attribution_pb2.Attribution) -> Iterator[str]:
     if _position(found) != _position(alone):
         yield f"position {_position(found)}, alone {_position(alone)}"
         return
-    if not same_points(found, alone):
-        if alone.stop_reason == attribution_pb2.STOP_REASON_FIXED_STEPS:
-            yield f"{found.step_count} steps of a fixed rule, alone {alone.step_count}"
-        cut = found.stop_reason == attribution_pb2.STOP_REASON_TIME_BUDGET
-        estimate = found.map_error + alone.map_error if found.HasField("map_error") else float("inf")
-        allowed = max(allowed, (CUT_FACTOR if cut else ESTIMATE_FACTOR) * estimate)
+    fixed = alone.stop_reason == attribution_pb2.STOP_REASON_FIXED_STEPS
+    if fixed and found.step_count != alone.step_count:
+        yield f"{found.step_count} steps of a fixed rule, alone {alone.step_count}"
     for field in ("instance_output_value", "baseline_output_value"):
         if not _close(getattr(found, field), getattr(alone, field)):
             yield f"{field} {getattr(found, field)}, alone {getattr(alone, field)}"
     for part in found.inputs:
         yield from _of_figures(part)
-    distance = relative_distance(_whole_map(found), _whole_map(alone))
-    if not distance <= allowed:
-        yield f"relative distance {distance:.2e} of the maps, allowed {allowed:.2e}"
 
 
 def _of_figures(part: attribution_pb2.InputAttribution) -> Iterator[str]:

@@ -1,13 +1,14 @@
 """A server under random clients for some minutes: is an answer lost or wrong, does memory grow, does it stop in order?
 
-    python benchmarks/soak.py [--minutes 5] [--clients 12] [--seed 1] [-- FLAGS OF THE SERVER]
+    python benchmarks/soak.py [--minutes 5] [--clients 12] [--seed 1] [--hostile] [-- FLAGS OF THE SERVER]
 
 Starts a server process of many small models in all formats and a large one, asks a few hundred random requests one at a
 time, and then lets clients loose that repeat them at once: with cancels at random moments, deadlines, time budgets, bad
 requests, slow readers and broken connections, and where the server offers them streams and reloading of models. Every
 answer is compared with the one given alone. In the end nothing waits, memory has been flat, and SIGTERM under load
-exits with 0. A failure names its request; the same seed draws the same ones. Writes `benchmarks/results/soak.md`; exits
-with 1 where something failed.
+exits with 0. With `--hostile` nearly all clients read slowly or give up what they asked for. A failure names its
+request; the same seed draws the same ones. Writes `benchmarks/results/soak.md`, or `soak-hostile.md`; exits with 1
+where something failed.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,8 +43,9 @@ from explainserve.v1.model_repository_service_pb2_grpc import ModelRepositorySer
 from machine import Occupation, machine_lines
 from models import FORMATS
 from rpc.folder import write_folder
+from second_look import Doubt
 from serving import Served, serving
-from soak_clients import OPTIONS, RELOADED, Expected, SoakClient, Tally, outcome_of, reload_models
+from soak_clients import OPTIONS, PATIENCE, RELOADED, Expected, SoakClient, Tally, outcome_of, reload_models
 from soak_requests import draw
 from three_formats import WRITERS
 
@@ -162,6 +165,8 @@ class Soak:
         seen: memory, threads and files of the server during the load.
         idle: before the load, and after it.
         exit_code: after SIGTERM under load.
+        looks: what explained maps that needed a second look, and how often.
+        wrong: maps that nothing explained.
     """
 
     offered: frozenset[str]
@@ -171,6 +176,8 @@ class Soak:
     seen: list[Holding] = field(default_factory=list)
     idle: list[Holding] = field(default_factory=list)
     left: dict[str, float] = field(default_factory=dict)
+    looks: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
     exit_code: int | None = None
     stop_seconds: float = 0.0
 
@@ -182,7 +189,7 @@ class Soak:
     @property
     def failures(self) -> list[str]:
         """Everything that must not be."""
-        failures = [*self.tally.failures, *self.stopped.failures]
+        failures = [*self.tally.failures, *self.stopped.failures, *self.wrong]
         failures += [f"left over: {name} {value}" for name, value in self.left.items()]
         if self.growth > GROWTH_LIMIT:
             failures.append(f"memory grows by {self.growth:.1%} per minute, allowed {GROWTH_LIMIT:.0%}")
@@ -190,30 +197,53 @@ class Soak:
             failures.append(f"SIGTERM under load ended with {self.exit_code}")
         return failures
 
+    def look_again(self, served: Served, doubts: Sequence[Doubt]) -> None:
+        """Decides about maps that were not equal, with a server that does nothing else."""
+        with grpc.insecure_channel(served.address, options=OPTIONS) as channel:
+            ask = partial(ExplainerServiceStub(channel).Explain, timeout=PATIENCE)
+            for doubt in doubts:
+                explained, wrong = doubt.verdict(ask)
+                self.looks.update([explained] if explained else [])
+                self.wrong += [wrong] if wrong else []
+
 
 def soak(arguments: argparse.Namespace) -> Soak:
     """The whole of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        models = write_models(Path(folder) / "models")
+        found = soaked(models, arguments)
+        if found.stopped.doubts:  # and the server that could tell is gone
+            with started(models, arguments) as served:
+                found.look_again(served, found.stopped.doubts)
+    return found
+
+
+def started(models: Path, arguments: argparse.Namespace) -> AbstractContextManager[Served]:
+    """A server process."""
+    return serving(models, arguments.threads, arguments.log, *server_flags(), *arguments.server)
+
+
+def soaked(models: Path, arguments: argparse.Namespace) -> Soak:
+    """A server from its start to its end under load."""
     client_count, seed = arguments.clients, arguments.seed
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        models = write_models(folder / "models")
-        served = stack.enter_context(
-            serving(models, arguments.threads, arguments.log, *server_flags(), *arguments.server)
-        )
+        served = stack.enter_context(started(models, arguments))
         channel = stack.enter_context(grpc.insecure_channel(served.address, options=OPTIONS))
         found = Soak(offered(channel), asked_alone(served, ExplainerServiceStub(channel), seed, arguments.requests))
         print(f"seed {seed}: {len(found.expected)} requests asked alone; offered: {sorted(found.offered)}", flush=True)
         found.idle.append(Holding.now(served.process.pid))
-        with watching(served.process.pid) as found.seen, loaded(served, found, found.tally, client_count, seed):
+        clients = partial(loaded, served, found, hostile=arguments.hostile)
+        with watching(served.process.pid) as found.seen, clients(found.tally, client_count, seed):
             time.sleep(arguments.minutes * 60)
         found.left = wait_for_idleness(served)
         found.idle.append(Holding.now(served.process.pid))
-        with loaded(served, found, found.stopped, client_count, seed + 1, GONE) as stopping:
+        found.look_again(served, found.tally.doubts)
+        with clients(found.stopped, client_count, seed + 1, GONE) as stopping:
             time.sleep(3)
-            started = time.monotonic()
+            told = time.monotonic()
             served.process.send_signal(signal.SIGTERM)
             found.exit_code = served.process.wait(2 * STOP_SECONDS)
-            found.stop_seconds = time.monotonic() - started
+            found.stop_seconds = time.monotonic() - told
             stopping.set()
     return found
 
@@ -226,11 +256,13 @@ def loaded(
     client_count: int,
     seed: int,
     excused: frozenset[grpc.StatusCode] = frozenset(),
+    *,
+    hostile: bool,
 ) -> Iterator[threading.Event]:
     """Clients at work as long as the context lasts; setting the event ends them too."""
     stopping = threading.Event()
     clients = [
-        SoakClient(served.address, [seed, index], found.expected, tally, found.offered, stopping, excused)
+        SoakClient(served.address, [seed, index], found.expected, tally, found.offered, stopping, excused, hostile)
         for index in range(client_count)
     ]
     work = [client.run for client in clients]
@@ -265,7 +297,7 @@ def report(found: Soak, arguments: argparse.Namespace, others_share: float) -> s
         "# Soak: a server under random clients",
         "",
         f"Written by `benchmarks/soak.py --minutes {arguments.minutes:g} --clients {arguments.clients} "
-        f"--seed {arguments.seed}{' '.join(['', *arguments.server])}`. {verdict}",
+        f"--seed {arguments.seed}{' --hostile' * arguments.hostile}{' '.join(['', *arguments.server])}`. {verdict}",
         "",
         *machine_lines(arguments.threads, others_share),
         "",
@@ -275,6 +307,8 @@ def report(found: Soak, arguments: argparse.Namespace, others_share: float) -> s
         f"Younger RPCs that took part: {', '.join(sorted(found.offered)) or 'none'}.",
         "",
         *_outcome_table(found.tally),
+        "",
+        *_look_lines(found),
         "",
         "## What the server held",
         "",
@@ -296,6 +330,16 @@ def report(found: Soak, arguments: argparse.Namespace, others_share: float) -> s
 
 def _refused(found: Soak) -> int:
     return sum(expected.alone.response is None for expected in found.expected)
+
+
+def _look_lines(found: Soak) -> Iterator[str]:
+    """Maps that were not equal at once; `second_look.py` says how they are judged."""
+    if not found.looks and not found.wrong:
+        yield "Every map was equal to the one given alone at once."
+        return
+    yield from ("| maps that needed a second look | |", "|---|---|")
+    yield from (f"| {explained} | {count} |" for explained, count in found.looks.most_common())
+    yield f"| unexplained | {len(found.wrong)} |"
 
 
 def _outcome_table(tally: Tally) -> Iterator[str]:
@@ -328,8 +372,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()) / "soak-server.log")
     parser.add_argument("server", nargs="*", help="flags of the server, after --")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "soak.md")
+    parser.add_argument("--hostile", action="store_true", help="clients that mean ill")
+    parser.add_argument("--output", type=Path, help="default: results/soak.md, or results/soak-hostile.md")
     arguments = parser.parse_args()
+    arguments.output = arguments.output or HERE / "results" / ("soak-hostile.md" if arguments.hostile else "soak.md")
     started = Occupation.now()
     found = soak(arguments)
     page = report(found, arguments, Occupation.now().others_share(started))

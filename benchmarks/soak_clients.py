@@ -22,6 +22,7 @@ from explainserve.v1.model_repository_service_pb2_grpc import ModelRepositorySer
 from explainserve.v1.tensor_pb2 import Tensor
 from rpc.bad_requests import CASES
 from rpc.loopback import element, normal, of_error, request
+from second_look import Doubt, doubts
 from slow_reader import reading_slowly
 from soak_requests import Drawn
 
@@ -47,10 +48,24 @@ ACTIONS = {
 }
 """Shares of what a client does."""
 
-STREAM_ACTIONS = {"stream": 10, "satisfied": 4}
+STREAM_ACTIONS = {"stream": 10, "satisfied": 4, "slow_stream": 2}
 
 RELOADED_ACTIONS = {"reloaded": 6}
 """Beside these where the server streams, and where it reloads models."""
+
+HOSTILE_ACTIONS = {
+    "answer": 20,
+    "cancel": 20,
+    "burst": 20,
+    "slow_reader": 12,
+    "slow_stream": 12,
+    "vanish": 6,
+    "stream": 10,
+}
+"""Shares of clients that mean ill: most give up or hardly read what they asked for."""
+
+BURST = 50
+"""Calls of a burst that are all given up."""
 
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
@@ -80,6 +95,15 @@ class Expected:
 
     drawn: Drawn
     alone: Outcome
+
+    def doubts(self, action: str, found: Outcome) -> list[Doubt]:
+        """Maps of an outcome under load that need a second look."""
+        alone = self.alone.response
+        if self.drawn.rpc != "Explain" or found.response is None or alone is None:
+            return []
+        if len(found.response.attributions) != len(alone.attributions):
+            return []
+        return doubts(f"{action}, {self.drawn}", self.drawn.request, found.response, alone)
 
     def differences(self, found: Outcome) -> Iterator[str]:
         """What is wrong with an outcome under load."""
@@ -123,10 +147,12 @@ class Tally:
     Attributes:
         outcomes: by action and outcome.
         failures: what must not happen, in words that name the request.
+        doubts: maps that need a second look.
     """
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
     compared: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -163,6 +189,7 @@ class SoakClient:
         seed: the actions are drawn from it.
         expected: requests with what they get alone.
         offered: the younger RPCs that the server has.
+        hostile: do what a client that means ill does.
         stopping: set when the client shall end.
         excused: codes that any call may end with, where the server is about to stop.
     """
@@ -174,6 +201,7 @@ class SoakClient:
     offered: frozenset[str]
     stopping: threading.Event
     excused: frozenset[grpc.StatusCode] = frozenset()
+    hostile: bool = False
 
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(self.seed)
@@ -184,10 +212,10 @@ class SoakClient:
         self._explained = answered
         self._adaptive = [each for each in answered if not _is_fixed(each.drawn.request)]
         self._large = sorted(answered, key=lambda each: -each.alone.response.ByteSize())[: len(answered) // 8]
-        actions = dict(ACTIONS)
-        if "ExplainStream" in self.offered:
+        actions = dict(HOSTILE_ACTIONS if self.hostile else ACTIONS)
+        if "ExplainStream" in self.offered and not self.hostile:
             actions |= STREAM_ACTIONS
-        if "LoadModel" in self.offered:
+        if "LoadModel" in self.offered and not self.hostile:
             actions |= RELOADED_ACTIONS
         self._actions = list(actions)
         self._shares = np.array(list(actions.values())) / sum(actions.values())
@@ -232,13 +260,13 @@ class SoakClient:
     def _burst(self) -> None:
         """Many requests at once, all given up."""
         calls = [
-            self._stub.Explain.future(self._any(self._explained).drawn.request, timeout=PATIENCE) for _ in range(20)
+            self._stub.Explain.future(self._any(self._explained).drawn.request, timeout=PATIENCE) for _ in range(BURST)
         ]
         time.sleep(self._random.exponential(0.02))
         for call in calls:
             call.cancel()
-        ended = outcome_of(calls[-1].result)
-        self._count("burst of cancels", ended, "", [])
+        for call in calls:
+            self._count("burst of cancels", outcome_of(call.result), "", [])
 
     def _deadline(self) -> None:
         """A request that has little time."""
@@ -291,6 +319,20 @@ class SoakClient:
         found = outcome_of(lambda: _final(self._stub.ExplainStream(self._streamed(expected), timeout=PATIENCE)))
         self._check("stream", expected, found)
 
+    def _slow_stream(self) -> None:
+        """A stream of a large answer with all of its partial maps, read slowly, or given up half read."""
+        expected = self._any(self._large)
+        request = pb.ExplainStreamRequest(explain=expected.drawn.request, include_partial_maps=True)
+        with self._slow_stub(float(self._random.uniform(2e5, 2e6))) as (stub, _):
+            call = stub.ExplainStream(request, timeout=PATIENCE)
+            if self._random.random() < 0.5:
+                found = outcome_of(lambda: _final(call))
+                self._check("slow stream", expected, found)
+            else:
+                time.sleep(self._random.exponential(1.0))
+                call.cancel()
+                self._count("slow stream that is stopped", outcome_of(lambda: list(call)), str(expected.drawn), [])
+
     def _satisfied(self) -> None:
         """A client that stops a stream after a few events."""
         expected = self._any(self._adaptive)
@@ -322,6 +364,8 @@ class SoakClient:
         compared = found.code not in allowed
         wrong = list(expected.differences(found)) if compared else []
         self._count(action, found, str(expected.drawn), wrong, compared and found.response is not None)
+        if compared:
+            self.tally.doubts += expected.doubts(action, found)
 
     def _count(self, action: str, found: Outcome, what: str, wrong: Sequence[str], compared: bool = False) -> None:
         if found.code in self.excused:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from equality import differences
+from equality import differences, unequal_maps
 from explainserve.rpc.tensors import encode
 from explainserve.v1 import attribution_pb2, statistics_pb2
 from explainserve.v1 import explainer_service_pb2 as pb
+from second_look import Ask, doubts
 from slow_reader import reading_slowly
 
 ROOT = Path(__file__).parents[1]
@@ -43,8 +44,6 @@ def test_equal_answers_have_no_differences() -> None:
 @pytest.mark.parametrize(
     ("found", "told"),
     [
-        (answer(MAP[::-1].copy()), "relative distance"),
-        (answer(np.array([np.nan, 4.0], np.float32)), "relative distance"),
         (answer(step_count=9), "fixed rule"),
         (answer(target_index=1), "position"),
         (answer(instance_output_value=1.1), "instance_output_value"),
@@ -62,12 +61,58 @@ def test_figures_of_another_map_are_told() -> None:
     assert "statistics of x" in "; ".join(differences(mixed, answer()))
 
 
-def test_adaptive_maps_of_other_points_agree_within_their_estimates() -> None:
-    adaptive = {"map_error": 0.01, "stop_reason": "STOP_REASON_CONVERGED"}
-    alone = answer(step_count=24, **adaptive)
+@pytest.mark.parametrize("values", [MAP[::-1].copy(), np.array([np.nan, 4.0], np.float32), MAP * np.float32(1.0001)])
+def test_unequal_maps_need_a_second_look(values: np.ndarray[Any, Any]) -> None:
+    assert unequal_maps(answer(values), answer()) == [0]
+    assert unequal_maps(answer(MAP + np.float32(1e-6)), answer()) == []
 
-    assert not list(differences(answer(MAP * np.float32(1.03), step_count=16, **adaptive), alone))
-    assert list(differences(answer(MAP * np.float32(1.05), step_count=16, **adaptive), alone))
+
+ADAPTIVE: dict[str, Any] = {"map_error": 0.01, "stop_reason": "STOP_REASON_CONVERGED", "baseline_index": 0}
+REQUEST = pb.ExplainRequest(inputs={"x": encode(np.ones(2, np.float32))})
+
+
+def verdict(found: pb.ExplainResponse, alone: pb.ExplainResponse, ask: Ask) -> tuple[bool, bool]:
+    """Whether the only map is explained, and whether it is wrong."""
+    (doubt,) = doubts("answer", REQUEST, found, alone)
+    explained, wrong = doubt.verdict(ask)
+    return bool(explained), bool(wrong)
+
+
+def test_a_cut_map_is_equal_to_the_one_alone_after_as_many_steps() -> None:
+    """Whatever the estimates of their errors allow."""
+    alone = answer(step_count=24, **ADAPTIVE)
+    cut = answer(MAP * np.float32(1.01), step_count=16, **ADAPTIVE)
+    asked: list[int] = []
+
+    def gives(values: np.ndarray[Any, Any]) -> Ask:
+        def ask(request: pb.ExplainRequest) -> pb.ExplainResponse:
+            asked.append(request.methods[0].integrated_gradients.max_step_count)
+            return answer(values, step_count=16, **ADAPTIVE)
+
+        return ask
+
+    assert verdict(cut, alone, gives(MAP * np.float32(1.01))) == (True, False)
+    assert verdict(cut, alone, gives(MAP)) == (False, True)
+    assert asked[:2] == [16, 16]
+
+
+def test_maps_of_other_points_agree_within_their_estimates() -> None:
+    alone = answer(step_count=24, **ADAPTIVE)
+
+    def elsewhere(request: pb.ExplainRequest) -> pb.ExplainResponse:
+        return answer(step_count=12, **ADAPTIVE)
+
+    assert verdict(answer(MAP * np.float32(1.015), step_count=16, **ADAPTIVE), alone, elsewhere) == (True, False)
+    assert verdict(answer(MAP * np.float32(1.05), step_count=16, **ADAPTIVE), alone, elsewhere) == (False, True)
+
+
+@pytest.mark.parametrize(("moves", "explained"), [(1e-4, True), (1e-6, False), (0.0, False)])
+def test_a_badly_conditioned_map_may_move_as_far_as_last_bits_move_it(moves: float, explained: bool) -> None:
+    def ask(request: pb.ExplainRequest) -> pb.ExplainResponse:
+        nudged = request.inputs["x"] != REQUEST.inputs["x"]
+        return answer(MAP * np.float32(1 + moves) if nudged else MAP)
+
+    assert verdict(answer(MAP * np.float32(1.0001)), answer(), ask) == (explained, not explained)
 
 
 @pytest.mark.torch
