@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainserve.backends import OperatorGap
+from explainserve.backends.contract import Collect
 from explainserve.backends.probe import ProbeResult
 from explainserve.model_config import ModelConfig
 from explainserve.plan import STANDARD, Differentiation, Rows, Segment, SegmentEvaluation, Selector
@@ -39,6 +40,7 @@ class ClosedForm:
     gradient_mode = "autograd"
     device = "cpu"
     execution = ""
+    runs_ahead = False
     fixed_batch = False
     gaps: tuple[OperatorGap, ...] = ()
     layers: tuple[Layer, ...] = ()
@@ -84,6 +86,9 @@ class ClosedForm:
         if self.failure is not None:
             raise self.failure
         return tuple(part for segment in rows.segments for part in self._parts(segment))
+
+    def submit(self, rows: Rows) -> Collect:
+        return lambda: self.evaluate(rows)
 
     def _parts(self, segment: Segment) -> Iterator[SegmentEvaluation]:
         start, end = (np.asarray(side["x"], np.float64) for side in (segment.start, segment.end))

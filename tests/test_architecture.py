@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "placement": {"errors", "model_config"},
     "repository": NOUNS | {"backends", "baselines", "fingerprint", "model_config", "placement"},
     "inspection": NOUNS | {"backends", "model_config", "onnx_vjp", "repository"},
-    "watchdog": {"repository", "scheduling"},
+    "watchdog": {"backends", "errors", "repository", "scheduling"},
     "engine": NOUNS | {"scheduling", "repository", "metrics", "process", "watchdog"},
     "devices": {"engine", "errors", "plan", "repository", "scheduling"},
     "explainer": NOUNS

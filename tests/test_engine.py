@@ -15,6 +15,7 @@ import pytest_asyncio
 from prometheus_client import CollectorRegistry
 
 from closed_form import FORWARD, PATIENCE, WEIGHTS, ClosedForm, path, served, value
+from explainserve.backends import Collect
 from explainserve.engine import Engine
 from explainserve.errors import (
     DeadlineExceeded,
@@ -363,6 +364,128 @@ async def test_stop_leaves_a_run_that_cannot_be_ended(monkeypatch: pytest.Monkey
     assert isinstance(await failure(hung), ShuttingDown)
     assert loaded.interruptions == 1
     loaded.ended.set()
+
+
+class Behind(ClosedForm):
+    """Works behind the thread: evaluates what was submitted when it is collected, unless it holds up one or the other.
+
+    Attributes:
+        submitted: rows of each micro-batch that it was given.
+        never_submits, never_returns: it gets stuck with a micro-batch that holds this row.
+        raises: it refuses one that holds this row.
+    """
+
+    runs_ahead = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.submitted: list[int] = []
+        self.asked = threading.Event()
+        self.may_submit = threading.Event()
+        self.may_submit.set()
+        self.end = threading.Event()
+        self.never_submits = self.never_returns = self.raises = -1.0
+
+    def submit(self, rows: Rows) -> Collect:
+        self.asked.set()
+        assert self.may_submit.wait(PATIENCE)
+        alphas = [alpha for segment in rows.segments for alpha in segment.alphas]
+        if self.raises in alphas:
+            raise ValueError("no such row")
+        if self.never_submits in alphas:
+            assert self.end.wait(PATIENCE)
+        self.submitted.append(rows.row_count)
+
+        def collect() -> tuple[SegmentEvaluation, ...]:
+            if self.never_returns in alphas:
+                assert self.end.wait(PATIENCE)
+            return self.evaluate(rows)
+
+        return collect
+
+
+async def beside(engine: Engine, first: ServedModel, one: Plan, *others: tuple[ServedModel, Plan]) -> list[Any]:
+    """Answers or errors of plans, of which all others wait when the first one is submitted."""
+    loaded: Any = first.loaded
+    loaded.may_submit.clear()
+    tasks = [asyncio.create_task(engine.evaluate(first, one, Request()))]
+    assert await asyncio.to_thread(loaded.asked.wait, PATIENCE)
+    tasks += [asyncio.create_task(engine.evaluate(model, own, Request())) for model, own in others]
+    await asyncio.sleep(0)
+    loaded.may_submit.set()
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def assert_answered(answer: Any, segment: Segment) -> None:
+    (own,) = answer[0].segments
+    np.testing.assert_allclose(own.scores, value(np.ones(3) * segment.alphas[:, None])[:, 0], rtol=1e-6)
+
+
+async def test_the_next_full_batch_is_submitted_while_the_device_is_busy(engine: Engine) -> None:
+    model = served(behind := Behind())
+    hold(behind)
+    answer = asyncio.create_task(engine.evaluate(model, plan(path(15)), Request()))
+    await entered(behind)
+
+    assert (behind.submitted, behind.batches) == ([4, 4], []), "and no further one"
+    behind.gate.set()
+    assert_answered(await answer, path(15))
+    assert behind.submitted == behind.batches == [4, 4, 4, 3]
+
+
+async def test_rows_that_fill_no_batch_wait_for_others(engine: Engine) -> None:
+    model = served(behind := Behind())
+    hold(behind)
+    answer = asyncio.create_task(engine.evaluate(model, plan(path(7)), Request()))
+    await entered(behind)
+    more = asyncio.create_task(engine.evaluate(model, plan(path(1)), Request()))
+    await asyncio.sleep(0)
+
+    assert behind.submitted == [4]
+    behind.gate.set()
+    await asyncio.gather(answer, more)
+    assert behind.submitted == [4, 4]
+
+
+async def test_a_batch_that_cannot_be_submitted_fails_its_own_requests(engine: Engine) -> None:
+    model = served(behind := Behind())
+    bad = path(4, offset=0.1)
+    behind.raises = bad.alphas[0]
+
+    good, failed, other = await beside(engine, model, plan(path(4)), (model, plan(bad)), (model, plan(path(6))))
+
+    assert_answered(good, path(4))
+    assert_answered(other, path(6))
+    assert isinstance(failed, EvaluationFailed) and failed.reason == "MODEL_RAISED"
+
+
+async def test_a_batch_behind_one_that_hangs_is_run_by_the_next_thread(watched: Watched) -> None:
+    hangs, waits = Behind(), Behind()
+    hangs.never_returns = BAD.alphas[0]
+    one, other = served(hangs, "hangs", 2), served(waits, "waits", 2)
+
+    failed, good = await beside(watched.engine, one, plan(BAD), (other, plan(path(3))))
+
+    assert waits.submitted[0] == 2, "by the thread that was lost"
+    assert sorted(waits.submitted[1:]) == [1, 2]
+    assert_answered(good, path(3))
+    assert isinstance(failed, EvaluationFailed) and failed.reason == "MODEL_HANGS"
+    assert [model for model, _ in watched.disowned] == [one]
+    hangs.end.set()
+
+
+async def test_a_batch_before_one_that_hangs_is_run_by_the_next_thread(watched: Watched) -> None:
+    """The one that cannot even be submitted is to blame, not the one on the device."""
+    waits, hangs = Behind(), Behind()
+    hangs.never_submits = BAD.alphas[0]
+    one, other = served(waits, "waits", 2), served(hangs, "hangs", 2)
+
+    good, failed = await beside(watched.engine, one, plan(path(2)), (other, plan(BAD)))
+
+    assert_answered(good, path(2))
+    assert isinstance(failed, EvaluationFailed) and failed.reason == "MODEL_HANGS"
+    assert [model for model, _ in watched.disowned] == [other]
+    hangs.end.set()
 
 
 async def test_own_errors_pass_as_they_are(engine: Engine, model: ServedModel, loaded: ClosedForm) -> None:

@@ -4,6 +4,9 @@ threads, futures and locks.
 A model may raise, return nonsense, run out of memory or hang; it fails its own requests only. A run that hangs is asked
 to end. Where its library cannot do that, nothing can: its thread is lost, another takes its place, and the model is
 disowned, for the lost one may still be at work in it.
+
+A device that works behind the thread is given the next batch while it works on this one, so that it never waits for the
+thread. Only one, since what it has been given no priority and no cancellation can call back.
 """
 
 from __future__ import annotations
@@ -68,6 +71,7 @@ class Engine:
         self._futures: dict[Job, asyncio.Future[None]] = {}
         self._conducts: WeakKeyDictionary[ServedModel, Conduct] = WeakKeyDictionary()
         self._run: Run | None = None
+        self._ahead: Run | None = None
         self._stopping = False
         self._thread = self._device_thread()
         self._watcher = threading.Thread(target=self._watch, name=f"watchdog {device}", daemon=True)
@@ -175,6 +179,9 @@ class Engine:
     def _work(self) -> None:
         give_way()
         while (run := self._next_run()) is not None:
+            _submit(run)
+            if (ahead := self._run_ahead(run)) is not None:
+                _submit(ahead)
             outcome = _outcome(run)
             with self._wake:
                 if self._run is not run:
@@ -182,23 +189,46 @@ class Engine:
                     return
                 self._run = None
                 self._settle(self._concluded(run, outcome))
-            del run, outcome  # else an unloaded model would stay until the next batch
+            del run, ahead, outcome  # else an unloaded model would stay until the next batch
 
     def _next_run(self) -> Run | None:
-        """Waits for rows; None when the engine stops."""
+        """The one that was submitted ahead, or waits for rows; None when the engine stops."""
         with self._wake:
             while not self._stopping:
-                now = time.monotonic()
-                self._settle(self._scheduler.expire(now))
-                batch = self._scheduler.next_batch(now)
-                self._observe_queue()
-                if batch is not None:
-                    assert isinstance(batch.model, ServedModel)
-                    due_at = self._watchdog.due_at(self._conduct(batch.model), now)
-                    self._run = Run(batch, batch.model, now, due_at)
+                self._run, self._ahead = self._ahead or self._packed(), None
+                if self._run is not None:
+                    self._begin(self._run)
                     return self._run
                 self._wake.wait()
         return None
+
+    def _run_ahead(self, run: Run) -> Run | None:
+        """A further run, to be submitted while this one is on the device, where that can be and a full batch waits.
+
+        With fewer rows nothing would be won: those that come until the device is free would have to wait for the next.
+        """
+        with self._wake:
+            if not run.model.loaded.runs_ahead or self._stopping or self._run is not run:
+                return None
+            if self._scheduler.waiting_row_count >= self._conduct(run.model).limit.rows:
+                self._ahead = self._packed()
+            return self._ahead
+
+    def _packed(self) -> Run | None:
+        """A run of rows that wait, or None."""
+        now = time.monotonic()
+        self._settle(self._scheduler.expire(now))
+        batch = self._scheduler.next_batch(now)
+        self._observe_queue()
+        if batch is None:
+            return None
+        assert isinstance(batch.model, ServedModel)
+        return Run(batch, batch.model)
+
+    def _begin(self, run: Run) -> None:
+        """Its time begins when the device is free for it."""
+        run.started_at = time.monotonic()
+        run.due_at = self._watchdog.due_at(self._conduct(run.model), run.started_at)
 
     def _concluded(self, run: Run, outcome: Sequence[SegmentEvaluation] | ExplainServeError) -> list[Job]:
         """Jobs that end with a run."""
@@ -280,18 +310,21 @@ class Engine:
                 run.model.loaded.interrupt()
 
     def _give_up(self, run: Run) -> None:
-        """Leaves a thread to itself and puts another in its place."""
+        """Leaves a thread to itself and puts another in its place, which runs again what else the first one had."""
         with self._wake:
             if self._run is not run:
                 return
-            self._run = None
-            self._metrics.failed_batches.labels(run.model.name, self._device, _hangs(run.model).reason).inc()
+            stuck, other = (run, self._ahead) if self._ahead is None or self._ahead.submitted else (self._ahead, run)
+            self._run = self._ahead = None
+            if other is not None:
+                self._scheduler.retry_alone(other.batch)
+            self._metrics.failed_batches.labels(stuck.model.name, self._device, _hangs(stuck.model).reason).inc()
             self._metrics.lost_threads.labels(self._device).inc()
-            self._settle(self._disown(run.model))
+            self._settle(self._disown(stuck.model))
             self._thread = self._device_thread()
             self._thread.start()
         text = "a run of model %s on %s cannot be ended; the server goes on without its thread"
-        logger.error(text, run.model.name, self._device)
+        logger.error(text, stuck.model.name, self._device)
 
     def _came_back(self, run: Run) -> None:
         """A thread that was lost ends; what it brings is nobody's any more."""
@@ -321,10 +354,23 @@ class Engine:
                 future.get_loop().call_soon_threadsafe(_resolve, future, job.error)
 
 
-def _outcome(run: Run) -> Sequence[SegmentEvaluation] | ExplainServeError:
-    """What the device makes of a batch; a model may raise anything, and it fails its own requests only."""
+def _submit(run: Run) -> None:
+    """Hands a batch to its model, unless that has it. A model may raise anything, and fails its own requests only."""
+    if run.submitted:
+        return
     try:
-        return run.model.loaded.evaluate(run.batch.rows)
+        run.collect = run.model.loaded.submit(run.batch.rows)
+    except Exception as error:
+        run.collect = _as_evaluation_failure(error)
+
+
+def _outcome(run: Run) -> Sequence[SegmentEvaluation] | ExplainServeError:
+    """What the device makes of a batch."""
+    if isinstance(run.collect, ExplainServeError):
+        return run.collect
+    assert run.collect is not None, "it was submitted"
+    try:
+        return run.collect()
     except Exception as error:
         return _as_evaluation_failure(error)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from explainserve.backends import Collect
+from explainserve.errors import ExplainServeError
 from explainserve.repository import ServedModel
 from explainserve.scheduling import Batch, RowLimit
 
@@ -62,19 +64,27 @@ class Conduct:
 
 @dataclass(eq=False)
 class Run:
-    """A batch on the device.
+    """A batch on the device, or submitted behind the one that is.
 
     Attributes:
         model: that is evaluated.
+        started_at: time at which the device was free for it.
         due_at: time at which something must be done about it.
         interrupted: whether it was asked to end.
+        collect: waits for its results, or the error with which it could not be submitted; None before it is.
     """
 
     batch: Batch
     model: ServedModel
-    started_at: float
-    due_at: float
+    started_at: float = math.inf
+    due_at: float = math.inf
     interrupted: bool = False
+    collect: Collect | ExplainServeError | None = None
+
+    @property
+    def submitted(self) -> bool:
+        """Whether the model has been given it."""
+        return self.collect is not None
 
 
 class Watchdog:

@@ -9,7 +9,7 @@ import importlib
 from dataclasses import replace
 from pathlib import Path
 
-from explainserve.backends.contract import LoadedModel, Loader, LoadOptions, OperatorGap
+from explainserve.backends.contract import Collect, LoadedModel, Loader, LoadOptions, OperatorGap
 from explainserve.errors import ModelRefused
 from explainserve.model_config import ModelConfig
 
@@ -52,4 +52,4 @@ def loader(suffix: str) -> Loader:
     return load_file
 
 
-__all__ = ["LOADERS", "LoadOptions", "LoadedModel", "OperatorGap", "load", "loader"]
+__all__ = ["LOADERS", "Collect", "LoadOptions", "LoadedModel", "OperatorGap", "load", "loader"]

@@ -64,12 +64,16 @@ class Memory:
         weight_bytes: the initializers of the file; those of 1 KiB and more are held once and shared by all graphs.
         gradient_bytes: constants of 1 KiB and more that only gradient graphs have, such as flipped kernels.
         session_bytes: by how much the process grew when sessions were opened: weights packed for speed, and buffers.
-            Measured, so only about right; None where it cannot be.
+            Measured, so only about right; None where it cannot be. Of torch, what CUDA graphs keep on the device.
     """
 
     weight_bytes: int
     gradient_bytes: int
     session_bytes: int | None
+
+
+Collect = Callable[[], tuple[SegmentEvaluation, ...]]
+"""Waits for rows that were submitted; returns and raises what `LoadedModel.evaluate` does."""
 
 
 class LoadedModel(Protocol):
@@ -108,6 +112,11 @@ class LoadedModel(Protocol):
         ...
 
     @property
+    def runs_ahead(self) -> bool:
+        """Whether `submit` returns before the rows are evaluated, so that the next ones can be prepared meanwhile."""
+        ...
+
+    @property
     def memory(self) -> Memory | None:
         """What it takes now; None where the backend does not tell."""
         ...
@@ -126,6 +135,16 @@ class LoadedModel(Protocol):
             Unsupported: a gradient is asked of a model with gaps (NOT_DIFFERENTIABLE).
             InvalidRequest: a layer does not exist (UNKNOWN_LAYER), or the score does not depend on it
                 (LAYER_NOT_ON_PATH).
+        """
+        ...
+
+    def submit(self, rows: Rows) -> Collect:
+        """Begins to `evaluate`; a model that does not run ahead begins when the results are collected.
+
+        What is submitted is evaluated, and to be collected, in its order.
+
+        Raises:
+            EvaluationFailed, Unsupported: as `evaluate`.
         """
         ...
 

@@ -18,7 +18,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from explainserve.backends import onnx_file, onnx_graph
-from explainserve.backends.contract import LoadedModel, LoadOptions, Memory, OperatorGap
+from explainserve.backends.contract import Collect, LoadedModel, LoadOptions, Memory, OperatorGap
 from explainserve.backends.gradient_cache import GradientCache, cache_key
 from explainserve.backends.onnx_batch import with_rows
 from explainserve.backends.onnx_binding import RUNS_UNTIL_REPLAY, BoundPasses
@@ -130,6 +130,7 @@ class OnnxModel:
     """A loaded ONNX model; see `contract.LoadedModel`."""
 
     backend = "onnxruntime"
+    runs_ahead = False
 
     def __init__(
         self,
@@ -184,6 +185,10 @@ class OnnxModel:
         """See `contract.LoadedModel`. Everything about rows is done inside the graph; see `onnx_rows`."""
         self._interruption.begin()
         return tuple(self._evaluations(rows))
+
+    def submit(self, rows: Rows) -> Collect:
+        """See `contract.LoadedModel`: onnxruntime returns when it is done."""
+        return lambda: self.evaluate(rows)
 
     def _evaluations(self, rows: Rows) -> list[SegmentEvaluation]:
         """With all threads at each operator, or with some of the rows on each thread."""

@@ -62,7 +62,8 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> LoadedModel:
     fixed_batch = any(spec.batched and spec.axes[0].size == 1 for spec in signature.inputs)
     forward = _Forward.of(program, device)
     arithmetic = Arithmetic.of(config.precision, device, signature)
-    model = TorchModel("torch.export", signature, forward, arithmetic, fixed_batch)
+    weight_bytes = sum(weights.nbytes for weights in program.state_dict.values())
+    model = TorchModel("torch.export", signature, forward, arithmetic, fixed_batch, weight_bytes=weight_bytes)
     model.gaps = gradient_gaps(model, _captured_no_grad(program))
     if not forward.has_convolutions:
         return model

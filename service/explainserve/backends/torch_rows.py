@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from explainserve.backends.contract import LoadOptions, OperatorGap
+from explainserve.backends.contract import Collect, LoadOptions, Memory, OperatorGap
 from explainserve.backends.resident_memory import peak_growth
+from explainserve.backends.torch_batch import ArrivingScores, ArrivingSums, DeviceRows, torch_dtype
+from explainserve.backends.torch_graphs import ForwardPass, Graphs
 from explainserve.backends.torch_precision import Arithmetic, row_scales
+from explainserve.backends.torch_queue import Queue, queue_of
 from explainserve.errors import (
     EvaluationFailed,
     ExplainServeError,
@@ -24,8 +25,8 @@ from explainserve.errors import (
     first_line,
     is_out_of_memory,
 )
-from explainserve.plan import STANDARD, Differentiation, Rows, Segment, SegmentEvaluation, Selector
-from explainserve.signature import Layer, OutputSpec, ScoreHead, Signature, element_count
+from explainserve.plan import STANDARD, Differentiation, Rows, SegmentEvaluation, Selector
+from explainserve.signature import Layer, OutputSpec, ScoreHead, Signature
 
 Forward = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Outputs of a batch, in the order of the signature, from its inputs in that order."""
@@ -41,6 +42,8 @@ class TorchModel:
         forward: the function; none of its parameters requires a gradient.
         arithmetic: its device, and how that computes.
         fixed_batch: `forward` accepts one row at a time; several are then run one after the other.
+        queue: of its device.
+        weight_bytes: what it holds for good.
         memory_format: of the images that `forward` is given.
     """
 
@@ -55,6 +58,8 @@ class TorchModel:
         fixed_batch: bool,
         gaps: tuple[OperatorGap, ...] = (),
         memory_format: torch.memory_format = torch.contiguous_format,
+        queue: Queue | None = None,
+        weight_bytes: int = 0,
     ) -> None:
         self.backend = backend
         self.signature = signature
@@ -64,82 +69,120 @@ class TorchModel:
         self.layers: tuple[Layer, ...] = ()
         self.gradient_rules: Mapping[str, str] = {} if gaps else {STANDARD.name: ""}
         self.reaches_layers = False
-        self.memory = None
         self.library_versions: Mapping[str, str] = {"torch": str(torch.__version__)}
+        self._weight_bytes = weight_bytes
         self._forward = forward
-        self._device = arithmetic.device
         self._arithmetic = arithmetic
         self._memory_format = memory_format
+        self._queue = queue or queue_of(arithmetic.device)
+        self._graphs = self._new_graphs()
 
     def in_channels_last(self, forward: Forward) -> TorchModel:
         """The same model around a function whose weights have their channels last; images are laid out alike."""
         other = copy.copy(self)
         other._forward, other._memory_format = forward, torch.channels_last
+        other._graphs = other._new_graphs()
         return other
+
+    def _new_graphs(self) -> Graphs | None:
+        return None if self._queue.record is None else Graphs(self._queue.record)
 
     @property
     def execution(self) -> str:
         """See `contract.LoadedModel`."""
-        return "channels_last" if self._memory_format is torch.channels_last else "contiguous"
+        parts = ["channels_last" if self._memory_format is torch.channels_last else "contiguous"]
+        if self._graphs is not None:
+            parts.append("no_cuda_graphs" if self._graphs.refusal else "cuda_graphs")
+        return "+".join(parts)
+
+    @property
+    def memory(self) -> Memory:
+        """See `contract.LoadedModel`: the only sessions are what is recorded."""
+        return Memory(self._weight_bytes, 0, 0 if self._graphs is None else self._graphs.byte_count)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """See `contract.LoadedModel`."""
+        return self._queue.runs_ahead
 
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
         """See `contract.LoadedModel.evaluate`; one forward pass of all rows, and a backward pass per
         selector."""
-        evaluation = self._gradients if rows.function.wrt else self._scores
-        with self._arithmetic.evaluation():
-            return _guarded(lambda: evaluation(rows))
+        return self._begun(rows)()
+
+    def submit(self, rows: Rows) -> Collect:
+        """See `contract.LoadedModel`."""
+        return self._begun(rows) if self.runs_ahead else lambda: self.evaluate(rows)
+
+    def _begun(self, rows: Rows) -> Collect:
+        with self._queue.computing(), self._arithmetic.evaluation():
+            return _guarded(lambda: self._gradients(rows) if rows.function.wrt else self._scores(rows))
 
     def peak_bytes(self, rows: Rows) -> int | None:
-        """See `contract.LoadedModel`. A first evaluation prepares all that is kept for good."""
-        self.evaluate(rows)
-        if self._device.type != "cuda":
-            return peak_growth(lambda: self.evaluate(rows))
-        torch.cuda.reset_peak_memory_stats(self._device)
-        before = torch.cuda.memory_allocated(self._device)
-        self.evaluate(rows)
-        return torch.cuda.max_memory_allocated(self._device) - before
+        """See `contract.LoadedModel`. A first evaluation prepares all that is kept for good; graphs keep as much again,
+        and are not counted here.
+        """
+        eager = copy.copy(self)
+        eager._graphs = None
+        eager.evaluate(rows)
+        device = self._queue.device
+        if device.type != "cuda":
+            return peak_growth(lambda: eager.evaluate(rows))
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        eager.evaluate(rows)
+        return torch.cuda.max_memory_allocated(device) - before
 
     def interrupt(self) -> None:
         """See `contract.LoadedModel`: torch cannot."""
 
-    def _scores(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
+    def _scores(self, rows: Rows) -> Collect:
         with torch.inference_mode():
-            output = self._output(rows.function, self._points(rows, _Uploads(self._device)))
-            scores = self._scored(rows.function, output)
-            host = scores.to("cpu").numpy()
-        pairs = zip(rows.segments, _spans(rows), strict=True)
-        return tuple(part for segment, span in pairs for part in _forward_parts(segment, host[span]))
+            batch = DeviceRows(rows, self._queue, self._empty)
+            scores = self._passed(rows.function, self._points(batch)).scores
+            return _Pending(
+                batch, (ArrivingScores(rows, batch.spans, self._queue.fetch(scores)),), self._queue.finish()
+            )
 
-    def _gradients(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
+    def _gradients(self, rows: Rows) -> Collect:
         if self.gaps:
             raise Unsupported("NOT_DIFFERENTIABLE", self.gaps[0].reason, gap_count=len(self.gaps))
-        upload = _Uploads(self._device)
-        points = self._points(rows, upload)
-        wrt = {name: points[name].requires_grad_() for name in rows.function.wrt}
-        with torch.enable_grad():
-            output = self._output(rows.function, points)
-            scores = self._scored(rows.function, output).reshape(rows.row_count, -1)
-        if not scores.requires_grad:
-            raise Unsupported(
-                "NOT_DIFFERENTIABLE",
-                f"output {rows.function.output!r} has no gradient with respect to {', '.join(wrt)}",
-                output=rows.function.output,
-            )
+        batch = DeviceRows(rows, self._queue, self._empty)
+        forward = self._passed(rows.function, self._points(batch))
         last = len(rows.passes) - 1
-        forward = _ForwardPass(output, scores, wrt, self._arithmetic.is_narrow)
-        found = [self._backward(rows, s, forward, upload, keep=k < last) for k, s in enumerate(rows.passes)]
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return tuple(arriving.evaluation() for parts in zip(*found, strict=True) for arriving in parts)
+        found = [self._backward(batch, s, forward, keep=k < last) for k, s in enumerate(rows.passes)]
+        by_segment = tuple(sums for parts in zip(*found, strict=True) for sums in parts)
+        return _Pending(batch, by_segment, self._queue.finish())
 
     def _backward(
-        self, rows: Rows, selectors: Sequence[Selector], forward: _ForwardPass, upload: _Uploads, *, keep: bool
-    ) -> list[_Arriving]:
+        self, batch: DeviceRows, selectors: Sequence[Selector], forward: ForwardPass, *, keep: bool
+    ) -> list[ArrivingSums]:
         """One backward pass with a selector per segment; `keep` leaves the graph to further ones."""
-        scores = forward.scores.detach()
-        gradients = forward.gradients(self._cotangent(rows, selectors, scores, upload), keep=keep)
+        scores = forward.scores.reshape(batch.row_count, -1)
+        gradients = forward.gradients(batch.cotangent(selectors, scores), keep=keep)
         with torch.no_grad():
-            return self._reduced(rows, selectors, scores, gradients, upload)
+            return batch.sums(selectors, scores, gradients)
+
+    def _passed(self, function: Differentiation, points: Mapping[str, Tensor]) -> ForwardPass:
+        """The forward pass, replayed where it is recorded."""
+        if self._graphs is None:
+            return self._forward_pass(function, points)
+        forward = functools.partial(self._forward_pass, function)
+        return self._graphs.passed(function, forward, points, backward=bool(function.wrt))
+
+    def _forward_pass(self, function: Differentiation, points: Mapping[str, Tensor]) -> _ForwardPass:
+        """One forward pass, with its history where it is going to be differentiated."""
+        wrt = {name: points[name].detach().requires_grad_() for name in function.wrt}
+        with torch.set_grad_enabled(bool(wrt)):
+            output = self._output(function, {**points, **wrt})
+            scores = _with_head(output, function.head, self.signature.output(function.output))
+        if wrt and not scores.requires_grad:
+            raise Unsupported(
+                "NOT_DIFFERENTIABLE",
+                f"output {function.output!r} has no gradient with respect to {', '.join(wrt)}",
+                output=function.output,
+            )
+        return _ForwardPass(output, scores, wrt, self._arithmetic.is_narrow)
 
     def _output(self, function: Differentiation, points: Mapping[str, Tensor]) -> Tensor:
         """The model's output of all rows, in the element type that it states."""
@@ -152,128 +195,62 @@ class TorchModel:
             each = [self._forward(self._one_row(inputs, row))[position] for row in range(len(inputs[0]))]
             return torch.cat(each).to(torch_dtype(spec.dtype))
 
-    def _scored(self, function: Differentiation, output: Tensor) -> Tensor:
-        """The scores of all rows, shape (rows, *score shape)."""
-        return _with_head(output, function.head, self.signature.output(function.output))
-
     def _one_row(self, inputs: Sequence[Tensor], row: int) -> list[Tensor]:
         specs = self.signature.inputs
         return [t[row : row + 1] if spec.batched else t[row] for spec, t in zip(specs, inputs, strict=True)]
 
-    def _points(self, rows: Rows, upload: _Uploads) -> dict[str, Tensor]:
-        """The inputs of all rows, interpolated on the device."""
-        points: dict[str, Tensor] = {}
-        for spec in self.signature.inputs:
-            first = rows.segments[0].start if spec.name in rows.segments[0].start else rows.segments[0].fixed
-            shape = (rows.row_count, *first[spec.name].shape)
-            points[spec.name] = self._empty(shape, torch_dtype(spec.dtype))
-            for segment, span in zip(rows.segments, _spans(rows), strict=True):
-                self._interpolate(points[spec.name][span], segment, spec.name, upload)
-        return points
+    def _points(self, batch: DeviceRows) -> dict[str, Tensor]:
+        """The inputs of all rows."""
+        return {spec.name: batch.points(spec.name, torch_dtype(spec.dtype)) for spec in self.signature.inputs}
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory on the device; a batch of images is laid out as the model computes."""
         layout = self._memory_format if len(shape) == 4 else torch.contiguous_format
-        return torch.empty(shape, dtype=dtype, device=self._device, memory_format=layout)
-
-    def _interpolate(self, points: Tensor, segment: Segment, name: str, upload: _Uploads) -> None:
-        """Writes (1 - alpha) x start + alpha x end, which is exact at both ends."""
-        if name not in segment.start:
-            points.copy_(upload(segment.fixed[name]))
-            return
-        start, end = segment.start[name], segment.end[name]
-        if start is end:
-            points.copy_(upload(end))
-            return
-        shape = (-1, *[1] * end.ndim)
-        to_end = torch.tensor(segment.alphas, dtype=points.dtype, device=self._device).reshape(shape)
-        to_start = torch.tensor(1.0 - segment.alphas, dtype=points.dtype, device=self._device).reshape(shape)
-        torch.mul(upload(start), to_start, out=points)
-        points.addcmul_(upload(end), to_end)
-
-    def _cotangent(self, rows: Rows, selectors: Sequence[Selector], scores: Tensor, upload: _Uploads) -> Tensor:
-        """Each segment's selector on its rows, shape (rows, elements of a score tensor)."""
-        cotangent = torch.zeros_like(scores)
-        for selector, span in zip(selectors, _spans(rows), strict=True):
-            indices, weights = upload(selector.indices), upload(selector.weights).to(scores.dtype)
-            part = cotangent[span]
-            part.index_add_(1, indices, weights.expand(len(part), -1))
-        return cotangent
-
-    def _reduced(
-        self,
-        rows: Rows,
-        selectors: Sequence[Selector],
-        scores: Tensor,
-        gradients: Mapping[str, Tensor],
-        upload: _Uploads,
-    ) -> list[_Arriving]:
-        """Scores and weighted sums per segment."""
-        return [
-            _Arriving(
-                self._download(self._selected(scores[span], selector, upload)),
-                {name: self._download(self._weighted_sum(g[span], segment)) for name, g in gradients.items()},
-            )
-            for segment, selector, span in zip(rows.segments, selectors, _spans(rows), strict=True)
-        ]
-
-    def _selected(self, scores: Tensor, selector: Selector, upload: _Uploads) -> Tensor:
-        """Score of each row at the selector, float64."""
-        return scores[:, upload(selector.indices)].double() @ upload(selector.weights).double()
-
-    def _weighted_sum(self, gradients: Tensor, segment: Segment) -> Tensor:
-        """Sum over rows of weight x gradient; rows of weight 0 are left out, for 0 x NaN is NaN."""
-        kept = np.flatnonzero(segment.weights)
-        if len(kept) < len(gradients):
-            gradients = gradients[torch.from_numpy(kept).to(self._device)]
-        precise = gradients.dtype if gradients.dtype is torch.float64 else torch.float32
-        weights = torch.tensor(segment.weights[kept], dtype=precise, device=self._device)
-        shape = gradients.shape[1:]
-        return (weights @ gradients.to(precise).reshape(len(gradients), element_count(shape))).reshape(shape)
-
-    def _download(self, tensor: Tensor) -> Tensor:
-        return tensor.to("cpu", non_blocking=True)
+        return torch.empty(shape, dtype=dtype, device=self._queue.device, memory_format=layout)
 
 
-class _Uploads:
-    """Copies on a device of the arrays of one micro-batch, one of each object: all segments of a path have its ends."""
+@dataclass(frozen=True, eq=False)
+class _Pending:
+    """Results on their way; called, it waits for them.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._copies: dict[int, tuple[NDArray[np.generic], Tensor]] = {}
+    Attributes:
+        batch: holds what was uploaded, which the device may still need.
+    """
 
-    def __call__(self, array: NDArray[np.generic]) -> Tensor:
-        """The copy, which may be used on the device only, and not changed."""
-        if id(array) not in self._copies:
-            self._copies[id(array)] = array, self._copy(array)  # with the array, lest another one gets its id
-        return self._copies[id(array)][1]
+    batch: DeviceRows
+    arriving: Sequence[ArrivingScores | ArrivingSums]
+    finish: Callable[[], None]
 
-    def _copy(self, array: NDArray[np.generic]) -> Tensor:
-        """The array may be read-only, which torch does not know."""
-        copy = torch.empty(array.shape, dtype=torch_dtype(array.dtype), pin_memory=self._device.type == "cuda")
-        copy.numpy()[...] = array
-        return copy.to(self._device, non_blocking=True)
+    def __call__(self) -> tuple[SegmentEvaluation, ...]:
+        _guarded(self.finish)
+        return tuple(part for each in self.arriving for part in each.evaluations())
 
 
 @dataclass(frozen=True, eq=False)
 class _ForwardPass:
-    """A forward pass of all rows, to take gradients of.
+    """See `torch_graphs.ForwardPass`.
 
     Attributes:
-        scores: shape (rows, elements of a score tensor).
+        history: the scores, of which gradients are taken.
         scaled: go down from the output with scaled cotangents, which sixteen bits can hold.
     """
 
     output: Tensor
-    scores: Tensor
+    history: Tensor
     wrt: Mapping[str, Tensor]
     scaled: bool
 
+    @property
+    def scores(self) -> Tensor:
+        """See `torch_graphs.ForwardPass`."""
+        return self.history.detach()
+
     def gradients(self, cotangent: Tensor, *, keep: bool) -> dict[str, Tensor]:
-        """Of every row; `keep` leaves the graph to further backward passes."""
+        """See `torch_graphs.ForwardPass`."""
+        cotangent = cotangent.reshape(self.history.shape)
         if not self.scaled:
-            return self._down(self.scores, cotangent, keep)
-        (at_output,) = torch.autograd.grad(self.scores, self.output, cotangent, retain_graph=True)
+            return self._down(self.history, cotangent, keep)
+        (at_output,) = torch.autograd.grad(self.history, self.output, cotangent, retain_graph=True)
         scales = row_scales(at_output)
         gradients = self._down(self.output, at_output * scales.reshape(-1, *[1] * (at_output.ndim - 1)), keep)
         return {name: g / scales.reshape(-1, *[1] * (g.ndim - 1)) for name, g in gradients.items()}
@@ -283,17 +260,6 @@ class _ForwardPass:
             of, list(self.wrt.values()), cotangent, retain_graph=keep, allow_unused=True, materialize_grads=True
         )
         return dict(zip(self.wrt, found, strict=True))
-
-
-@dataclass(frozen=True, eq=False)
-class _Arriving:
-    """Tensors on their way to the host, which hold their values once the device is synchronised."""
-
-    scores: Tensor
-    gradient_sums: Mapping[str, Tensor]
-
-    def evaluation(self) -> SegmentEvaluation:
-        return SegmentEvaluation(self.scores.numpy(), {name: sums.numpy() for name, sums in self.gradient_sums.items()})
 
 
 def resolve_device(options: LoadOptions) -> torch.device:
@@ -325,11 +291,6 @@ def use_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def torch_dtype(dtype: np.dtype[np.generic]) -> torch.dtype:
-    """torch's name for an element type of numpy."""
-    return torch.from_numpy(np.empty(0, dtype)).dtype
-
-
 def _guarded(call: Callable[[], _Result]) -> _Result:
     """Turns whatever a model raises into EvaluationFailed."""
     try:
@@ -340,20 +301,6 @@ def _guarded(call: Callable[[], _Result]) -> _Result:
         if is_out_of_memory(error):
             raise EvaluationFailed("OUT_OF_MEMORY", f"the device has no memory left: {first_line(error)}") from error
         raise EvaluationFailed("MODEL_RAISED", f"the model raised: {first_line(error)}") from error
-
-
-def _spans(rows: Rows) -> list[slice]:
-    """Where each segment's rows lie in the batch."""
-    ends = np.cumsum([segment.row_count for segment in rows.segments]).tolist()
-    return [slice(end - segment.row_count, end) for segment, end in zip(rows.segments, ends, strict=True)]
-
-
-def _forward_parts(segment: Segment, scores: NDArray[np.generic]) -> Iterator[SegmentEvaluation]:
-    """Scores at each selector of forward-only rows, or their score tensors where there is none."""
-    if not segment.selectors:
-        yield SegmentEvaluation(np.empty(0), outputs=scores)
-    for selector in segment.selectors:
-        yield SegmentEvaluation(np.array([selector.value(row) for row in scores], np.float64))
 
 
 def _with_head(output: Tensor, head: ScoreHead, spec: OutputSpec) -> Tensor:

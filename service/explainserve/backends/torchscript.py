@@ -63,7 +63,8 @@ def _model(script: Module, trial: _Trial, arithmetic: Arithmetic, captured_no_gr
     _require_evaluation_mode(frozen)
     forward = _Forward.of(frozen, trial.signature)
     fixed_batch = not _accepts_two_rows(forward, trial)
-    model = TorchModel("torchscript", trial.signature, forward, arithmetic, fixed_batch)
+    weight_bytes = sum(weights.nbytes for weights in script.state_dict().values())
+    model = TorchModel("torchscript", trial.signature, forward, arithmetic, fixed_batch, weight_bytes=weight_bytes)
     model.gaps = gradient_gaps(model, captured_no_grad)
     if not _has_convolutions(frozen):
         return model

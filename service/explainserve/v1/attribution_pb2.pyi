@@ -550,9 +550,10 @@ class Provenance(_message.Message):
     answer took when it was computed, and the durations what this request took: none in the queue and on the device.
     """
     execution: _builtins.str
-    """How the backend ran the model where it has a choice, made at load for speed: "contiguous" or "channels_last", the memory
-    layout of images in torch; "divided_rows", where each thread evaluates some rows of a micro-batch of an ONNX model. Maps
-    differ by rounding between choices. Empty where there is none.
+    """How the backend ran the model where it has a choice, made for speed: "contiguous" or "channels_last", the memory layout of
+    images in torch, with "+cuda_graphs" where its passes are recorded and replayed, "+no_cuda_graphs" where they cannot be;
+    "divided_rows", where each thread evaluates some rows of a micro-batch of an ONNX model. Maps differ by rounding between
+    choices. Empty where there is none.
     """
     precision_map_error: _builtins.float
     """Relative L2 error of whole maps that a chosen precision makes, beside float32: the median of Integrated Gradients of random

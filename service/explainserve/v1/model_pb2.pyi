@@ -769,7 +769,7 @@ class Memory(_message.Message):
     """
     session_bytes: _builtins.int
     """By how much the server's memory grew when sessions were opened: weights packed for speed, and buffers. Measured, so only
-    about right; absent where the system does not tell.
+    about right; absent where the system does not tell. Of torch models, what CUDA graphs keep on their device.
     """
     def __init__(
         self,
