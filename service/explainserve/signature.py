@@ -81,11 +81,14 @@ class MapSpec:
         name: of the input or layer whose elements it attributes to.
         layout: letters of the axes, such as "CHW", or "" where not stated.
         channel_axis: its position, or None where there is none.
+        covers: the input over whose H and W axes the map's own extend, cell by cell and without a margin, where it has
+            not the input's shape; else "".
     """
 
     name: str
     layout: str = ""
     channel_axis: int | None = None
+    covers: str = ""
 
     @property
     def spatial_axes(self) -> tuple[int, int] | None:

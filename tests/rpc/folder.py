@@ -62,6 +62,7 @@ def write_folder(root: Path) -> Path:
     _image(root, "image", IMAGE_TOML)
     np.save(root / "image" / "training_mean.npy", np.full((3, 6, 8), 0.25, np.float32))
     _plain(root)
+    _rectified(root)
     _versions(root)
     _unusual(root)
     write_slow(root)
@@ -118,6 +119,31 @@ def _image(root: Path, name: str, toml: str) -> None:
     weights = {"w": WEIGHTS["image"], "v": WEIGHTS["head"]}
     image = {"image": (TensorProto.FLOAT, ["batch", 3, 6, 8])}
     _write(root, name, nodes, image, {"logits": ["batch", 4]}, weights, toml)
+
+
+def _rectified(root: Path) -> None:
+    """A small network of convolutions and rectifiers, with what every method needs: channels over a grid, a bias, a
+    pool; its layer before the pool has a grid of 3 by 4 cells."""
+    random = np.random.default_rng(6)
+    weights = {
+        "k": random.standard_normal((6, 3, 3, 3)) / 4,
+        "b": random.standard_normal(6) / 4,
+        "l": random.standard_normal((5, 6, 3, 3)) / 6,
+        "v": random.standard_normal((5, 4)),
+    }
+    nodes = [
+        helper.make_node("Conv", ["image", "k", "b"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c"], ["d"]),
+        helper.make_node("Conv", ["d", "l"], ["e"], pads=[1, 1, 1, 1], strides=[2, 2]),
+        helper.make_node("Relu", ["e"], ["f"]),
+        helper.make_node("GlobalAveragePool", ["f"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["h"]),
+        helper.make_node("MatMul", ["h", "v"], ["logits"]),
+    ]
+    image = {"image": (TensorProto.FLOAT, ["batch", 3, 6, 8])}
+    toml = '[[inputs]]\nname = "image"\nlayout = "NCHW"\n\n[[outputs]]\nname = "logits"\nkind = "logits"\n'
+    arrays = {name: value.astype(np.float32) for name, value in weights.items()}
+    _write(root, "rectified", nodes, image, {"logits": ["batch", 4]}, arrays, toml)
 
 
 def _plain_nodes() -> list[onnx.NodeProto]:

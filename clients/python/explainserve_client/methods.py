@@ -120,8 +120,112 @@ class ExpectedGradients:
     seed: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class GradCam:
+    """Grad-CAM (Selvaraju et al. 2017) of a layer, signed, in the layer's grid.
+
+    Attributes:
+        layer: its name. Server default: the first that the model's owner names, else the last with a grid.
+        relu: keep positive values only. Server default False.
+        upsampling: "none" (server default), "bilinear" or "nearest", to the input's H and W.
+    """
+
+    layer: str | None = None
+    relu: bool | None = None
+    upsampling: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GradCamPlusPlus:
+    """Grad-CAM++ (Chattopadhay et al. 2018).
+
+    Attributes:
+        layer: its name. Server default: the first that the model's owner names, else the last with a grid.
+        relu: keep positive values only. Server default False.
+        upsampling: "none" (server default), "bilinear" or "nearest", to the input's H and W.
+    """
+
+    layer: str | None = None
+    relu: bool | None = None
+    upsampling: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCam:
+    """LayerCAM (Jiang et al. 2021).
+
+    Attributes:
+        layer: its name. Server default: the first that the model's owner names, else the last with a grid.
+        relu: keep positive values only. Server default False.
+        upsampling: "none" (server default), "bilinear" or "nearest", to the input's H and W.
+    """
+
+    layer: str | None = None
+    relu: bool | None = None
+    upsampling: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreCam:
+    """Score-CAM (Wang et al. 2020): takes no gradient, and an evaluation per channel.
+
+    Attributes:
+        layer: its name. Server default: the first that the model's owner names, else the last with a grid.
+        relu: keep positive values only. Server default False.
+        upsampling: "none" (server default), "bilinear" or "nearest", to the input's H and W.
+    """
+
+    layer: str | None = None
+    relu: bool | None = None
+    upsampling: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GuidedGradCam:
+    """Guided Grad-CAM: a pixel method times the upsampled positive part of Grad-CAM.
+
+    Attributes:
+        layer: as of GradCam.
+        pixel_method: server default: GuidedBackpropagation().
+        upsampling: "bilinear" (server default) or "nearest".
+    """
+
+    layer: str | None = None
+    pixel_method: Method | None = None
+    upsampling: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GuidedBackpropagation:
+    """Guided backpropagation (Springenberg et al. 2015). Fails the parameter randomization check."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeconvNet:
+    """DeconvNet (Zeiler, Fergus 2014)."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeepLift:
+    """DeepLIFT with the rescale rule (Shrikumar et al. 2017)."""
+
+
 Method: TypeAlias = (
-    IntegratedGradients | Gradient | GradientXInput | SmoothGrad | SmoothGradSquared | VarGrad | ExpectedGradients
+    IntegratedGradients
+    | Gradient
+    | GradientXInput
+    | SmoothGrad
+    | SmoothGradSquared
+    | VarGrad
+    | ExpectedGradients
+    | GradCam
+    | GradCamPlusPlus
+    | LayerCam
+    | ScoreCam
+    | GuidedGradCam
+    | GuidedBackpropagation
+    | DeconvNet
+    | DeepLift
 )
 
 METHODS: Mapping[str, type[Method]] = {
@@ -132,6 +236,14 @@ METHODS: Mapping[str, type[Method]] = {
     "smooth_grad_squared": SmoothGradSquared,
     "var_grad": VarGrad,
     "expected_gradients": ExpectedGradients,
+    "grad_cam": GradCam,
+    "grad_cam_plus_plus": GradCamPlusPlus,
+    "layer_cam": LayerCam,
+    "score_cam": ScoreCam,
+    "guided_grad_cam": GuidedGradCam,
+    "guided_backpropagation": GuidedBackpropagation,
+    "deconv_net": DeconvNet,
+    "deep_lift": DeepLift,
 }
 """Methods by the name of their field in the message."""
 

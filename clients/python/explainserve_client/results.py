@@ -70,6 +70,7 @@ class InputAttribution:
         standard_error: of each value, of sampled methods where `include_standard_errors` asks for it.
         segments: labels of the segments that elements belong to, int32 from 0, with extent 1 along axes on which they
             do not depend; where `include_parts` asks for them.
+        covered_input: of a map of a layer: the input over whose H and W its own extend; "" elsewhere.
         geometry: how the tensor lies over the image, where the instance was preprocessed by this client.
         rank: number of axes of the tensor, None where not known.
     """
@@ -84,6 +85,7 @@ class InputAttribution:
     spread: Array | None = None
     standard_error: Array | None = None
     segments: Array | None = None
+    covered_input: str = ""
     geometry: Geometry | None = None
     rank: int | None = None
 
@@ -466,6 +468,7 @@ def _input_attribution(
         spread=to_array(message.spread) if message.HasField("spread") else None,
         standard_error=to_array(message.standard_error) if message.HasField("standard_error") else None,
         segments=to_array(message.segments) if message.HasField("segments") else None,
+        covered_input=message.covered_input,
         geometry=geometry,
         rank=rank,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,10 @@ class OnnxFunction:
 
     Attributes:
         sessions: of `graph`.
-        inputs: of the model.
+        inputs: of the graph: of the model, or layers that stand in their place.
         output: the one whose scores are computed.
+        taps: layers whose values come back.
+        starts: inputs of the graph that have the value of one of `inputs` at the start of the path, by its name.
         bare: names of inputs and outputs without a batch axis; rows come one at a time then.
         padded: whether micro-batches are filled up to a few sizes.
     """
@@ -34,6 +36,8 @@ class OnnxFunction:
     output: str
     bare: Collection[str]
     padded: bool = False
+    taps: tuple[str, ...] = ()
+    starts: Mapping[str, str] = field(default_factory=dict)
 
     def evaluations(self, rows: Rows) -> list[SegmentEvaluation]:
         """What comes back for each segment at each of its selectors, or without one; see `contract.LoadedModel`.
@@ -44,14 +48,25 @@ class OnnxFunction:
         """
         if rows.function.wrt:
             return self._differentiated(rows)
-        scores = self.scores(rows)
+        scores, *tapped = self._results(rows)
         self._check_row_count(len(scores), rows)
-        return [part for segment, span in spans(rows) for part in _forward_parts(segment, scores[span])]
+        parts = [(part, span) for segment, span in spans(rows) for part in _forward_parts(segment, scores[span])]
+        return [replace(part, values=self._values(tapped, span, rows)) if tapped else part for part, span in parts]
 
     def scores(self, rows: Rows) -> Array:
         """Score tensors of all rows, (rows, *score shape), of a graph without gradients; those filled in come last."""
-        ((scores,),) = self._passes(self._path_feeds(self._feeds(rows)), [{}])
-        return scores[None] if self.output in self.bare else scores
+        return self._results(rows)[0]
+
+    def _results(self, rows: Rows) -> list[Array]:
+        """Scores of a graph without gradients, and the values of the taps."""
+        ((scores, *tapped),) = self._passes(self._path_feeds(self._feeds(rows)), [{}])
+        return [scores[None] if self.output in self.bare else scores, *tapped]
+
+    def _values(self, tapped: Sequence[Array], span: slice, rows: Rows) -> dict[str, Array]:
+        """Of the taps on the rows of one segment."""
+        for array in tapped:
+            self._check_row_count(len(array), rows)
+        return {name: array[span] for name, array in zip(self.taps, tapped, strict=True)}
 
     def _differentiated(self, rows: Rows) -> list[SegmentEvaluation]:
         own = self._feeds(rows)
@@ -66,14 +81,18 @@ class OnnxFunction:
     ) -> list[SegmentEvaluation]:
         """What comes back for each segment at one of its selectors."""
         self._check_row_count(1 if self.output in self.bare else shape[0], rows)
-        by_input = dict(zip(rows.function.wrt, sums, strict=True))
-        return [
-            SegmentEvaluation(
-                _dot(entries[span, : len(selector.indices)], selector),
-                {name: of_input[i].reshape(ends(segment, name)[1].shape) for name, of_input in by_input.items()},
-            )
-            for i, (selector, (segment, span)) in enumerate(zip(selectors, spans(rows), strict=True))
-        ]
+        wrt = rows.function.wrt
+        tapped = sums[len(wrt) :]
+        found = []
+        for i, (selector, (segment, span)) in enumerate(zip(selectors, spans(rows), strict=True)):
+            values = self._values(tapped, span, rows)
+            by_tensor = {
+                name: of_tensor[i].reshape(_shape(segment, values, name))
+                for name, of_tensor in zip(wrt, sums, strict=False)
+            }
+            scores = _dot(entries[span, : len(selector.indices)], selector)
+            found.append(SegmentEvaluation(scores, by_tensor, values=values))
+        return found
 
     def _check_row_count(self, count: int, rows: Rows) -> None:
         expected = fixed_size(rows.row_count) if self.padded else rows.row_count
@@ -87,6 +106,8 @@ class OnnxFunction:
         paths: Feeds = {}
         for spec in self.inputs:
             paths |= feeds.of_input(spec, bare=spec.name in self.bare)
+            if spec.name in self.starts:
+                paths |= feeds.of_start(spec, self.starts[spec.name])
         return paths
 
     def _passes(self, feeds: Feeds, seeds: Sequence[Feeds]) -> Iterator[list[Array]]:
@@ -94,6 +115,11 @@ class OnnxFunction:
 
     def _named(self, feeds: Feeds) -> Feeds:
         return {self.graph.prefix + name: array for name, array in feeds.items()}
+
+
+def _shape(segment: Segment, values: Mapping[str, Array], name: str) -> tuple[int, ...]:
+    """Of a tensor that is differentiated: a tapped layer, or one that has a value at the ends of the segment."""
+    return values[name].shape[1:] if name in values else ends(segment, name)[1].shape
 
 
 def _forward_parts(segment: Segment, scores: Array) -> Iterator[SegmentEvaluation]:

@@ -125,6 +125,15 @@ def _kind(model: onnx.ModelProto, value: onnx.ValueInfoProto, class_axis: int) -
     return OutputKind.VALUES, Activation.NONE
 
 
+def element_type(value: onnx.ValueInfoProto) -> np.dtype[np.generic]:
+    """Of a tensor of the graph.
+
+    Raises:
+        ModelRefused: one that is not supported (UNSUPPORTED_TYPE).
+    """
+    return _dtype("layer", value)
+
+
 def _dtype(what: str, value: onnx.ValueInfoProto) -> np.dtype[np.generic]:
     kind = value.type.WhichOneof("value") or "no type"
     if kind != "tensor_type":

@@ -50,22 +50,27 @@ from explainserve.backends.resident_memory import peak_growth, resident_bytes
 from explainserve.backends.row_division import Team
 from explainserve.backends.row_feeds import joined, single_rows
 from explainserve.backends.timing import least_seconds, random_row, repeated
-from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported
+from explainserve.errors import EvaluationFailed, InvalidRequest, ModelRefused, Unsupported
 from explainserve.model_config import ModelConfig, Precision
 from explainserve.onnx_vjp import (
+    GRADIENT_RULES,
+    RECTIFIER_RULES,
     Gap,
     GradientGraph,
     UnsupportedOperators,
     append_score_head,
+    cut,
     find_gaps,
+    has_rectifiers,
     input_gradient,
     scaled_gradient,
     split,
 )
 from explainserve.onnx_vjp.blocked import keep_in_blocks
 from explainserve.onnx_vjp.opset import OLDEST as OLDEST_OPSET
+from explainserve.onnx_vjp.routes import dependents
 from explainserve.plan import STANDARD, Differentiation, Rows, SegmentEvaluation
-from explainserve.signature import Axis, Layer, ScoreHead, Signature
+from explainserve.signature import Axis, InputSpec, Layer, ScoreHead, Signature
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +171,8 @@ class OnnxModel:
         self._on_one_thread: OnnxModel | None = None
         self.gaps = _gaps(graph, signature, weights)
         self.layers = layers
-        self.gradient_rules: Mapping[str, str] = {STANDARD.name: ""} if self._has_gradient else {}
-        self.reaches_layers = False
+        self.gradient_rules: Mapping[str, str] = self._rules() if self._has_gradient else {}
+        self.reaches_layers = not unbatched and options.precision is not Precision.FLOAT16
         self.gradient_mode = "gradient_graph" if self._has_gradient else "black_box"
 
     @property
@@ -259,7 +264,7 @@ class OnnxModel:
         return not (self.signature.undifferentiable_reason or self.gaps)
 
     def _function_for(self, rows: Rows) -> OnnxFunction:
-        several = len(rows.passes) > 1 and rows.function.wrt
+        several = len(rows.passes) > 1 and rows.function.wrt and not rows.function.taps
         return self._split_function(rows.function) if several else self._function(rows.function)
 
     def _function(self, function: Differentiation) -> OnnxFunction:
@@ -351,30 +356,52 @@ class OnnxModel:
             self._session_bytes += max((resident_bytes() or before) - before, 0)
         return session
 
+    def _rules(self) -> dict[str, str]:
+        """Every rule, and why the model cannot follow it."""
+        if self._options.precision is Precision.FLOAT16:
+            return {STANDARD.name: ""}
+        missing = "" if has_rectifiers(self._graph) else "the network has no rectifiers, on which the rule is defined"
+        return {
+            name: missing if name in RECTIFIER_RULES else self._refusal(name) if name != STANDARD.name else ""
+            for name in GRADIENT_RULES
+        }
+
+    def _refusal(self, rule: str) -> str:
+        """The first gap of a rule that not every operator has, or ""."""
+        wrt, weights = self.signature.differentiable_inputs, self._weights.of(self._graph)
+        output = self.signature.differentiable_outputs[0]
+        try:
+            gaps = find_gaps(self._graph, wrt, output, rules=GRADIENT_RULES[rule], weights=weights)
+        except ValueError as error:
+            return str(error)
+        return str(_operator_gaps(gaps[:1])[0]) if gaps else ""
+
     def _forward(self, function: Differentiation) -> OnnxFunction:
         graph, score = self._with_head(function)
         rows = self._row_graph(graph)
-        rows.interpolate(self._input_names)
-        return self._opened(rows, [score], function)
+        rows.interpolate(self._moving(function))
+        return self._opened(rows, [score, *function.taps], function)
 
     def _gradient(self, function: Differentiation) -> OnnxFunction:
         graph, score = self._gradient_graph(function)
         self._keep_in_blocks(graph.model)
         rows = self._row_graph(graph.model, self._bare_results(graph, function, score))
-        rows.interpolate(self._input_names)
+        rows.interpolate(self._moving(function) | set(graph.baselines.values()))
         _select_and_reduce(rows, graph, function, score)
         try:
-            gradient = self._opened(rows, rows.outputs, function)
+            gradient = self._opened(rows, [*rows.outputs, *function.taps], function, graph.baselines)
         except ModelRefused as refusal:
             text = f"the gradient does not run on {self.device}: {refusal.message}"
             raise Unsupported("NOT_DIFFERENTIABLE", text, device=self.device) from refusal
-        if self.device != "cpu":
+        if self.device != "cpu" and not function.cut:
             self._check_device(gradient, function)
         return gradient
 
     def _split_gradient(self, function: Differentiation) -> OnnxFunction:
         """Raises ModelRefused, Unsupported or ValueError where it cannot be parted, or the parts do not run here."""
         graph, score = self._gradient_graph(function)
+        if graph.baselines:
+            raise ValueError("rules that compare two forward passes go forward for each target")
         if self.device == "cpu":
             flush_subnormals(graph.model, self._weights.of(graph.model))  # of what one part hands to the other, too
         prefix, parts = unused_prefix(graph.model.graph), split(graph)
@@ -383,7 +410,7 @@ class OnnxModel:
         if score not in parts.residuals:
             parts.backward.graph.input.extend(value for value in graph.model.graph.output if value.name == score)
         forward = self._row_graph(parts.forward, prefix=prefix)
-        forward.interpolate(self._input_names)
+        forward.interpolate(self._moving(function))
         backward = self._row_graph(parts.backward, self._bare_results(graph, function, score), prefix)
         _select_and_reduce(backward, graph, function, score)
         handed_over = list(dict.fromkeys([score, *parts.residuals]))
@@ -394,7 +421,7 @@ class OnnxModel:
             self._interruption,
         )
         gradient = self._with_sessions(sessions, backward, function)
-        if self.device != "cpu":
+        if self.device != "cpu" and not function.cut:
             self._check_equal(gradient, self._function(function), function)
         return gradient
 
@@ -403,7 +430,8 @@ class OnnxModel:
         if not self._has_gradient:
             raise _not_differentiable(self.gaps, self.signature.undifferentiable_reason)
         graph, score = self._with_head(function)
-        key = cache_key(graph, function.wrt, score, function.output, self.fixed_batch)
+        self._check_wrt(graph, function, score)
+        key = cache_key(graph, function.wrt, score, function.output, self.fixed_batch, function.rule)
         result = self._cache.get(key, lambda: self._built(graph, function, score))
         self._weights.take(result.model)
         return result, score
@@ -421,12 +449,16 @@ class OnnxModel:
         results = {score: function.output, **{graph.gradients[name]: name for name in function.wrt}}
         return {own for own, name in results.items() if name in self._unbatched}
 
-    @property
-    def _input_names(self) -> set[str]:
-        return {spec.name for spec in self.signature.inputs}
+    def _check_wrt(self, graph: onnx.ModelProto, function: Differentiation, score: str) -> None:
+        """Raises InvalidRequest (LAYER_NOT_ON_PATH) for a layer that the score does not depend on."""
+        for name in set(function.wrt) - _input_names(graph):
+            if score not in dependents(graph.graph.node, name):
+                raise _not_on_path(name, function.output)
 
-    def _opened(self, rows: RowGraph, outputs: Sequence[str], function: Differentiation) -> OnnxFunction:
-        return self._with_sessions(self._whole(rows.model, outputs), rows, function)
+    def _opened(
+        self, rows: RowGraph, outputs: Sequence[str], function: Differentiation, starts: Mapping[str, str] | None = None
+    ) -> OnnxFunction:
+        return self._with_sessions(self._whole(rows.model, outputs), rows, function, starts)
 
     def _whole(self, graph: onnx.ModelProto, outputs: Sequence[str]) -> Passes:
         if not self._provider.binds:
@@ -438,16 +470,43 @@ class OnnxModel:
             self._provider.captures,
         )
 
-    def _with_sessions(self, sessions: Passes, rows: RowGraph, function: Differentiation) -> OnnxFunction:
-        inputs, padded = self.signature.inputs, self._provider.binds
-        return OnnxFunction(sessions, rows, inputs, function.output, self._unbatched, padded)
+    def _with_sessions(
+        self,
+        sessions: Passes,
+        rows: RowGraph,
+        function: Differentiation,
+        starts: Mapping[str, str] | None = None,
+    ) -> OnnxFunction:
+        return OnnxFunction(
+            sessions,
+            rows,
+            self._inputs(function),
+            function.output,
+            self._unbatched,
+            self._provider.binds,
+            function.taps,
+            starts or {},
+        )
+
+    def _moving(self, function: Differentiation) -> set[str]:
+        return {spec.name for spec in self._inputs(function)}
+
+    def _inputs(self, function: Differentiation) -> tuple[InputSpec, ...]:
+        """Those of the graph of a function: where it is cut, the layers, and the inputs of the model that are left."""
+        if not function.cut:
+            return self.signature.inputs
+        graph, _ = self._with_head(function)
+        left = {value.name: value for value in graph.graph.input}
+        layers = [InputSpec(name, onnx_graph.element_type(left[name]), ()) for name in function.cut]
+        return (*layers, *(spec for spec in self.signature.inputs if spec.name in left))
 
     def _built(self, graph: onnx.ModelProto, function: Differentiation, score: str) -> GradientGraph:
         wrt, weights = function.wrt, self._weights.of(graph)
         try:
             if self._options.precision is Precision.FLOAT16:
                 return scaled_gradient(graph, wrt, score, function.output, single=self.fixed_batch, weights=weights)
-            return input_gradient(graph, wrt, score, weights=weights)
+            rules = GRADIENT_RULES[function.rule.name]
+            return input_gradient(graph, wrt, score, rules=rules, weights=weights)
         except UnsupportedOperators as error:
             raise _not_differentiable(_operator_gaps(error.gaps)) from error
         except ValueError as error:
@@ -490,7 +549,41 @@ class OnnxModel:
         output = self.signature.output(function.output)
         axis = output.class_axis if output.class_axis is not None else len(output.axes) - 1
         lacking = output.name in self._unbatched
-        return append_score_head(self._graph, output.name, function.head.value, axis - lacking)
+        graph, score = append_score_head(self._graph, output.name, function.head.value, axis - lacking)
+        self._check_layers(graph, function)
+        return (_cut(graph, function.cut, score), score) if function.cut else (graph, score)
+
+    def _check_layers(self, graph: onnx.ModelProto, function: Differentiation) -> None:
+        """Raises InvalidRequest (UNKNOWN_LAYER)."""
+        known = {name for node in graph.graph.node for name in node.output}
+        for name in (*function.taps, *function.cut):
+            if name not in known:
+                raise InvalidRequest("UNKNOWN_LAYER", f"the model has no layer {name!r}", layer=name)
+
+
+def _cut(graph: onnx.ModelProto, layers: Sequence[str], score: str) -> onnx.ModelProto:
+    """What is behind the layers.
+
+    Raises:
+        InvalidRequest: the score does not depend on one of them (LAYER_NOT_ON_PATH), or they cannot be cut together
+            (LAYERS_NOT_CUT).
+    """
+    for name in layers:
+        if score not in dependents(graph.graph.node, name):
+            raise _not_on_path(name, score)
+    try:
+        return cut(graph, layers).after
+    except ValueError as error:
+        raise InvalidRequest("LAYERS_NOT_CUT", str(error), layers=", ".join(layers)) from error
+
+
+def _not_on_path(layer: str, output: str) -> InvalidRequest:
+    text = f"output {output!r} does not depend on layer {layer!r}"
+    return InvalidRequest("LAYER_NOT_ON_PATH", text, layer=layer, output=output)
+
+
+def _input_names(graph: onnx.ModelProto) -> set[str]:
+    return {value.name for value in graph.graph.input}
 
 
 def _select_and_reduce(rows: RowGraph, graph: GradientGraph, function: Differentiation, score: str) -> None:

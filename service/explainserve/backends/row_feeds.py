@@ -36,11 +36,12 @@ def single_rows(segment: Segment) -> Iterator[Rows]:
 def joined(parts: Sequence[SegmentEvaluation]) -> SegmentEvaluation:
     """What came back for consecutive rows of a segment, as one evaluation of them."""
     outputs = [part.outputs for part in parts if part.outputs is not None]
+    values = {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values}
     sums = {
         name: functools.reduce(np.add, [part.gradient_sums[name] for part in parts]) for name in parts[0].gradient_sums
     }
     return SegmentEvaluation(
-        np.concatenate([part.scores for part in parts]), sums, np.concatenate(outputs) if outputs else None
+        np.concatenate([part.scores for part in parts]), sums, np.concatenate(outputs) if outputs else None, values
     )
 
 
@@ -82,7 +83,14 @@ class RowFeeds:
         Args:
             bare: the model takes it without a batch axis; there is a single row then.
         """
-        pairs = [ends(segment, spec.name) for segment in self._segments]
+        return self._of_ends(spec, [ends(segment, spec.name) for segment in self._segments], bare)
+
+    def of_start(self, spec: InputSpec, name: str) -> Feeds:
+        """An input of that name that has the value of one of the model at the start of the path, on every row."""
+        starts = [ends(segment, spec.name)[0] for segment in self._segments]
+        return self._of_ends(replace(spec, name=name), [(start, start) for start in starts], bare=False)
+
+    def _of_ends(self, spec: InputSpec, pairs: Sequence[tuple[Array, Array]], bare: bool) -> Feeds:
         distinct = {id(array): array for pair in pairs for array in pair}
         places = {key: place for place, key in enumerate(distinct)}
         start, end = np.array([[places[id(array)] for array in pair] for pair in pairs])[self._segment].T

@@ -7,10 +7,18 @@ came back into the answer or asks for more. To add one: a file here, its line in
 from __future__ import annotations
 
 from explainserve.methods.contract import Cost, Method, Needs, ReadingGuide
+from explainserve.methods.deconv_net import DeconvNet
+from explainserve.methods.deep_lift import DeepLift
 from explainserve.methods.expected_gradients import ExpectedGradients
+from explainserve.methods.grad_cam import GradCam
+from explainserve.methods.grad_cam_plus_plus import GradCamPlusPlus
 from explainserve.methods.gradient import Gradient
 from explainserve.methods.gradient_x_input import GradientXInput
+from explainserve.methods.guided_backpropagation import GuidedBackpropagation
+from explainserve.methods.guided_grad_cam import GuidedGradCam
 from explainserve.methods.integrated_gradients import IntegratedGradients
+from explainserve.methods.layer_cam import LayerCam
+from explainserve.methods.score_cam import ScoreCam
 from explainserve.methods.smooth_grad import SmoothGrad
 from explainserve.methods.smooth_grad_squared import SmoothGradSquared
 from explainserve.methods.var_grad import VarGrad
@@ -23,6 +31,14 @@ METHODS: dict[str, type[Method]] = {
     "smooth_grad_squared": SmoothGradSquared,
     "var_grad": VarGrad,
     "expected_gradients": ExpectedGradients,
+    "grad_cam": GradCam,
+    "grad_cam_plus_plus": GradCamPlusPlus,
+    "layer_cam": LayerCam,
+    "score_cam": ScoreCam,
+    "guided_grad_cam": GuidedGradCam,
+    "guided_backpropagation": GuidedBackpropagation,
+    "deconv_net": DeconvNet,
+    "deep_lift": DeepLift,
 }
 """Methods by the name of their field in MethodSpec."""
 
@@ -35,13 +51,21 @@ def name_of(method: Method) -> str:
 __all__ = [
     "METHODS",
     "Cost",
+    "DeconvNet",
+    "DeepLift",
     "ExpectedGradients",
+    "GradCam",
+    "GradCamPlusPlus",
     "Gradient",
     "GradientXInput",
+    "GuidedBackpropagation",
+    "GuidedGradCam",
     "IntegratedGradients",
+    "LayerCam",
     "Method",
     "Needs",
     "ReadingGuide",
+    "ScoreCam",
     "SmoothGrad",
     "SmoothGradSquared",
     "VarGrad",

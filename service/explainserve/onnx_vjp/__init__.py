@@ -27,11 +27,12 @@ from explainserve.onnx_vjp.registry import (
 from explainserve.onnx_vjp.scaling import scaled_gradient
 from explainserve.onnx_vjp.shapes import Shape
 from explainserve.onnx_vjp.split import SplitGradient, split
-from explainserve.onnx_vjp.tables import GRADIENT_RULES
+from explainserve.onnx_vjp.tables import GRADIENT_RULES, RECTIFIER_RULES, has_rectifiers
 
 __all__ = [
     "GRADIENT_RULES",
     "HEADS",
+    "RECTIFIER_RULES",
     "Bypass",
     "Composition",
     "Cut",
@@ -50,6 +51,7 @@ __all__ = [
     "composition",
     "cut",
     "find_gaps",
+    "has_rectifiers",
     "input_gradient",
     "layers",
     "overridden",

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import onnx
+
 from explainserve.onnx_vjp import rules as _rules  # noqa: F401  (fills the registry)
 from explainserve.onnx_vjp.deeplift import rescale_rule
 from explainserve.onnx_vjp.emitter import Emitter, Node
@@ -71,6 +73,18 @@ def _for_rectifiers(table: Table, change: Callable[[Formula], Formula]) -> Table
         elif operator in _RECTIFYING:
             changed[key] = replace(state, formula=_where_rectifying(operator, change(state.formula), state.formula))
     return overridden(table, changed)
+
+
+RECTIFIER_RULES = frozenset({"guided_backpropagation", "deconvnet"})
+"""Rules that are defined on rectifiers, and change nothing else."""
+
+
+def has_rectifiers(model: onnx.ModelProto) -> bool:
+    """Whether any node of the graph rectifies, so that rules for rectifiers change anything.
+
+    Clip and Max count where they may rectify; whether they do depends on their operands.
+    """
+    return any(node.op_type in _RECTIFIERS or node.op_type in _RECTIFYING for node in model.graph.node)
 
 
 GRADIENT_RULES: Mapping[str, Table] = {

@@ -557,6 +557,7 @@ def _input_attribution(spec: MapSpec, figures: InputFigures) -> attribution_pb2.
     return attribution_pb2.InputAttribution(
         name=spec.name,
         layout=spec.layout,
+        covered_input=spec.covers,
         channel_axis=spec.channel_axis,
         statistics=[_mirror(figure) for figure in figures.statistics],
         normalizations=[_mirror(recipe) for recipe in figures.normalizations],

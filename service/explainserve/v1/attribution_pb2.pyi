@@ -226,12 +226,17 @@ class InputAttribution(_message.Message):
     SPREAD_FIELD_NUMBER: _builtins.int
     STANDARD_ERROR_FIELD_NUMBER: _builtins.int
     SEGMENTS_FIELD_NUMBER: _builtins.int
+    COVERED_INPUT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the input, or later of the layer or embedding."""
     layout: _builtins.str
     """Letters of its axes, such as "CHW"; empty where the model does not state them."""
     channel_axis: _builtins.int
     """Position of the channel axis in this shape; absent where there is none."""
+    covered_input: _builtins.str
+    """Of a map of a layer: the input over whose H and W axes the map's own extend, cell by cell and without a margin. Empty where
+    the map has the input's own shape.
+    """
     @_builtins.property
     def tensor(self) -> _tensor_pb2.Tensor:
         """The raw attributions, FLOAT32, in the shape of one instance without the batch axis. Absent where the response options
@@ -277,10 +282,11 @@ class InputAttribution(_message.Message):
         spread: _tensor_pb2.Tensor | None = ...,
         standard_error: _tensor_pb2.Tensor | None = ...,
         segments: _tensor_pb2.Tensor | None = ...,
+        covered_input: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_channel_axis", b"_channel_axis", "channel_axis", b"channel_axis", "segments", b"segments", "spread", b"spread", "standard_error", b"standard_error", "tensor", b"tensor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_channel_axis", b"_channel_axis", "channel_axis", b"channel_axis", "layout", b"layout", "name", b"name", "normalizations", b"normalizations", "regions", b"regions", "segments", b"segments", "spread", b"spread", "standard_error", b"standard_error", "statistics", b"statistics", "tensor", b"tensor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_channel_axis", b"_channel_axis", "channel_axis", b"channel_axis", "covered_input", b"covered_input", "layout", b"layout", "name", b"name", "normalizations", b"normalizations", "regions", b"regions", "segments", b"segments", "spread", b"spread", "standard_error", b"standard_error", "statistics", b"statistics", "tensor", b"tensor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__channel_axis: _TypeAlias = _typing.Literal["channel_axis"]  # noqa: Y015
     _WhichOneofArgType__channel_axis: _TypeAlias = _typing.Literal["_channel_axis", b"_channel_axis"]  # noqa: Y015

@@ -674,8 +674,8 @@ Global___GradCam: _TypeAlias = GradCam  # noqa: Y015
 
 @_typing.final
 class GradCamPlusPlus(_message.Message):
-    """Grad-CAM++ (Chattopadhay et al. 2018, arXiv:1710.11063), with the exponential of the score as the paper has it: weights of
-    positive gradients by their second and third order.
+    """Grad-CAM++ (Chattopadhay et al. 2018, arXiv:1710.11063), for the exponential of the score as the paper has it, without its
+    factor exp(F), which all values have in common: weights of positive gradients by their second and third order.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
