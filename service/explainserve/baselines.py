@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from explainserve.blur import gaussian_blur
 from explainserve.errors import InvalidRequest, NotFound, Unsupported
 from explainserve.explanation import Baseline, Instance
 from explainserve.signature import InputSpec, Signature
@@ -151,10 +152,7 @@ class Blur:
                 input=site.spec.name,
                 layout=site.spec.layout,
             )
-        blurred = site.value
-        for axis in axes:
-            blurred = _gaussian(blurred, self.sigma, axis)
-        return blurred
+        return np.asarray(gaussian_blur(site.value, self.sigma, axes), np.float64)
 
 
 @dataclass(frozen=True)
@@ -357,21 +355,3 @@ def _generator(seed: int, draw: int, position: int) -> np.random.Generator:
 
 def _range_required(spec: InputSpec, why: str) -> InvalidRequest:
     return InvalidRequest("BASELINE_RANGE_REQUIRED", f"input {spec.name!r}: {why}", input=spec.name)
-
-
-def _gaussian(values: Array, sigma: float, axis: int) -> Array:
-    """Convolution with a Gaussian cut at four standard deviations, edge values repeated."""
-    radius = int(np.ceil(4 * sigma))
-    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    taps /= taps.sum()
-    matrix = _edge_convolution(values.shape[axis], radius, taps)
-    return np.moveaxis(np.tensordot(matrix, values, axes=(1, axis)), 0, axis)
-
-
-def _edge_convolution(size: int, radius: int, taps: Array) -> Array:
-    """The convolution as a (size, size) matrix: taps that fall outside are added at the border."""
-    matrix: Array = np.zeros((size, size))
-    rows = np.arange(size)[:, None]
-    columns = np.clip(rows + np.arange(-radius, radius + 1)[None, :], 0, size - 1)
-    np.add.at(matrix, (np.broadcast_to(rows, columns.shape), columns), np.broadcast_to(taps, columns.shape))
-    return matrix

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from threading import RLock
 from typing import Any, Self, TypeVar
 from weakref import WeakValueDictionary
 
@@ -41,16 +42,18 @@ class Instance:
     moving: Tensors
     fixed: Tensors
     _derived: WeakValueDictionary[Hashable, Any] = field(default_factory=WeakValueDictionary, init=False, repr=False)
+    _deriving: RLock = field(default_factory=RLock, init=False, repr=False)
 
     def derived(self, key: Hashable, make: Callable[[], T]) -> T:
         """What a method makes of this instance alone: the same object for all questions, as long as any of them holds
-        it, so that their rows are shared.
+        it, so that their rows are shared. Questions that are planned at the same time wait for the one that makes it.
 
         Args:
             key: stands for all that decides the value.
         """
-        found: T | None = self._derived.get(key)
-        return self._derived.setdefault(key, make()) if found is None else found
+        with self._deriving:
+            found: T | None = self._derived.get(key)
+            return self._derived.setdefault(key, make()) if found is None else found
 
 
 @dataclass(frozen=True, eq=False)

@@ -239,6 +239,12 @@ BASELINES = {
         "BASELINE_FOR_FIXED_INPUT",
         {"inputs": "ids", "moving_inputs": "image"},
     ),
+    "blurred path without space": Case(
+        plain(methods=[{"blur_integrated_gradients": {}}]), PRECONDITION, "NO_SPATIAL_AXES", {"input": "x"}
+    ),
+    "too many steps within another method": Case(
+        plain(methods=[{"smooth_grad": {"base": steps(513)[0]}}]), EXHAUSTED, "STEP_COUNT_EXCEEDED", {"limit": "512"}
+    ),
     "blur without space": Case(plain(baselines=[every(blur={"sigma": 1.0})]), PRECONDITION, "NO_SPATIAL_AXES"),
     "blur by nothing": Case(image(baselines=[every(blur={})]), INVALID, "BASELINE_SIGMA_OUT_OF_RANGE"),
     "noise by nothing": Case(

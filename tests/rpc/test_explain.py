@@ -618,6 +618,13 @@ def test_default_method_stays_below_a_models_own_cap(stub: ExplainerServiceStub)
     assert response.attributions[0].step_count <= 24
 
 
+def test_defaults_of_a_method_within_another_stay_below_a_models_own_cap(stub: ExplainerServiceStub) -> None:
+    tunnel = [{"smooth_grad": {"base": {"integrated_gradients": {}}, "sample_count": 2}}]
+    response = explain(stub, "capped", {"x": X2[:1]}, targets=[element(0)], methods=tunnel)
+
+    assert response.provenance.effective_methods[0].smooth_grad.base.integrated_gradients.max_step_count == 24
+
+
 def test_provenance_says_who_answered(stub: ExplainerServiceStub, folder: Any) -> None:
     response = explain(stub, "versions", {"x": X2[:1]}, targets=[element(0)], methods=steps(4))
     own = response.provenance

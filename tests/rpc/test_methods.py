@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "smooth_grad_squared": {"sample_count": 5, "noise_level": 0.1},
     "var_grad": {"sample_count": 4, "base": {"integrated_gradients": {"step_count": 3}}},
     "expected_gradients": {"sample_count": 7, "noise_std": 0.05},
+    "blur_integrated_gradients": {"step_count": 6, "max_sigma": 3.0, "spacing": "BLUR_SPACING_VARIANCE"},
     "grad_cam": {},
     "grad_cam_plus_plus": {"relu": True},
     "layer_cam": {"upsampling": "UPSAMPLING_BILINEAR"},

@@ -46,6 +46,7 @@ from explainserve_client.errors import (
     Unimplemented,
 )
 from explainserve_client.methods import (
+    BlurIntegratedGradients,
     DeconvNet,
     DeepLift,
     ExpectedGradients,
@@ -109,6 +110,7 @@ __all__ = [
     "Axis",
     "Baseline",
     "Blur",
+    "BlurIntegratedGradients",
     "Box",
     "Cancelled",
     "Caution",

@@ -210,6 +210,23 @@ class DeepLift:
     """DeepLIFT with the rescale rule (Shrikumar et al. 2017)."""
 
 
+@dataclass(frozen=True, slots=True)
+class BlurIntegratedGradients:
+    """Blur Integrated Gradients (Xu, Venugopalan, Sundararajan 2020): from the blurred instance to the instance.
+
+    It takes no baseline, and inputs with H and W axes.
+
+    Attributes:
+        step_count: gradient evaluations, at least 1. Server default 100.
+        max_sigma: standard deviation of the strongest blur in elements, in (0, 1000]. Server default 50.
+        spacing: of the blurs: "linear" (default) in the standard deviation, or in the "variance".
+    """
+
+    step_count: int | None = None
+    max_sigma: float | None = None
+    spacing: str | None = None
+
+
 Method: TypeAlias = (
     IntegratedGradients
     | Gradient
@@ -218,6 +235,7 @@ Method: TypeAlias = (
     | SmoothGradSquared
     | VarGrad
     | ExpectedGradients
+    | BlurIntegratedGradients
     | GradCam
     | GradCamPlusPlus
     | LayerCam
@@ -236,6 +254,7 @@ METHODS: Mapping[str, type[Method]] = {
     "smooth_grad_squared": SmoothGradSquared,
     "var_grad": VarGrad,
     "expected_gradients": ExpectedGradients,
+    "blur_integrated_gradients": BlurIntegratedGradients,
     "grad_cam": GradCam,
     "grad_cam_plus_plus": GradCamPlusPlus,
     "layer_cam": LayerCam,

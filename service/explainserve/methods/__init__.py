@@ -6,6 +6,7 @@ came back into the answer or asks for more. To add one: a file here, its line in
 
 from __future__ import annotations
 
+from explainserve.methods.blur_integrated_gradients import BlurIntegratedGradients
 from explainserve.methods.contract import Cost, Method, Needs, ReadingGuide
 from explainserve.methods.deconv_net import DeconvNet
 from explainserve.methods.deep_lift import DeepLift
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "smooth_grad_squared": SmoothGradSquared,
     "var_grad": VarGrad,
     "expected_gradients": ExpectedGradients,
+    "blur_integrated_gradients": BlurIntegratedGradients,
     "grad_cam": GradCam,
     "grad_cam_plus_plus": GradCamPlusPlus,
     "layer_cam": LayerCam,
@@ -50,6 +52,7 @@ def name_of(method: Method) -> str:
 
 __all__ = [
     "METHODS",
+    "BlurIntegratedGradients",
     "Cost",
     "DeconvNet",
     "DeepLift",

@@ -23,7 +23,7 @@ from explainserve.methods.adaptive import (
     pilot,
 )
 from explainserve.methods.contract import Cost, Method, ReadingGuide
-from explainserve.methods.quadrature import RULES
+from explainserve.methods.quadrature import RULES, check_step_count
 from explainserve.plan import Evaluation, Plan, Segment
 
 ADAPTIVE = "adaptive"
@@ -76,12 +76,12 @@ class IntegratedGradients(Method):
         self._check_quadrature()
         if self.step_count is not None:
             self._check_no_adaptive_options()
-            _check_count("step_count", self.step_count, RULES[self._rule_name].min_step_count)
+            check_step_count("step_count", self.step_count, RULES[self._rule_name].min_step_count)
             return
         for option, value in ADAPTIVE_DEFAULTS.items():
             if getattr(self, option) is None:
                 object.__setattr__(self, option, value)
-        _check_count("max_step_count", self._max_step_count, MIN_STEP_COUNT)
+        check_step_count("max_step_count", self._max_step_count, MIN_STEP_COUNT)
         _check_tolerance("tolerance", self._tolerances.map_error)
         _check_tolerance("completeness_tolerance", self._tolerances.completeness)
 
@@ -216,17 +216,6 @@ def _attribution(
 ) -> Attribution:
     alphas, scores = path
     return Attribution(tensors, step_count, reason, map_error, alphas, scores).checked()
-
-
-def _check_count(option: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise InvalidRequest(
-            "STEP_COUNT_OUT_OF_RANGE",
-            f"{option} is {value}; expected at least {minimum}",
-            option=option,
-            value=value,
-            min=minimum,
-        )
 
 
 def _check_tolerance(option: str, value: float) -> None:

@@ -141,7 +141,7 @@ class NoiseTunnel(Method):
 
     @property
     def _needs_scores(self) -> bool:
-        return self._base.reading_guide.needs_baseline
+        return self._base.reading_guide.family == "path"
 
     def _guide(self, units: str, paper: str) -> ReadingGuide:
         """How the base is read, but for what noise makes of it."""

@@ -9,6 +9,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from explainserve.errors import InvalidRequest
+
 Nodes = NDArray[np.float64]
 Weights = NDArray[np.float64]
 
@@ -60,3 +62,15 @@ RULES: dict[str, Rule] = {
     "gauss_legendre": Rule(_gauss_legendre),
 }
 """Fixed rules by name. Composite rules: Davis & Rabinowitz, Methods of Numerical Integration, 2nd ed., section 2.1."""
+
+
+def check_step_count(option: str, value: int, minimum: int = 1) -> None:
+    """Raises InvalidRequest (STEP_COUNT_OUT_OF_RANGE) below the minimum."""
+    if value < minimum:
+        raise InvalidRequest(
+            "STEP_COUNT_OUT_OF_RANGE",
+            f"{option} is {value}; expected at least {minimum}",
+            option=option,
+            value=value,
+            min=minimum,
+        )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from explainserve.errors import InvalidRequest, LimitExceeded, Unimplemented, Un
 from explainserve.explainer import Query
 from explainserve.explanation import Instance, Subject
 from explainserve.figures import FigureOptions, Group, Region, Selector, check_regions
-from explainserve.methods import IntegratedGradients, Method, name_of
+from explainserve.methods import METHODS, Method, name_of
 from explainserve.methods.adaptive import MIN_STEP_COUNT
 from explainserve.regions import Box
 from explainserve.repository import ServedModel
@@ -219,16 +219,29 @@ _DEFAULT_METHOD = method_pb2.MethodSpec(integrated_gradients=method_pb2.Integrat
 
 
 def _capped(method: Method, spec: method_pb2.MethodSpec, cap: int) -> Method:
-    """A default that is above the cap gives way to it, so that a plain request is never refused for it."""
-    steps = getattr(method, "step_count", None) or getattr(method, "max_step_count", None) or 0
+    """A default that is above the cap gives way to it, so that a plain request is never refused for it; so do those of
+    methods within it."""
+    message = getattr(spec, name_of(method))
+    options: dict[str, Any] = {option.name: getattr(method, option.name) for option in fields(cast(Any, method))}
+    inner = {
+        name: _capped(value, getattr(message, name), cap)
+        for name, value in options.items()
+        if type(value) in METHODS.values()
+    }
+    option = "max_step_count" if options.get("step_count") is None else "step_count"
+    steps = options.get(option) or 0
     if steps <= cap:
-        return method
-    stated = {field.name for field, _ in getattr(spec, name_of(method)).ListFields()}
-    if isinstance(method, IntegratedGradients) and stated.isdisjoint({"step_count", "max_step_count"}):
-        return replace(method, max_step_count=max(MIN_STEP_COUNT, cap))
+        return _with(method, inner) if inner else method
+    stated = {field.name for field, _ in message.ListFields()}
+    if stated.isdisjoint({"step_count", "max_step_count"}):
+        return _with(method, {option: max(cap, MIN_STEP_COUNT if option == "max_step_count" else 1)})
     raise LimitExceeded(
         "STEP_COUNT_EXCEEDED", f"{steps} steps are above the limit of {cap}", step_count=steps, limit=cap
     )
+
+
+def _with(method: Method, options: Mapping[str, Any]) -> Method:
+    return cast(Method, replace(cast(Any, method), **options))
 
 
 def predicted_score(value: int) -> Score:

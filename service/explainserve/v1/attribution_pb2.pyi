@@ -182,7 +182,7 @@ Global___Caution: _TypeAlias = Caution  # noqa: Y015
 
 @_typing.final
 class ScorePath(_message.Message):
-    """The score along the straight line from baseline to instance."""
+    """The score along the path from its start to the instance."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -190,7 +190,9 @@ class ScorePath(_message.Message):
     SCORES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def alphas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Positions in [0, 1], ascending; 0 is the baseline, 1 the instance."""
+        """Positions in [0, 1], ascending; 0 is the start, such as the baseline, 1 the instance. On a straight line shares of its
+        length, else shares of the steps.
+        """
 
     @_builtins.property
     def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
@@ -361,7 +363,7 @@ class Attribution(_message.Message):
     """F(x), in the unit of the score."""
     baseline_output_value: _builtins.float
     """F(x'), in the unit of the score; the mean over baselines where they are folded, or where the method takes all of them;
-    absent for methods without a baseline.
+    where the path of the method itself starts, for Blur Integrated Gradients; absent for methods without a path.
     """
     attribution_sum: _builtins.float
     """Sum of all attributions over all inputs, float64."""

@@ -523,6 +523,12 @@ Global___ExpectedGradients: _TypeAlias = ExpectedGradients  # noqa: Y015
 class BlurIntegratedGradients(_message.Message):
     """Blur Integrated Gradients (Xu, Venugopalan, Sundararajan 2020, arXiv:2004.03383): the path from a blurred instance to the
     instance by sharpening. It needs no baseline; F(x') is the score of the blurriest instance. For inputs with H and W axes.
+    Blurs are Gaussians cut at four standard deviations, edge values repeated, as in blurred baselines. The path is a chain of
+    chords between `step_count` + 1 blurs; each chord gets the gradient at its middle, times the difference of its ends.
+
+    Parity: the authors' code pads with zeros, so that blurs darken towards the border, and takes the gradient at the sharp end
+    of each step times a difference of blurs 0.01 apart. Where values near the border are zero both have the same limit of many
+    steps. Its `sqrt=True` with `max_sigma` s is VARIANCE here with the square root of s.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -531,7 +537,7 @@ class BlurIntegratedGradients(_message.Message):
     MAX_SIGMA_FIELD_NUMBER: _builtins.int
     SPACING_FIELD_NUMBER: _builtins.int
     step_count: _builtins.int
-    """Optional. Number of gradient evaluations, from 1 to the server's cap. Default 100."""
+    """Optional. Number of gradient evaluations, from 1 to the server's cap. Default 100, or the cap where that is lower."""
     max_sigma: _builtins.float
     """Optional. Standard deviation of the strongest blur in elements, in (0, 1000]. Default 50."""
     spacing: Global___BlurSpacing.ValueType

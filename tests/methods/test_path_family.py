@@ -1,0 +1,186 @@
+"""Path methods beside Integrated Gradients against closed forms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from explainserve.blur import gaussian_blur
+from explainserve.errors import InvalidRequest, Unsupported
+from explainserve.explanation import Attribution, Question, StopReason, Subject, attribution_sum
+from explainserve.methods import BlurIntegratedGradients, Method, SmoothGrad
+from explainserve.plan import Segment
+from explainserve.sharing import shared
+from explainserve.signature import MapSpec
+from methods.analytic import Function, linear, question, rounds, sigmoid
+
+RANDOM = np.random.default_rng(17)
+IMAGE = RANDOM.standard_normal((2, 4, 5)).astype(np.float32)
+WEIGHTS = RANDOM.standard_normal(IMAGE.size)
+SIGMA = 1.5
+BLURRED = gaussian_blur(IMAGE, SIGMA, (1, 2))
+
+
+def cubic() -> Function:
+    """Additive and separable: the sum of x^3 / 3 + x."""
+    return Function(lambda x: (x**3 / 3 + x).sum(1), lambda x: x**2 + 1)
+
+
+def quadratic(size: int) -> Function:
+    """x A x / 2 with a random symmetric A."""
+    a = np.random.default_rng(3).standard_normal((size, size))
+    a = a + a.T
+    return Function(lambda x: ((x @ a) * x).sum(1) / 2, lambda x: x @ a)
+
+
+def smooth(size: int) -> Function:
+    """The sigmoid of a sum."""
+    w = np.random.default_rng(4).standard_normal(size) / 2
+
+    def slope(x: Any) -> Any:
+        z = sigmoid(x @ w)
+        return (z * (1 - z))[:, None] * w
+
+    return Function(lambda x: sigmoid(x @ w), slope)
+
+
+def ask(function: Function, x: Any = IMAGE, start: Any = None, layout: str = "CHW") -> Question:
+    asked = question(function, x, np.zeros_like(x) if start is None else start)
+    return replace(asked, subject=Subject({"x": MapSpec("x", layout)}, asked.subject.shapes))
+
+
+def explain(method: Method, function: Function, *where: Any) -> Attribution:
+    return rounds(method, ask(function, *where), function)[0]
+
+
+def gap(found: Attribution, asked: Question) -> float:
+    """The completeness delta of a path with a start of its own."""
+    assert found.baseline_output_value is not None
+    return attribution_sum(found.tensors) - (asked.instance_output_value - found.baseline_output_value)
+
+
+def blur(**options: Any) -> BlurIntegratedGradients:
+    return BlurIntegratedGradients(max_sigma=SIGMA, **options)
+
+
+@pytest.mark.parametrize("spacing", ["linear", "variance"])
+@pytest.mark.parametrize("step_count", [1, 7])
+def test_blur_explains_a_linear_function_exactly(spacing: str, step_count: int) -> None:
+    found = explain(blur(step_count=step_count, spacing=spacing), linear(WEIGHTS, 0.5))
+
+    np.testing.assert_allclose(found.tensors["x"].ravel(), WEIGHTS * (IMAGE - BLURRED).ravel(), atol=1e-5)
+    assert found.baseline_output_value == pytest.approx(WEIGHTS @ BLURRED.ravel() + 0.5, rel=1e-5)
+    assert found.step_count == step_count
+
+
+def test_blur_of_a_separable_function_gives_each_element_its_own_change() -> None:
+    found = explain(blur(step_count=200), cubic())
+
+    np.testing.assert_allclose(found.tensors["x"], (IMAGE**3 - BLURRED**3) / 3 + IMAGE - BLURRED, atol=1e-3)
+
+
+def test_blur_is_complete_of_a_quadratic_function_and_nearly_of_a_smooth_one() -> None:
+    """Midpoints of chords are exact for a quadratic function; else their error falls with the square of the steps."""
+    square = quadratic(IMAGE.size)
+    assert gap(explain(blur(step_count=3), square), ask(square)) == pytest.approx(0, abs=1e-3)
+
+    function = smooth(IMAGE.size)
+    coarse, fine = (abs(gap(explain(blur(step_count=n), function), ask(function))) for n in (8, 64))
+    assert fine < 1e-3
+    assert fine < coarse / 16
+
+
+def test_blur_of_a_constant_image_is_zero() -> None:
+    found = explain(blur(step_count=5), linear(WEIGHTS), np.full_like(IMAGE, 0.75))
+
+    np.testing.assert_allclose(found.tensors["x"], 0, atol=1e-6)
+
+
+def test_blur_walks_from_the_blurriest_instance_to_the_instance() -> None:
+    function = linear(WEIGHTS)
+    asked = ask(function)
+    found, _ = rounds(blur(step_count=4), asked, function)
+
+    np.testing.assert_allclose(found.alphas, [0, 0.125, 0.375, 0.625, 0.875, 1])
+    assert found.scores[0] == found.baseline_output_value
+    assert found.scores[-1] == asked.instance_output_value
+
+
+@pytest.mark.parametrize("method", [blur(step_count=20)])
+def test_rounds_do_not_change_a_map(method: Method, monkeypatch: Any) -> None:
+    function = smooth(IMAGE.size)
+    whole, one = rounds(method, ask(function), function)
+    monkeypatch.setattr("explainserve.methods.blur_integrated_gradients.round_size", lambda count: 6)
+    found, several = rounds(method, ask(function), function)
+
+    assert (len(one), len(several)) == (1, 4)
+    np.testing.assert_array_equal(found.tensors["x"], whole.tensors["x"])
+
+
+def test_blur_that_runs_out_of_time_takes_the_rest_as_one_chord(monkeypatch: Any) -> None:
+    """Of a linear function that is exact."""
+    monkeypatch.setattr("explainserve.methods.blur_integrated_gradients.round_size", lambda count: 3)
+    function = linear(WEIGHTS)
+    found, plans = rounds(blur(step_count=20), ask(function), function, final_after=2)
+
+    assert (len(plans), found.step_count, found.stop_reason) == (2, 6, StopReason.TIME_BUDGET)
+    np.testing.assert_allclose(found.tensors["x"].ravel(), WEIGHTS * (IMAGE - BLURRED).ravel(), atol=1e-5)
+
+
+def test_questions_about_one_instance_share_its_blurs() -> None:
+    asked = ask(linear(WEIGHTS))
+    other = replace(asked, target=replace(asked.target))
+    plans = [blur(step_count=5).plan(each) for each in (asked, other)]
+
+    assert shared(plans).plan.row_count == plans[0].row_count == 6
+
+
+def test_blur_needs_axes_to_blur_along() -> None:
+    with pytest.raises(Unsupported) as refusal:
+        blur().resolved(Subject({"x": MapSpec("x", "CHW"), "y": MapSpec("y", "T")}, {"x": (1, 2, 2), "y": (3,)}))
+
+    assert (refusal.value.reason, refusal.value.metadata["input"]) == ("NO_SPATIAL_AXES", "y")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"step_count": 0}, "STEP_COUNT_OUT_OF_RANGE"),
+        ({"max_sigma": 0.0}, "OPTION_OUT_OF_RANGE"),
+        ({"max_sigma": 1000.5}, "OPTION_OUT_OF_RANGE"),
+        ({"max_sigma": float("nan")}, "OPTION_OUT_OF_RANGE"),
+    ],
+)
+def test_bad_options_of_blur_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        BlurIntegratedGradients(**options)
+    assert refusal.value.reason == reason
+
+
+@pytest.mark.parametrize("method", [blur(step_count=9)])
+def test_cost_is_what_is_evaluated(method: Method) -> None:
+    asked = ask(cubic())
+    segments: list[Segment] = [own for plan in rounds(method, asked, cubic())[1] for own in plan.segments]
+    cost = method.cost(asked.subject)
+
+    assert cost.min_gradient_rows == cost.max_gradient_rows == sum(own.backward_count for own in segments)
+    assert cost.forward_rows == sum(own.row_count for own in segments if not own.function.wrt)
+
+
+@pytest.mark.parametrize("method", [blur(step_count=5)])
+def test_a_map_that_is_not_finite_says_so(method: Method) -> None:
+    broken = Function(lambda x: x.sum(1), lambda x: np.full_like(x, np.nan))
+
+    assert explain(method, broken).stop_reason is StopReason.NON_FINITE
+
+
+@pytest.mark.parametrize("method", [blur(step_count=3)])
+def test_noise_around_a_path_method(method: Method) -> None:
+    """Of a linear function the mean over noise is the map without noise, within the standard error."""
+    found = explain(SmoothGrad(base=method, sample_count=64, noise_std=0.1), linear(WEIGHTS))
+    clean = explain(method, linear(WEIGHTS)).tensors["x"]
+
+    assert (np.abs(found.tensors["x"] - clean) <= 4.5 * found.standard_errors["x"] + 1e-5).all()
