@@ -78,6 +78,7 @@ def test_a_map_without_trouble_has_no_caution_of_its_own():
         ({"row_by_row": True}, "ROW_BY_ROW"),
         ({"constant_baseline": True}, "BLIND_TO_BASELINE"),
         ({"fails_randomization": True}, "FAILS_RANDOMIZATION"),
+        ({"complete_by_construction": True}, "COMPLETE_BY_CONSTRUCTION"),
     ],
 )
 def test_each_fact_has_its_caution(facts, kind):
@@ -108,6 +109,7 @@ def test_cautions_come_in_the_order_of_their_kinds():
         row_by_row=True,
         constant_baseline=True,
         fails_randomization=True,
+        complete_by_construction=True,
     )
 
     for cautions in (everything, cautions_for_response(map_count=2)):

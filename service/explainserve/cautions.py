@@ -23,6 +23,7 @@ class CautionKind(enum.Enum):
     NOT_CONVERGED = 10
     ROW_BY_ROW = 11
     BLIND_TO_BASELINE = 12
+    COMPLETE_BY_CONSTRUCTION = 13
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ _RUDIN = (
     "Models Instead, Nature Machine Intelligence"
 )
 _BILODEAU = "Bilodeau et al. 2024, Impossibility Theorems for Feature Attribution, PNAS"
+_YANG = "Yang, Wang, Bilgic 2023, IDGI: A Framework to Eliminate Explanation Noise from Integrated Gradients, CVPR"
 _FIDDLER = "Fiddler AI, Making Image Explanations Human-Centric: Decisions Beyond Heatmaps"
 
 CAUTIONS: dict[CautionKind, Caution] = {
@@ -119,6 +121,12 @@ CAUTIONS: dict[CautionKind, Caution] = {
             "invisible with a black baseline.",
             _STURMFELS,
         ),
+        Caution(
+            CautionKind.COMPLETE_BY_CONSTRUCTION,
+            "The attributions sum to the change of the score by construction, however few the steps: that the "
+            "convergence delta is zero says nothing about the accuracy of this map.",
+            _YANG,
+        ),
     )
 }
 
@@ -147,6 +155,7 @@ def cautions_for_map(
     row_by_row: bool = False,
     constant_baseline: bool = False,
     fails_randomization: bool = False,
+    complete_by_construction: bool = False,
 ) -> list[Caution]:
     """Cautions that hold for one map, in the order of the kinds.
 
@@ -161,6 +170,7 @@ def cautions_for_map(
         CautionKind.NOT_CONVERGED: (unreached, f" Stop reason: {stop_reason}."),
         CautionKind.ROW_BY_ROW: (row_by_row, ""),
         CautionKind.BLIND_TO_BASELINE: (constant_baseline, ""),
+        CautionKind.COMPLETE_BY_CONSTRUCTION: (complete_by_construction, ""),
     }
     return [_with_detail(CAUTIONS[kind], detail) for kind, (holds, detail) in applies.items() if holds]
 

@@ -11,7 +11,7 @@ import pytest
 from explainserve.blur import gaussian_blur
 from explainserve.errors import InvalidRequest, Unsupported
 from explainserve.explanation import Attribution, Question, StopReason, Subject, attribution_sum
-from explainserve.methods import BlurIntegratedGradients, Method, SmoothGrad
+from explainserve.methods import BlurIntegratedGradients, Gradient, Idgi, IntegratedGradients, Method, SmoothGrad
 from explainserve.plan import Segment
 from explainserve.sharing import shared
 from explainserve.signature import MapSpec
@@ -109,7 +109,7 @@ def test_blur_walks_from_the_blurriest_instance_to_the_instance() -> None:
     assert found.scores[-1] == asked.instance_output_value
 
 
-@pytest.mark.parametrize("method", [blur(step_count=20)])
+@pytest.mark.parametrize("method", [blur(step_count=20), Idgi(blur(step_count=20))])
 def test_rounds_do_not_change_a_map(method: Method, monkeypatch: Any) -> None:
     function = smooth(IMAGE.size)
     whole, one = rounds(method, ask(function), function)
@@ -160,7 +160,89 @@ def test_bad_options_of_blur_are_refused(options: dict[str, Any], reason: str) -
     assert refusal.value.reason == reason
 
 
-@pytest.mark.parametrize("method", [blur(step_count=9)])
+def straight(step_count: int, quadrature: str = "left") -> IntegratedGradients:
+    return IntegratedGradients(step_count, quadrature)
+
+
+@pytest.mark.parametrize("rule", ["left", "right", "midpoint", "trapezoid", "gauss_legendre"])
+def test_idgi_shares_the_change_of_a_linear_function_by_squared_weights(rule: str) -> None:
+    """Golden case: (.8, 3.2), where Integrated Gradients says (2, 2)."""
+    function = linear([1.0, 2.0])
+    asked = ask(function, [2.0, 1.0], [0.0, 0.0], layout="")
+    found, _ = rounds(Idgi(straight(4, rule)), asked, function)
+
+    np.testing.assert_allclose(found.tensors["x"], [0.8, 3.2], rtol=1e-6)
+    np.testing.assert_allclose(rounds(straight(4, rule), asked, function)[0].tensors["x"], [2, 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("path", [straight(2), straight(5, "midpoint"), straight(3, "trapezoid"), blur(step_count=3)])
+def test_idgi_is_complete_whatever_the_steps(path: Method) -> None:
+    """Golden case: with two steps already, where the left rule is not."""
+    function = cubic()
+    asked = ask(function)
+    found = explain(Idgi(path), function)
+    start = asked.start_output_value if found.baseline_output_value is None else found.baseline_output_value
+    change = asked.instance_output_value - start
+
+    assert attribution_sum(found.tensors) == pytest.approx(change, rel=1e-5)
+    assert attribution_sum(explain(straight(2), function).tensors) != pytest.approx(asked.output_change, rel=0.01)
+
+
+def test_idgi_takes_the_gradient_at_the_first_end_of_each_step() -> None:
+    """The authors' formula on nodes with both ends."""
+    function = smooth(IMAGE.size)
+    nodes = np.linspace(0, 1, 6)[:, None] * IMAGE.ravel().astype(np.float64)
+    scores, squares = function.value(nodes), np.square(function.gradient(nodes))
+    expected = sum((scores[j + 1] - scores[j]) * squares[j] / squares[j].sum() for j in range(5))
+
+    for path in (straight(6, "trapezoid"), straight(5, "left")):
+        found = explain(Idgi(path), function)
+        np.testing.assert_allclose(found.tensors["x"].ravel(), expected, rtol=1e-4, atol=1e-8)
+
+
+def test_idgi_leaves_out_a_step_without_a_gradient() -> None:
+    """A step function: its change is nobody's, and the sum shows it."""
+    step = Function(lambda x: (x.sum(1) > 0.3).astype(np.float64), np.zeros_like)
+    found = explain(Idgi(straight(4)), step, np.ones((1, 2, 2), np.float32))
+
+    np.testing.assert_array_equal(found.tensors["x"], 0)
+    assert found.stop_reason is StopReason.FIXED_STEPS
+
+
+def test_idgi_shares_its_rows_with_the_method_of_its_path() -> None:
+    """And with the gradient, where a node is the instance."""
+    function = cubic()
+    asked = ask(function)
+    for path, end_nodes in ((straight(5, "trapezoid"), 1), (straight(5, "midpoint"), 0), (blur(step_count=4), 0)):
+        methods = [path, Idgi(path), Gradient()]
+        together = shared([method.plan(asked) for method in methods])
+        alone = path.plan(asked).row_count
+
+        assert together.plan.row_count == alone + 1 - end_nodes
+        evaluated = together.dealt(function.evaluate(together.plan))
+        for method, own in zip(methods, evaluated, strict=True):
+            found = method.attribution(asked, method.plan(asked), own)
+            assert isinstance(found, Attribution)
+            np.testing.assert_allclose(found.tensors["x"], explain(method, function).tensors["x"], rtol=1e-4, atol=1e-6)
+
+
+def test_idgi_that_runs_out_of_time_takes_the_rest_as_one_step(monkeypatch: Any) -> None:
+    monkeypatch.setattr("explainserve.methods.blur_integrated_gradients.round_size", lambda count: 3)
+    function = cubic()
+    found, plans = rounds(Idgi(blur(step_count=20)), ask(function), function, final_after=2)
+
+    assert (len(plans), found.step_count, found.stop_reason) == (2, 6, StopReason.TIME_BUDGET)
+    assert gap(found, ask(function)) == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("path", [IntegratedGradients(), Gradient(), SmoothGrad(), Idgi()])
+def test_idgi_needs_a_path_of_fixed_nodes(path: Method) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        Idgi(path)
+    assert refusal.value.reason == "BASE_METHOD_UNSUITABLE"
+
+
+@pytest.mark.parametrize("method", [blur(step_count=9), Idgi(blur(step_count=7)), Idgi(straight(7, "midpoint"))])
 def test_cost_is_what_is_evaluated(method: Method) -> None:
     asked = ask(cubic())
     segments: list[Segment] = [own for plan in rounds(method, asked, cubic())[1] for own in plan.segments]
@@ -170,7 +252,7 @@ def test_cost_is_what_is_evaluated(method: Method) -> None:
     assert cost.forward_rows == sum(own.row_count for own in segments if not own.function.wrt)
 
 
-@pytest.mark.parametrize("method", [blur(step_count=5)])
+@pytest.mark.parametrize("method", [blur(step_count=5), Idgi()])
 def test_a_map_that_is_not_finite_says_so(method: Method) -> None:
     broken = Function(lambda x: x.sum(1), lambda x: np.full_like(x, np.nan))
 

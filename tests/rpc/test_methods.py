@@ -26,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "var_grad": {"sample_count": 4, "base": {"integrated_gradients": {"step_count": 3}}},
     "expected_gradients": {"sample_count": 7, "noise_std": 0.05},
     "blur_integrated_gradients": {"step_count": 6, "max_sigma": 3.0, "spacing": "BLUR_SPACING_VARIANCE"},
+    "idgi": {"path": {"integrated_gradients": {"step_count": 5}}},
     "grad_cam": {},
     "grad_cam_plus_plus": {"relu": True},
     "layer_cam": {"upsampling": "UPSAMPLING_BILINEAR"},
@@ -156,6 +157,23 @@ def test_methods_share_what_they_evaluate(stub: ExplainerServiceStub) -> None:
 
     assert (own.row_count, own.backward_count) == (2 + 5, 5)
     assert own.saved_row_count == 2 + 2
+
+
+def test_one_path_yields_integrated_gradients_idgi_and_the_gradient(stub: ExplainerServiceStub) -> None:
+    """The rows are those of the path alone, of which the last node is the instance."""
+    path = {"integrated_gradients": {"step_count": 5, "quadrature": "QUADRATURE_TRAPEZOID"}}
+    several = [path, {"idgi": {"path": path}}, {"gradient": {}}, {"gradient_x_input": {}}]
+    response = stub.Explain(request("rectified", {"image": X[:1]}, targets=[element(1)], methods=several), timeout=60)
+    own = response.provenance
+
+    assert (own.row_count, own.backward_count) == (2 + 5, 5)
+    assert own.saved_row_count == 4 + 7  # end points of the second to fourth method; nodes and the instance
+    idgi = response.attributions[1]
+    assert abs(idgi.relative_convergence_delta) < 1e-4
+    kinds = [[caution.kind for caution in own.cautions] for own in response.attributions]
+    by_construction = attribution_pb2.CAUTION_KIND_COMPLETE_BY_CONSTRUCTION
+    assert [by_construction in own for own in kinds] == [False, True, False, False]
+    assert attribution_pb2.CAUTION_KIND_BLIND_TO_BASELINE not in kinds[1]
 
 
 def test_a_method_that_is_not_built_says_so(stub: ExplainerServiceStub) -> None:

@@ -121,6 +121,17 @@ class ExpectedGradients:
 
 
 @dataclass(frozen=True, slots=True)
+class Idgi:
+    """IDGI (Yang, Wang, Bilgic 2023): changes of the score along a path, in proportion to the squared gradient.
+
+    Attributes:
+        path: server default: IntegratedGradients(step_count=50, quadrature="left").
+    """
+
+    path: Method | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GradCam:
     """Grad-CAM (Selvaraju et al. 2017) of a layer, signed, in the layer's grid.
 
@@ -236,6 +247,7 @@ Method: TypeAlias = (
     | VarGrad
     | ExpectedGradients
     | BlurIntegratedGradients
+    | Idgi
     | GradCam
     | GradCamPlusPlus
     | LayerCam
@@ -255,6 +267,7 @@ METHODS: Mapping[str, type[Method]] = {
     "var_grad": VarGrad,
     "expected_gradients": ExpectedGradients,
     "blur_integrated_gradients": BlurIntegratedGradients,
+    "idgi": Idgi,
     "grad_cam": GradCam,
     "grad_cam_plus_plus": GradCamPlusPlus,
     "layer_cam": LayerCam,

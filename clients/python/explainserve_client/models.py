@@ -190,6 +190,7 @@ class MethodSupport:
             rules.
         fails_randomization: whether its maps hardly change when the weights of a model are randomized.
         pools_baselines: whether all baselines of an instance make one map.
+        complete_by_construction: whether they sum to that whatever the number of steps.
         missing_capability: "gradient", "layers" or "rule:<name>"; "" where supported.
     """
 
@@ -205,6 +206,7 @@ class MethodSupport:
     tier: str = ""
     fails_randomization: bool = False
     pools_baselines: bool = False
+    complete_by_construction: bool = False
     missing_capability: str = ""
 
     @classmethod
@@ -224,6 +226,7 @@ class MethodSupport:
             tier=guide.tier,
             fails_randomization=guide.fails_randomization,
             pools_baselines=guide.pools_baselines,
+            complete_by_construction=guide.complete_by_construction,
             missing_capability=message.missing_capability,
         )
 

@@ -17,6 +17,7 @@ from explainserve.methods.gradient import Gradient
 from explainserve.methods.gradient_x_input import GradientXInput
 from explainserve.methods.guided_backpropagation import GuidedBackpropagation
 from explainserve.methods.guided_grad_cam import GuidedGradCam
+from explainserve.methods.idgi import Idgi
 from explainserve.methods.integrated_gradients import IntegratedGradients
 from explainserve.methods.layer_cam import LayerCam
 from explainserve.methods.score_cam import ScoreCam
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "var_grad": VarGrad,
     "expected_gradients": ExpectedGradients,
     "blur_integrated_gradients": BlurIntegratedGradients,
+    "idgi": Idgi,
     "grad_cam": GradCam,
     "grad_cam_plus_plus": GradCamPlusPlus,
     "layer_cam": LayerCam,
@@ -63,6 +65,7 @@ __all__ = [
     "GradientXInput",
     "GuidedBackpropagation",
     "GuidedGradCam",
+    "Idgi",
     "IntegratedGradients",
     "LayerCam",
     "Method",

@@ -22,6 +22,7 @@ class ReadingGuide:
             "backward rule" (an altered backward pass), "perturbation" or "region".
         units: "output", "output per unit of input", "relevance" or "score of the samples".
         complete: whether attributions sum to F(x) - F(x').
+        complete_by_construction: whether they do for any number of steps, so that the sum says nothing of accuracy.
         needs_baseline: whether it asks for one.
         pools_baselines: whether all baselines of an instance make one map.
         deterministic: whether it draws no random numbers.
@@ -39,6 +40,7 @@ class ReadingGuide:
     tier: str = "T1"
     fails_randomization: bool = False
     pools_baselines: bool = False
+    complete_by_construction: bool = False
 
     @property
     def one_map_per_baseline(self) -> bool:

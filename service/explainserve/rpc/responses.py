@@ -536,8 +536,10 @@ def _map_cautions(entry: Entry, request: Explain, answer: Answer) -> list[Cautio
         stop_reason=entry.stop_reason.name,
         negligible_change=_negligible(entry),
         row_by_row=not model.probe.rows_independent,
-        constant_baseline=any(_is_constant(baseline) for baseline in used),
+        # IDGI gives elements their share whether they move or not
+        constant_baseline=not guide.complete_by_construction and any(_is_constant(baseline) for baseline in used),
         fails_randomization=guide.fails_randomization,
+        complete_by_construction=guide.complete_by_construction,
     )
 
 

@@ -119,6 +119,8 @@ class _CautionKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CautionKi
     """Rows of this model depend on each other and are evaluated one at a time."""
     CAUTION_KIND_BLIND_TO_BASELINE: _CautionKind.ValueType  # 12
     """Elements equal to the baseline get exactly zero, whatever they mean."""
+    CAUTION_KIND_COMPLETE_BY_CONSTRUCTION: _CautionKind.ValueType  # 13
+    """The sum of the attributions holds by construction and says nothing about their accuracy."""
 
 class CautionKind(_CautionKind, metaclass=_CautionKindEnumTypeWrapper):
     """Kinds of caution."""
@@ -148,6 +150,8 @@ CAUTION_KIND_ROW_BY_ROW: CautionKind.ValueType  # 11
 """Rows of this model depend on each other and are evaluated one at a time."""
 CAUTION_KIND_BLIND_TO_BASELINE: CautionKind.ValueType  # 12
 """Elements equal to the baseline get exactly zero, whatever they mean."""
+CAUTION_KIND_COMPLETE_BY_CONSTRUCTION: CautionKind.ValueType  # 13
+"""The sum of the attributions holds by construction and says nothing about their accuracy."""
 Global___CautionKind: _TypeAlias = CautionKind  # noqa: Y015
 
 @_typing.final

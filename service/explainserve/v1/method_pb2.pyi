@@ -611,7 +611,11 @@ Global___GuidedIntegratedGradients: _TypeAlias = GuidedIntegratedGradients  # no
 class Idgi(_message.Message):
     """Important Direction Gradient Integration (Yang, Wang, Bilgic: IDGI, CVPR 2023, arXiv:2303.14242) along the path of another
     method: the change of the score of each step, shared in proportion to the squared gradient. Its completeness delta is zero
-    by construction, whatever the steps, and says nothing about its accuracy.
+    by construction, whatever the steps, and says nothing about its accuracy. Each step between two nodes gets the gradient at the
+    first of them; before the first node, where a rule has none at the start, that of the first, and after the last that of the
+    last. Steps whose gradient is zero are left out of the map.
+
+    Parity: the authors' code is that of n nodes with both ends: TRAPEZOID with n steps, or LEFT with n - 1.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -619,8 +623,8 @@ class Idgi(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def path(self) -> Global___MethodSpec:
-        """Optional. The path: Integrated Gradients by a fixed rule, Blur or Guided Integrated Gradients. Default: Integrated
-        Gradients with 50 steps, left rule.
+        """Optional. The path: Integrated Gradients by a fixed rule, or Blur Integrated Gradients. Default: Integrated Gradients with
+        LEFT and 50 steps, or as many as the cap where that is lower.
         """
 
     def __init__(

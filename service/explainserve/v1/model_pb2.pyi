@@ -709,6 +709,7 @@ class ReadingGuide(_message.Message):
     TIER_FIELD_NUMBER: _builtins.int
     FAILS_RANDOMIZATION_FIELD_NUMBER: _builtins.int
     POOLS_BASELINES_FIELD_NUMBER: _builtins.int
+    COMPLETE_BY_CONSTRUCTION_FIELD_NUMBER: _builtins.int
     family: _builtins.str
     """"gradient" (what a change of an element changes), "path" (relative to a baseline), "activation", "backward rule" (an altered
     backward pass), "perturbation" or "region".
@@ -731,6 +732,8 @@ class ReadingGuide(_message.Message):
     """Whether the literature found that its maps hardly change when the weights are randomized."""
     pools_baselines: _builtins.bool
     """Whether all baselines of an instance make one map."""
+    complete_by_construction: _builtins.bool
+    """Whether attributions sum to F(x) - F(x') whatever the number of steps, so that the sum says nothing about accuracy."""
     def __init__(
         self,
         *,
@@ -743,10 +746,11 @@ class ReadingGuide(_message.Message):
         tier: _builtins.str = ...,
         fails_randomization: _builtins.bool = ...,
         pools_baselines: _builtins.bool = ...,
+        complete_by_construction: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "deterministic", b"deterministic", "fails_randomization", b"fails_randomization", "family", b"family", "needs_baseline", b"needs_baseline", "paper", b"paper", "pools_baselines", b"pools_baselines", "tier", b"tier", "units", b"units"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "complete_by_construction", b"complete_by_construction", "deterministic", b"deterministic", "fails_randomization", b"fails_randomization", "family", b"family", "needs_baseline", b"needs_baseline", "paper", b"paper", "pools_baselines", b"pools_baselines", "tier", b"tier", "units", b"units"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
