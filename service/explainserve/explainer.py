@@ -183,7 +183,7 @@ class Cost:
     Attributes:
         question_count: attributions before baselines are folded.
         end_point_rows: forward-only rows.
-        forward_rows: forward-only rows of methods that evaluate some.
+        min_forward_rows, max_forward_rows: forward-only rows of methods that evaluate some.
         min_gradient_rows: if targets that may share rows share all of them.
         max_gradient_rows: if they share only those that are the same for every target.
         min_backward_count: if targets that may turn out to be the same one do.
@@ -196,7 +196,8 @@ class Cost:
 
     question_count: int
     end_point_rows: int
-    forward_rows: int
+    min_forward_rows: int
+    max_forward_rows: int
     min_gradient_rows: int
     max_gradient_rows: int
     min_backward_count: int
@@ -214,12 +215,12 @@ class Cost:
     @property
     def min_rows(self) -> int:
         """Fewest rows, each with one forward pass."""
-        return self.end_point_rows + self.forward_rows + self.min_gradient_rows
+        return self.end_point_rows + self.min_forward_rows + self.min_gradient_rows
 
     @property
     def max_rows(self) -> int:
         """Most rows."""
-        return self.end_point_rows + self.forward_rows + self.max_gradient_rows
+        return self.end_point_rows + self.max_forward_rows + self.max_gradient_rows
 
 
 @dataclass(eq=False)
@@ -654,7 +655,8 @@ def _cost(query: Query, end_point_rows: int, path_count: int) -> Cost:
     return Cost(
         question_count=query.question_count,
         end_point_rows=end_point_rows,
-        forward_rows=sum(one.forward_rows * p.count * p.groups for one, p in paths),
+        min_forward_rows=sum(one.min_forward_rows * p.count * p.groups for one, p in paths),
+        max_forward_rows=sum(one.max_forward_rows * p.count * p.groups for one, p in paths),
         min_gradient_rows=sum(one.min_gradient_rows * p.count * p.groups for one, p in paths),
         max_gradient_rows=sum(
             one.common_gradient_rows * p.count * p.groups

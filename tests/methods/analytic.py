@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -36,6 +36,8 @@ class Function:
         return Evaluation(tuple(self._segment(segment) for segment in plan.segments))
 
     def _segment(self, segment: Segment) -> SegmentEvaluation:
+        if not segment.function.wrt:
+            return SegmentEvaluation(self.value(_rows(segment)))
         (name,) = segment.start
         start, end = (np.asarray(side[name], np.float64) for side in (segment.start, segment.end))
         alphas = segment.alphas.reshape(-1, *[1] * start.ndim)
@@ -44,6 +46,36 @@ class Function:
         total = segment.weights[used] @ self.gradient(rows[used])
         self.alphas += segment.alphas.tolist()
         return SegmentEvaluation(self.value(rows), {name: total.reshape(start.shape).astype(np.float32)})
+
+
+def _rows(segment: Segment) -> NDArray[np.float64]:
+    """Forward-only rows, the elements of all inputs one after the other."""
+    assert segment.start is segment.end
+    row = np.concatenate([np.asarray(values, np.float64).reshape(-1) for values in segment.start.values()])
+    return np.broadcast_to(row, (segment.row_count, len(row)))
+
+
+def values_of(value: Value) -> Function:
+    """A function without a gradient."""
+
+    def missing(_: NDArray[np.float64]) -> NDArray[np.float64]:
+        raise AssertionError("A method that takes no gradient asked for one.")
+
+    return Function(value, missing)
+
+
+def question_of(
+    function: Function, x: Mapping[str, ArrayLike], start: Mapping[str, ArrayLike], /, **layouts: str
+) -> Question:
+    """Several float32 inputs, and the layouts of those that have one."""
+    ends = [{name: np.asarray(values, np.float32) for name, values in side.items()} for side in (x, start)]
+    rows = [np.concatenate([values.astype(np.float64).reshape(-1) for values in end.values()]) for end in ends]
+    scores = [float(function.value(row[None])[0]) for row in rows]
+    target = Target("y", Score.OUTPUT, ScoreHead.IDENTITY, Selector(np.zeros(1, np.int64), np.ones(1, np.float32)))
+    maps = {name: MapSpec(name, layouts.get(name, "")) for name in x}
+    subject = Subject(maps, {name: values.shape for name, values in ends[0].items()})
+    baseline = Baseline(ends[1])
+    return Question(subject, Instance(ends[0], {}), target, baseline, scores[0], scores[1], (baseline,))
 
 
 def question(function: Function, x: ArrayLike, start: ArrayLike) -> Question:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from explainserve.methods import METHODS
+from explainserve.methods import METHODS, Needs
 from explainserve.rpc.methods import read, write
 from explainserve.v1 import attribution_pb2, method_pb2
 from explainserve.v1 import explainer_service_pb2 as pb
@@ -35,10 +35,12 @@ CASES: dict[str, dict[str, Any]] = {
     "guided_backpropagation": {},
     "deconv_net": {},
     "deep_lift": {},
+    "occlusion": {"window": [3, 4], "stride": [2, 3], "aggregation": "WINDOW_AGGREGATION_SUM"},
 }
 """Options that are quick to compute, for each method."""
 
 NAMES = sorted(CASES)
+GAP = {"named": {"name": "gap"}}
 BASELINES = [every(zeros={}), every(constant={"values": [0.5]})]
 
 
@@ -142,6 +144,19 @@ def test_cost_is_what_was_estimated(stub: ExplainerServiceStub, name: str) -> No
     assert {option: getattr(used, option) for option in CASES[name]} == {
         option: getattr(asked_for, option) for option in CASES[name]
     }
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if METHODS[name]().needs == Needs(rule="")])
+def test_a_method_without_gradients_explains_a_model_without_them(stub: ExplainerServiceStub, name: str) -> None:
+    response = stub.Explain(
+        request("gap", {"x": 3 * normal(1, 2, 2)}, targets=[element(0, 1)], methods=[{name: {}}]), timeout=60
+    )
+    (support,) = [m for m in stub.GetModel(pb.GetModelRequest(model=GAP)).model.methods if m.method == name]
+
+    assert np.isfinite(array(response.attributions[0].inputs[0].tensor)).all()
+    assert response.provenance.backward_count == 0
+    assert response.provenance.gradient_rule == ""
+    assert support.supported and support.reading_guide.tier == "T0"
 
 
 def test_methods_share_what_they_evaluate(stub: ExplainerServiceStub) -> None:

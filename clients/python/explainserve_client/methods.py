@@ -238,6 +238,21 @@ class BlurIntegratedGradients:
     spacing: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Occlusion:
+    """Occlusion (Zeiler, Fergus 2014): what the score loses where a window shows the baseline.
+
+    Attributes:
+        window: extents along H and W, or along the last axis of inputs without these. Server default: an eighth.
+        stride: likewise, at most the window's extents. Server default: half the window.
+        aggregation: "mean" (server default) over the windows that cover an element, or "sum".
+    """
+
+    window: Sequence[int] | None = None
+    stride: Sequence[int] | None = None
+    aggregation: str | None = None
+
+
 Method: TypeAlias = (
     IntegratedGradients
     | Gradient
@@ -256,6 +271,7 @@ Method: TypeAlias = (
     | GuidedBackpropagation
     | DeconvNet
     | DeepLift
+    | Occlusion
 )
 
 METHODS: Mapping[str, type[Method]] = {
@@ -276,6 +292,7 @@ METHODS: Mapping[str, type[Method]] = {
     "guided_backpropagation": GuidedBackpropagation,
     "deconv_net": DeconvNet,
     "deep_lift": DeepLift,
+    "occlusion": Occlusion,
 }
 """Methods by the name of their field in the message."""
 

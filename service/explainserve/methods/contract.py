@@ -68,23 +68,24 @@ class Cost:
     Attributes:
         min_gradient_rows, max_gradient_rows: rows with one forward and one backward evaluation each.
         common_gradient_rows: those among them that are the same for every target of an instance and a baseline.
-        forward_rows: forward-only rows, all of them the same for every target.
+        min_forward_rows, max_forward_rows: forward-only rows, all of them the same for every target.
     """
 
     min_gradient_rows: int = 0
     max_gradient_rows: int = 0
     common_gradient_rows: int = 0
-    forward_rows: int = 0
+    min_forward_rows: int = 0
+    max_forward_rows: int = 0
 
     @classmethod
     def fixed(cls, gradient_rows: int = 0, forward_rows: int = 0) -> Cost:
         """Of a method whose rows depend on nothing that it evaluates."""
-        return cls(gradient_rows, gradient_rows, gradient_rows, forward_rows)
+        return cls(gradient_rows, gradient_rows, gradient_rows, forward_rows, forward_rows)
 
     @property
     def max_step_count(self) -> int:
         """Most evaluations of one path: of gradients, or forward ones of a method that takes none."""
-        return self.max_gradient_rows or self.forward_rows
+        return self.max_gradient_rows or self.max_forward_rows
 
 
 class Method(Protocol):

@@ -83,7 +83,11 @@ class GuidedGradCam(Method):
         """That of the pixel method, and one gradient."""
         own = self._pixels.cost(subject)
         return Cost(
-            own.min_gradient_rows + 1, own.max_gradient_rows + 1, own.common_gradient_rows + 1, own.forward_rows
+            own.min_gradient_rows + 1,
+            own.max_gradient_rows + 1,
+            own.common_gradient_rows + 1,
+            own.min_forward_rows,
+            own.max_forward_rows,
         )
 
     def path_bytes(self, subject: Subject) -> int:

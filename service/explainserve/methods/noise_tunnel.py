@@ -96,7 +96,8 @@ class NoiseTunnel(Method):
             n * of_one.min_gradient_rows,
             n * of_one.max_gradient_rows,
             n * of_one.common_gradient_rows,
-            n * (of_one.forward_rows + self._needs_scores),
+            n * (of_one.min_forward_rows + self._needs_scores),
+            n * (of_one.max_forward_rows + self._needs_scores),
         )
 
     def path_bytes(self, subject: Subject) -> int:
