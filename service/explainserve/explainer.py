@@ -23,6 +23,7 @@ from explainserve.plan import Differentiation, Evaluation, Plan, Segment, Segmen
 from explainserve.repository import ServedModel
 from explainserve.scheduling import Request
 from explainserve.sharing import shared
+from explainserve.signature import ScoreHead
 from explainserve.targets import TargetSpec, certain_target_count
 
 T = TypeVar("T")
@@ -67,6 +68,20 @@ class Query:
     subject: Subject
     request: Request = field(default_factory=Request)
     budget_ends_at: float | None = None
+
+    @property
+    def tap(self) -> Differentiation:
+        """Forward-only rows that give the values of the layers that are explained."""
+        output = self.model.signature.output(self.targets[0].output).name
+        return Differentiation(output, ScoreHead.IDENTITY, taps=self.subject.cut)
+
+    def function(self, spec: TargetSpec) -> Differentiation:
+        """What a target is a form of."""
+        return replace(spec.function(self.model.signature), cut=self.subject.cut)
+
+    def functions_of(self, instance_index: int) -> list[Differentiation]:
+        """Those of the targets of one instance, each once."""
+        return list(dict.fromkeys(self.function(spec) for spec in self.targets_of(instance_index)))
 
     def targets_of(self, instance_index: int) -> list[TargetSpec]:
         """Targets of one instance, in the order of the request."""
@@ -168,6 +183,9 @@ class Round:
         return Explanation(self.place, self.method, self.question, attribution)
 
 
+Baselines = tuple[tuple[Baseline, ...], ...]
+"""Of each instance."""
+
 Observer = Callable[[Round], None]
 """Called on the event loop after each round of each path; the last call of a path has its answer."""
 
@@ -266,7 +284,7 @@ class Answer:
 
     query: Query
     explanations: tuple[Explanation, ...]
-    baselines: tuple[tuple[Baseline, ...], ...]
+    baselines: Baselines
     usage: Usage
 
 
@@ -302,7 +320,7 @@ class Prepared:
     """A query with its baselines, per instance, its end points and its cost."""
 
     query: Query
-    baselines: tuple[tuple[Baseline, ...], ...]
+    baselines: Baselines
     end_points: EndPoints
     cost: Cost
 
@@ -333,8 +351,7 @@ class Explainer:
         refused = self._cost(query, 0).max_rows > self._max_request_rows or query.held_bytes > self._max_request_bytes
         if refused:
             return self._cost(query, _end_point_bound(query))
-        baselines = _all_baselines(query)
-        return self._cost(query, _end_points(query, baselines).plan.row_count)
+        return self._cost(query, _first_rows(query, _all_baselines(query)))
 
     def prepare(self, query: Query) -> Prepared:
         """Makes the baselines, finds the distinct end points and states the cost, without evaluating anything.
@@ -345,8 +362,8 @@ class Explainer:
         """
         self._admit(query, self._cost(query, 0))  # before baselines take memory
         baselines = _all_baselines(query)
-        end_points = _end_points(query, baselines)
-        cost = self._cost(query, end_points.plan.row_count)
+        end_points = _taps(query, baselines) if query.subject.cut else _end_points(query, baselines)
+        cost = self._cost(query, _first_rows(query, baselines))
         self._admit(query, cost)
         return Prepared(query, baselines, end_points, cost)
 
@@ -365,10 +382,13 @@ class Explainer:
             self._devices.admitted(query.model, query.request, prepared.cost.max_rows) as replica,
         ):
             query = replace(query, model=replica)
-            scores = await self._scores(query, prepared.end_points, usage)
-            questions = await asyncio.to_thread(_questions, query, prepared.baselines, scores)
+            asked, baselines, end_points = query, prepared.baselines, prepared.end_points
+            if query.subject.cut:
+                asked, baselines, end_points = await self._at_layers(query, baselines, end_points, usage)
+            scores = await self._scores(asked, end_points, usage)
+            questions = await asyncio.to_thread(_questions, asked, baselines, scores)
             ends = sum(1 if question.baseline is None else 2 for _, question in questions)
-            usage.saved_rows = ends - usage.forward_rows
+            usage.saved_rows = ends * (2 if query.subject.cut else 1) - usage.forward_rows
             inquiries = [
                 _Inquiry(place, query.methods[place.method], question, observe) for place, question in questions
             ]
@@ -424,12 +444,34 @@ class Explainer:
                 limit=self._max_request_bytes,
             )
 
-    async def _scores(self, query: Query, end_points: EndPoints, usage: Usage) -> _Scores:
+    async def _at_layers(
+        self, query: Query, baselines: Baselines, taps: EndPoints, usage: Usage
+    ) -> tuple[Query, Baselines, EndPoints]:
+        """The same question at the layers that are explained: their values stand where those of inputs stood."""
+        evaluation = await self._in_time(query, taps.plan, usage)
+        values = [{name: array[0] for name, array in part.values.items()} for part in evaluation.segments]
+
+        def at(instance_index: int, baseline_index: int | None) -> Tensors:
+            return values[taps.positions[query.tap, instance_index, baseline_index]]
+
+        instances = tuple(Instance(at(i, None), {**one.fixed, **one.moving}) for i, one in enumerate(query.instances))
+        own = tuple(
+            tuple(replace(one, moving=at(i, b)) for b, one in enumerate(of_instance))
+            for i, of_instance in enumerate(baselines)
+        )
+        asked = replace(query, instances=instances)
+        return asked, own, await asyncio.to_thread(_end_points, asked, own)
+
+    async def _in_time(self, query: Query, plan: Plan, usage: Usage) -> Evaluation:
+        """Raises DeadlineExceeded (TIME_BUDGET_TOO_SHORT)."""
         try:
             async with asyncio.timeout_at(query.budget_ends_at):
-                evaluation = await self._evaluate(query.model, end_points.plan, query.request, usage)
+                return await self._evaluate(query.model, plan, query.request, usage)
         except TimeoutError:
             raise _too_short() from None
+
+    async def _scores(self, query: Query, end_points: EndPoints, usage: Usage) -> _Scores:
+        evaluation = await self._in_time(query, end_points.plan, usage)
         return _Scores(end_points, [_only_output(segment) for segment in evaluation.segments])
 
     async def _explanations(
@@ -546,7 +588,7 @@ class _Scores:
         return self.tensors[self.end_points.positions[function, instance_index, baseline_index]]
 
 
-def _all_baselines(query: Query) -> tuple[tuple[Baseline, ...], ...]:
+def _all_baselines(query: Query) -> Baselines:
     baselines = tuple(tuple(query.baselines_of(index)) for index in range(len(query.instances)))
     for index, own in enumerate(baselines):
         if query.needs_baselines and not own:
@@ -558,11 +600,34 @@ def _all_baselines(query: Query) -> tuple[tuple[Baseline, ...], ...]:
     return baselines
 
 
-def _end_points(query: Query, baselines: tuple[tuple[Baseline, ...], ...]) -> EndPoints:
+def _first_rows(query: Query, baselines: Baselines) -> int:
+    """Rows at the ends of all paths; where layers are explained, those that give their values there come on top."""
+    if not query.subject.cut:
+        return _end_points(query, baselines).plan.row_count
+    behind = replace(query, instances=tuple(map(_kept_beside_layers, query.instances)))
+    return _taps(query, baselines).plan.row_count + _end_points(behind, baselines).plan.row_count
+
+
+def _kept_beside_layers(instance: Instance) -> Instance:
+    """Inputs keep the instance's values beside layers, so rows of different instances differ even at one baseline."""
+    return Instance(instance.moving, {f"{name} beside layers": array for name, array in instance.moving.items()})
+
+
+def _taps(query: Query, baselines: Baselines) -> EndPoints:
+    """Rows at the instances and baselines of the inputs that give the values of the layers."""
+    return _points(query, baselines, lambda _: [query.tap])
+
+
+def _end_points(query: Query, baselines: Baselines) -> EndPoints:
+    """Rows at the ends of all paths that give their scores."""
+    return _points(query, baselines, query.functions_of)
+
+
+def _points(query: Query, baselines: Baselines, functions_of: Callable[[int], Sequence[Differentiation]]) -> EndPoints:
     points: dict[tuple[Differentiation, bytes], Segment] = {}
     wanted: dict[tuple[Differentiation, int, int | None], tuple[Differentiation, bytes]] = {}
     for i, instance in enumerate(query.instances):
-        functions = dict.fromkeys(spec.function(query.model.signature) for spec in query.targets_of(i))
+        functions = functions_of(i)
         ends: dict[int | None, Tensors] = {None: instance.moving, **{b: e.moving for b, e in enumerate(baselines[i])}}
         for b, moving in ends.items():
             identity = _identity(moving, instance.fixed)
@@ -573,9 +638,7 @@ def _end_points(query: Query, baselines: tuple[tuple[Baseline, ...], ...]) -> En
     return EndPoints(Plan(tuple(points.values())), {end: place[key] for end, key in wanted.items()})
 
 
-def _questions(
-    query: Query, baselines: tuple[tuple[Baseline, ...], ...], scores: _Scores
-) -> list[tuple[Place, Question]]:
+def _questions(query: Query, baselines: Baselines, scores: _Scores) -> list[tuple[Place, Question]]:
     """Every question with its place, in the order of the answer. Methods are asked the same ones, so that they share
     what they evaluate."""
     asked = [list(_questions_of(query, i, baselines[i], scores)) for i in range(len(query.instances))]
@@ -605,7 +668,7 @@ def _questions_of(
 
 def _resolved(query: Query, instance_index: int, scores: _Scores) -> Iterator[tuple[Differentiation, Target]]:
     for spec in query.targets_of(instance_index):
-        function = spec.function(query.model.signature)
+        function = query.function(spec)
         for target in spec.resolve(query.model.signature, scores.at(function, instance_index, None)):
             yield function, target
 
@@ -613,8 +676,7 @@ def _resolved(query: Query, instance_index: int, scores: _Scores) -> Iterator[tu
 def _end_point_bound(query: Query) -> int:
     """End points if all were distinct."""
     return sum(
-        len({spec.function(query.model.signature) for spec in query.targets_of(index)})
-        * (1 + query.baseline_count(index))
+        (len(query.functions_of(index)) + bool(query.subject.cut)) * (1 + query.baseline_count(index))
         for index in range(len(query.instances))
     )
 

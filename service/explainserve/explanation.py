@@ -41,8 +41,9 @@ class Instance:
 
     moving: Tensors
     fixed: Tensors
-    _derived: WeakValueDictionary[Hashable, Any] = field(default_factory=WeakValueDictionary, init=False, repr=False)
-    _deriving: RLock = field(default_factory=RLock, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_derived", _Derived())  # no field: it is no part of what the instance is
 
     def derived(self, key: Hashable, make: Callable[[], T]) -> T:
         """What a method makes of this instance alone: the same object for all questions, as long as any of them holds
@@ -51,9 +52,21 @@ class Instance:
         Args:
             key: stands for all that decides the value.
         """
-        with self._deriving:
-            found: T | None = self._derived.get(key)
-            return self._derived.setdefault(key, make()) if found is None else found
+        derived: _Derived = self.__dict__["_derived"]
+        return derived.get(key, make)
+
+
+class _Derived:
+    """Values by key, as long as somebody holds them."""
+
+    def __init__(self) -> None:
+        self._made: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
+        self._making = RLock()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        with self._making:
+            found: T | None = self._made.get(key)
+            return self._made.setdefault(key, make()) if found is None else found
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +113,7 @@ class Subject:
     Attributes:
         maps: how the moving inputs are laid out, by name.
         shapes: of one instance's moving inputs, by name.
+        cut: layers that are explained in the place of inputs; `maps` and `shapes` are theirs then.
         layers: of the model, in the order of its graph.
         configured_layers: names of those that the model's owner picked.
     """
@@ -108,6 +122,7 @@ class Subject:
     shapes: Mapping[str, tuple[int, ...]]
     layers: tuple[Layer, ...] = ()
     configured_layers: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
 
     @property
     def element_count(self) -> int:
@@ -154,7 +169,7 @@ class Question:
     @property
     def score(self) -> Differentiation:
         """The target's output and head, forward only."""
-        return Differentiation(self.target.output, self.target.head)
+        return Differentiation(self.target.output, self.target.head, cut=self.subject.cut)
 
     @property
     def gradient(self) -> Differentiation:

@@ -203,14 +203,15 @@ class ServedModel:
         known = {layer.name for layer in self.loaded.layers}
         return (*self.loaded.layers, *(Layer(name) for name in self.config.layers if name not in known))
 
-    def missing(self, rule: str, *, layers: bool) -> MissingCapability | None:
+    def missing(self, rule: str, *, layers: bool, cut: bool = False) -> MissingCapability | None:
         """What keeps methods with these needs from explaining it, or None.
 
         Args:
             rule: name of the gradient rule, or "" for none.
             layers: whether layers are reached.
+            cut: whether layers are explained in the place of inputs, which then need no gradient.
         """
-        if rule and not self.differentiable:
+        if rule and not (self.differentiable or cut):
             return MissingCapability("gradient", self.undifferentiable_reason)
         unknown = f"backend {self.loaded.backend} has no gradient rule {rule!r}"
         reason = self.loaded.gradient_rules.get(rule, unknown) if rule else ""
@@ -220,11 +221,11 @@ class ServedModel:
             return MissingCapability("layers", f"backend {self.loaded.backend} does not reach layers of this file")
         return None
 
-    def check_supports(self, rule: str, *, layers: bool) -> None:
+    def check_supports(self, rule: str, *, layers: bool, cut: bool = False) -> None:
         """Raises Unsupported where a capability is missing: a gradient (NOT_DIFFERENTIABLE), or a gradient rule or
         layers (CAPABILITY_MISSING). GetModel says so beforehand.
         """
-        missing = self.missing(rule, layers=layers)
+        missing = self.missing(rule, layers=layers, cut=cut)
         if missing is None:
             return
         if missing.capability == "gradient":

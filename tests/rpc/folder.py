@@ -63,6 +63,7 @@ def write_folder(root: Path) -> Path:
     np.save(root / "image" / "training_mean.npy", np.full((3, 6, 8), 0.25, np.float32))
     _plain(root)
     _rectified(root)
+    _words(root)
     _versions(root)
     _unusual(root)
     write_slow(root)
@@ -144,6 +145,27 @@ def _rectified(root: Path) -> None:
     toml = '[[inputs]]\nname = "image"\nlayout = "NCHW"\n\n[[outputs]]\nname = "logits"\nkind = "logits"\n'
     arrays = {name: value.astype(np.float32) for name, value in weights.items()}
     _write(root, "rectified", nodes, image, {"logits": ["batch", 4]}, arrays, toml)
+
+
+def _words(root: Path) -> None:
+    """A classifier of token ids of any number: the mean of their embeddings, and two layers."""
+    random = np.random.default_rng(8)
+    weights = {
+        "e": random.standard_normal((7, 4)),
+        "w": random.standard_normal((4, 5)),
+        "v": random.standard_normal((5, 3)),
+    }
+    nodes = [
+        helper.make_node("Gather", ["e", "ids"], ["embedding"], axis=0),
+        helper.make_node("Tanh", ["embedding"], ["bent"]),
+        helper.make_node("ReduceMean", ["bent", "axes"], ["mean"], keepdims=0),
+        helper.make_node("MatMul", ["mean", "w"], ["z"]),
+        helper.make_node("Tanh", ["z"], ["h"]),
+        helper.make_node("MatMul", ["h", "v"], ["logits"]),
+    ]
+    arrays = {name: value.astype(np.float32) for name, value in weights.items()} | {"axes": np.array([1], np.int64)}
+    ids = {"ids": (TensorProto.INT64, ["batch", "length"])}
+    _write(root, "words", nodes, ids, {"logits": ["batch", 3]}, arrays)
 
 
 def _plain_nodes() -> list[onnx.NodeProto]:

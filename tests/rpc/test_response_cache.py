@@ -116,7 +116,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 def test_every_field_of_a_request_is_tried() -> None:
     """A new field must be among those that decide the answer, or those that do not."""
     tried = {name.split(":")[0] for name in OTHERS}
-    elsewhere = {"model", "inputs", "fixed_inputs", "priority", "time_budget"}
+    elsewhere = {"model", "inputs", "fixed_inputs", "layers", "priority", "time_budget"}
 
     assert tried | elsewhere == {field.name for field in pb.ExplainRequest.DESCRIPTOR.fields}
     assert not tried & elsewhere
@@ -142,6 +142,13 @@ def test_an_input_that_is_held_fixed_is_another_answer(caching: Loopback) -> Non
     x = {"x": normal(2, 5, seed=71), "y": normal(2, 5, seed=72)}
 
     assert not is_kept(caching, request("product", x), request("product", x, fixed_inputs=["y"]))
+
+
+def test_a_layer_in_the_place_of_inputs_is_another_answer(caching: Loopback) -> None:
+    x = {"image": normal(1, 3, 6, 8, seed=74)}
+
+    assert not is_kept(caching, request("rectified", x), request("rectified", x, layers=["f"]))
+    assert not is_kept(caching, request("rectified", x, layers=["d"]), request("rectified", x, layers=["c"]))
 
 
 def test_another_version_or_model_is_another_answer(caching: Loopback) -> None:

@@ -39,7 +39,8 @@ def rich(error: Exception) -> tuple[status_pb2.Status, error_details_pb2.ErrorIn
 @pytest.mark.parametrize("own", CLASSES)
 def test_every_class_has_a_code(own: type[errors.ExplainServeError]) -> None:
     assert own in status.CODES
-    assert status.code(own("REASON", "text")) is status.CODES[own]
+    arguments = [1.0] if own is errors.QueueFull else []
+    assert status.code(own("REASON", "text", *arguments)) is status.CODES[own]
 
 
 @pytest.mark.parametrize("own", CLASSES)

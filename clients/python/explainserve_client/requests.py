@@ -29,6 +29,7 @@ class ExplainOptions(TypedDict, total=False):
     regions: Mapping[str, RegionLike] | None
     groups: Mapping[str, GroupLike] | None
     fixed_inputs: Sequence[str]
+    layers: Sequence[str]
     baseline_reduction: str | None
     views: Sequence[str]
     omit_tensors: bool
@@ -55,6 +56,7 @@ def explain_request(
     regions: Mapping[str, RegionLike] | None = None,
     groups: Mapping[str, GroupLike] | None = None,
     fixed_inputs: Sequence[str] = (),
+    layers: Sequence[str] = (),
     baseline_reduction: str | None = None,
     time_budget: float | None = None,
     priority: int = 0,
@@ -66,6 +68,7 @@ def explain_request(
         model=model_ref(info.name, version),
         inputs=instances.tensors,
         fixed_inputs=fixed,
+        layers=_names("layers", layers),
         targets=target_messages(targets, score, info),
         baselines=baseline_messages(baselines, info, fixed),
         baseline_reduction=optional_value(baseline_pb2.BaselineReduction, baseline_reduction),

@@ -88,7 +88,7 @@ class LoadedModel(Protocol):
         gaps: operators without a gradient; where there are any, only forward-only rows are evaluated.
         layers: what a person can pick for layer methods, in the order of the graph; empty where the file does not tell.
         gradient_rules: the rules of backward passes that the backend knows, and why this model cannot follow each: ""
-            where it can. Empty where it has gaps.
+            where it can. They hold for layers in the place of inputs too, where the inputs have gaps.
         reaches_layers: whether layers can be tapped, differentiated and cut.
         library_versions: of the libraries that compute, by name.
     """

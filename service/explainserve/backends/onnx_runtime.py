@@ -171,7 +171,7 @@ class OnnxModel:
         self._on_one_thread: OnnxModel | None = None
         self.gaps = _gaps(graph, signature, weights)
         self.layers = layers
-        self.gradient_rules: Mapping[str, str] = self._rules() if self._has_gradient else {}
+        self.gradient_rules: Mapping[str, str] = self._rules()
         self.reaches_layers = not unbatched and options.precision is not Precision.FLOAT16
         self.gradient_mode = "gradient_graph" if self._has_gradient else "black_box"
 
@@ -367,7 +367,9 @@ class OnnxModel:
         }
 
     def _refusal(self, rule: str) -> str:
-        """The first gap of a rule that not every operator has, or ""."""
+        """The first gap of a rule that not every operator has, or ""; known between inputs and outputs only."""
+        if not self._has_gradient:
+            return ""
         wrt, weights = self.signature.differentiable_inputs, self._weights.of(self._graph)
         output = self.signature.differentiable_outputs[0]
         try:
@@ -427,7 +429,7 @@ class OnnxModel:
 
     def _gradient_graph(self, function: Differentiation) -> tuple[GradientGraph, str]:
         """The graph, which refers to its weights, and the name of the scores in it."""
-        if not self._has_gradient:
+        if not (self._has_gradient or function.cut):
             raise _not_differentiable(self.gaps, self.signature.undifferentiable_reason)
         graph, score = self._with_head(function)
         self._check_wrt(graph, function, score)

@@ -194,7 +194,12 @@ class NoiseTunnel(Method):
     def _check_noise(self) -> None:
         given = {name: getattr(self, name) for name in ("noise_level", "noise_std") if getattr(self, name) is not None}
         if len(given) > 1:
-            raise InvalidRequest("NOISE_CONFLICT", "noise_level and noise_std exclude each other", **given)
+            raise InvalidRequest(
+                "NOISE_CONFLICT",
+                "noise_level and noise_std exclude each other",
+                noise_level=self.noise_level,
+                noise_std=self.noise_std,
+            )
         for name, value in given.items():
             check_option(name, value)
 

@@ -25,7 +25,7 @@ from explainserve.rpc.methods import read as read_method
 from explainserve.rpc.tensors import decode, decode_floats
 from explainserve.scheduling import Request
 from explainserve.settings import Settings
-from explainserve.signature import InputSpec, Score, Signature
+from explainserve.signature import InputSpec, Layer, MapSpec, Score, Signature
 from explainserve.statistics import View
 from explainserve.v1 import (
     baseline_pb2,
@@ -131,9 +131,10 @@ def explain(
     """
     _check_part_counts(message, settings.max_request_parts)
     arrays = inputs(message.inputs, model.signature, settings)
-    moving = _moving(model, message.fixed_inputs)
+    layers = tuple(dict.fromkeys(message.layers))
+    moving = _moving(model, message.fixed_inputs, explains_layers=bool(layers))
     given = instances(arrays, model.signature, moving)
-    subject = _subject(model, given[0])
+    subject = _layer_subject(model, layers, arrays) if layers else _subject(model, given[0])
     query = Query(
         model=model,
         instances=given,
@@ -211,7 +212,7 @@ def methods(
     cap = min(settings.max_step_count, model.config.limits.max_step_count or settings.max_step_count)
     chosen = [_capped(read_method(spec), spec, cap) for spec in specs or [_DEFAULT_METHOD]]
     for method in chosen:
-        model.check_supports(method.needs.rule, layers=method.needs.layers)
+        model.check_supports(method.needs.rule, layers=method.needs.layers or bool(subject.cut), cut=bool(subject.cut))
     return tuple(method.resolved(subject) for method in chosen)
 
 
@@ -266,10 +267,46 @@ def _subject(model: ServedModel, instance: Instance) -> Subject:
     )
 
 
-def _moving(model: ServedModel, fixed_inputs: Sequence[str]) -> tuple[str, ...]:
+def _layer_subject(model: ServedModel, names: tuple[str, ...], arrays: Mapping[str, NDArray[np.generic]]) -> Subject:
+    """Layers in the place of inputs. Extents that the file leaves open are those of the inputs' axes of that name."""
+    known = {layer.name: layer for layer in model.layers}
+    extents = {
+        axis.name: extent
+        for spec in model.signature.inputs
+        for axis, extent in zip(spec.axes, arrays[spec.name].shape, strict=True)
+    }
+    shapes = {name: _layer_shape(name, known.get(name), extents) for name in names}
+    return Subject({name: _layer_map(name, shape) for name, shape in shapes.items()}, shapes, cut=names)
+
+
+def _layer_shape(name: str, layer: Layer | None, extents: Mapping[str, int]) -> tuple[int, ...]:
+    """Of one instance.
+
+    Raises:
+        InvalidRequest: there is no such layer (UNKNOWN_LAYER).
+        Unsupported: its extents are not known (LAYER_SHAPE_UNKNOWN).
+    """
+    if layer is None:
+        raise InvalidRequest("UNKNOWN_LAYER", f"the model has no layer {name!r}", layer=name)
+    sizes = [axis.size or extents.get(axis.name) for axis in layer.axes[1:]]
+    known = tuple(size for size in sizes if size is not None)
+    if not layer.axes or len(known) != len(sizes):
+        raise Unsupported("LAYER_SHAPE_UNKNOWN", f"the file does not tell the shape of layer {name!r}", layer=name)
+    return known
+
+
+def _layer_map(name: str, shape: tuple[int, ...]) -> MapSpec:
+    """Two axes are positions with features, such as tokens with their embedding: sums over channels are per token."""
+    return MapSpec(name, "TC", 1) if len(shape) == 2 else MapSpec(name)
+
+
+def _moving(model: ServedModel, fixed_inputs: Sequence[str], *, explains_layers: bool = False) -> tuple[str, ...]:
+    """Inputs that move: the floating-point ones, and where layers are explained all from which these are computed."""
     signature = model.signature
     for name in fixed_inputs:
         signature.input(name)
+    if explains_layers:
+        return tuple(spec.name for spec in signature.inputs if spec.name not in fixed_inputs)
     moving = tuple(name for name in signature.differentiable_inputs if name not in fixed_inputs)
     if not moving:
         raise Unsupported(

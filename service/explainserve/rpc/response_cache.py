@@ -113,7 +113,7 @@ def _options(request: Explain) -> dict[str, object]:
     return stated | {
         "targets": [replace(spec, output=signature.output(spec.output).name) for spec in query.targets],
         "baselines": [_effective_baseline(spec, moving) for spec in query.baselines],
-        "views": {name: request.figures.views_of(spec.map_spec) for name, spec in moving.items()},
+        "views": {name: request.figures.views_of(spec) for name, spec in query.subject.maps.items()},
         "figures": replace(request.figures, views=()),
         "options": _without_views(request.options),
     }

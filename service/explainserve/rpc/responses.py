@@ -113,7 +113,7 @@ def round_messages(
 
 
 def shapes(request: Explain) -> dict[str, tuple[int, ...]]:
-    """Shapes of one instance's explained inputs."""
+    """Shapes of one instance's explained inputs; of layers, the inputs that they are computed from."""
     return {name: array.shape for name, array in request.query.instances[0].moving.items()}
 
 
@@ -279,8 +279,8 @@ def _bytes_of_map(request: Explain) -> int:
     """Without its tensors."""
     options, signature = request.options, request.query.model.signature
     total = _MAP_BYTES + max(_text_bytes(spec.name) + 2 * _label_bytes(spec) for spec in signature.outputs)
-    for spec in _explained(request):
-        views = 0 if options.omit_statistics else len(request.figures.views_of(spec.map_spec))
+    for spec in request.query.subject.maps.values():
+        views = 0 if options.omit_statistics else len(request.figures.views_of(spec))
         total += _INPUT_BYTES + 2 * _text_bytes(spec.name) + views * _STATISTICS_BYTES  # a caution names it too
     if not options.omit_regions:
         total += sum(2 * (_REGION_BYTES + _text_bytes(region.name)) for region in request.regions)
@@ -295,7 +295,7 @@ def _label_bytes(spec: OutputSpec) -> int:
 
 
 def _joint_bytes(request: Explain, maps: int, sizes: Sequence[int]) -> int:
-    views = {spec.name: len(request.figures.views_of(spec.map_spec)) for spec in _explained(request)}
+    views = {spec.name: len(request.figures.views_of(spec)) for spec in request.query.subject.maps.values()}
     figures = sum(_GROUP_BYTES + _text_bytes(name) + count * _STATISTICS_BYTES for name, count in views.items())
     pair = sum(count * (_PAIR_BYTES + _text_bytes(name)) for name, count in views.items())
     total = 0

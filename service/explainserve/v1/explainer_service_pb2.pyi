@@ -121,6 +121,7 @@ class ExplainRequest(_message.Message):
     RESPONSE_OPTIONS_FIELD_NUMBER: _builtins.int
     TIME_BUDGET_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
     baseline_reduction: _baseline_pb2.BaselineReduction.ValueType
     """Optional. Whether maps of several baselines come back each (default) or as their mean with spread."""
     priority: _builtins.int
@@ -177,6 +178,13 @@ class ExplainRequest(_message.Message):
         fixed rule that does not fit answers DEADLINE_EXCEEDED. Default: none.
         """
 
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Optional. Layers, of `Model.layers`, that are explained in the place of the inputs: their values at the instance and at the
+        baselines of the inputs are computed first, and paths run over them; the inputs keep the instance's values wherever they
+        reach the output by another route. Baselines may name integer inputs then, such as pad token ids. Every map is of a layer.
+        """
+
     def __init__(
         self,
         *,
@@ -192,10 +200,11 @@ class ExplainRequest(_message.Message):
         response_options: Global___ResponseOptions | None = ...,
         time_budget: _duration_pb2.Duration | None = ...,
         priority: _builtins.int = ...,
+        layers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "response_options", b"response_options", "time_budget", b"time_budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_reduction", b"baseline_reduction", "baselines", b"baselines", "fixed_inputs", b"fixed_inputs", "groups", b"groups", "inputs", b"inputs", "methods", b"methods", "model", b"model", "priority", b"priority", "regions", b"regions", "response_options", b"response_options", "targets", b"targets", "time_budget", b"time_budget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_reduction", b"baseline_reduction", "baselines", b"baselines", "fixed_inputs", b"fixed_inputs", "groups", b"groups", "inputs", b"inputs", "layers", b"layers", "methods", b"methods", "model", b"model", "priority", b"priority", "regions", b"regions", "response_options", b"response_options", "targets", b"targets", "time_budget", b"time_budget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -112,6 +112,7 @@ class Client:
         regions: Mapping[str, RegionLike] | None = None,
         groups: Mapping[str, GroupLike] | None = None,
         fixed_inputs: Sequence[str] = (),
+        layers: Sequence[str] = (),
         baseline_reduction: str | None = None,
         views: Sequence[str] = (),
         omit_tensors: bool = False,
@@ -120,6 +121,8 @@ class Client:
         omit_score_path: bool = False,
         omit_regions: bool = False,
         include_baseline_tensors: bool = False,
+        include_standard_errors: bool = False,
+        include_parts: bool = False,
         time_budget: float | None = None,
         priority: int = 0,
         timeout: float | None = None,
@@ -143,10 +146,13 @@ class Client:
             regions: boxes or boolean masks by name, whose attributions are summed.
             groups: by name, lists of AttributionSelector whose figures are wanted together.
             fixed_inputs: names of inputs that keep the instance's value and get no attribution.
+            layers: names of layers that are explained in the place of the inputs, such as an embedding of token ids.
             baseline_reduction: "EACH" (default) or "MEAN" over the baselines.
             views: "ELEMENTS", "CHANNEL_SUM", "CHANNEL_ABS_SUM", "CHANNEL_MAX_ABS"; default the first two.
             omit_tensors, omit_statistics, omit_joint_statistics, omit_score_path, omit_regions: left out of the answer.
             include_baseline_tensors: whether the answer holds the baselines' values.
+            include_standard_errors: whether it holds the standard error of each value of sampled methods.
+            include_parts: whether it holds segments, and the maps that a map was made of.
             time_budget: seconds after which the best map so far is the answer.
             priority: -10 to 10, higher goes first.
             timeout: seconds for the whole call; None is the client's, infinity no limit.
@@ -170,6 +176,7 @@ class Client:
             regions=regions,
             groups=groups,
             fixed_inputs=fixed_inputs,
+            layers=layers,
             baseline_reduction=baseline_reduction,
             time_budget=time_budget,
             priority=priority,
@@ -180,6 +187,8 @@ class Client:
             omit_score_path=omit_score_path,
             omit_regions=omit_regions,
             include_baseline_tensors=include_baseline_tensors,
+            include_standard_errors=include_standard_errors,
+            include_parts=include_parts,
         )
         response, used_id = self._send_to_model(self._stub().Explain, request, context, info, version)
         result = explain_result(response, instances.geometries, used_id)
