@@ -48,6 +48,26 @@ def test_the_python_of_the_readme_runs(address: str) -> None:
     assert names["result"].attributions[1].target.label == "8"  # type: ignore[attr-defined]
 
 
+def test_the_python_of_the_page_on_methods_runs(address: str) -> None:
+    sys.path.insert(0, str(EXAMPLE))
+    import pictures
+    from explainserve_client import Client
+
+    with Client(address) as client:
+        image = client.preprocess("two-digits", pictures.load_pairs()[0].picture.image).tensor
+    names: dict[str, object] = {"image": image}
+    (code,) = blocks(ROOT / "docs" / "methods.md", "python")
+
+    exec(code.replace("localhost:8001", address), names)
+
+    assert len(names["by_method"]) == 4  # type: ignore[arg-type]
+    assert names["saved"] > 0  # type: ignore[operator]
+
+
+def test_the_page_on_methods_names_all_of_them() -> None:
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "methods"), "--check"], check=True)
+
+
 def test_the_python_of_the_page_on_anytime_answers_runs(address: str) -> None:
     sys.path.insert(0, str(EXAMPLE))
     import pictures

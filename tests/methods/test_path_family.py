@@ -249,7 +249,9 @@ def test_cost_is_what_is_evaluated(method: Method) -> None:
     cost = method.cost(asked.subject)
 
     assert cost.min_gradient_rows == cost.max_gradient_rows == sum(own.backward_count for own in segments)
-    assert cost.min_forward_rows == cost.max_forward_rows == sum(own.row_count for own in segments if not own.function.wrt)
+    assert (
+        cost.min_forward_rows == cost.max_forward_rows == sum(own.row_count for own in segments if not own.function.wrt)
+    )
 
 
 @pytest.mark.parametrize("method", [blur(step_count=5), Idgi()])
