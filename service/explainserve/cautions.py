@@ -37,6 +37,7 @@ class Caution:
 
 _SUNDARARAJAN = "Sundararajan, Taly, Yan 2017, Axiomatic Attribution for Deep Networks, ICML"
 _ADEBAYO = "Adebayo et al. 2018, Sanity Checks for Saliency Maps, NeurIPS"
+_SIXT = "Sixt, Granz, Landgraf 2020, When Explanations Lie: Why Many Modified BP Attributions Fail, ICML"
 _KINDERMANS = "Kindermans et al. 2019, The (Un)reliability of Saliency Methods, in Explainable AI, Springer"
 _GHORBANI = "Ghorbani, Abid, Zou 2019, Interpretation of Neural Networks Is Fragile, AAAI"
 _STURMFELS = "Sturmfels, Lundberg, Lee 2020, Visualizing the Impact of Feature Attribution Baselines, Distill"
@@ -90,7 +91,7 @@ CAUTIONS: dict[CautionKind, Caution] = {
             CautionKind.FAILS_RANDOMIZATION,
             "This method fails the parameter randomization check: its map hardly changes when the weights of the model "
             "are replaced by random ones, so it says little about this model.",
-            _ADEBAYO,
+            f"{_ADEBAYO}; {_SIXT}",
         ),
         Caution(
             CautionKind.OUT_OF_RANGE_INPUT,

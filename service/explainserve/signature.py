@@ -163,6 +163,15 @@ class InputSpec:
         """Whether pixels can be turned into this input."""
         return self.value_range is not None and self.mean is not None and self.std is not None
 
+    @property
+    def bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """Least and greatest value that the model gets, broadcastable to an instance; None where no range is stated."""
+        if self.value_range is None:
+            return None
+        behind = 0 if self.channel_axis is None else len(self.instance_axes) - 1 - self.channel_axis
+        low, high = (self.model_value(end) if self.has_preprocessing else np.array([end]) for end in self.value_range)
+        return low.reshape(-1, *[1] * behind), high.reshape(-1, *[1] * behind)
+
     def model_value(self, value: float | NDArray[np.float64]) -> NDArray[np.float64]:
         """Preprocesses values of `value_range`: (value - mean) / std, shape (1,) or (channels,), float64."""
         if self.mean is None or self.std is None:

@@ -13,7 +13,7 @@ from explainserve.onnx_vjp import GRADIENT_RULES, GradientGraph, find_gaps, inpu
 from onnx_vjp.test_walk import f32, model, node
 from onnx_vjp.vjp_oracle import run
 
-RESCALE = GRADIENT_RULES["deeplift_rescale"]
+RESCALE = GRADIENT_RULES["deeplift_rescale"]()
 
 
 def contributions(

@@ -198,7 +198,7 @@ def test_a_rectifier_is_one_in_every_operator_set(version: int, kind: type) -> N
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)], ir_version=7)
     expected = {"standard": [0, 0, -1, 0, 0], "guided_backpropagation": [0] * 5, "deconvnet": [1, 1, 0, 1, 1]}
     for table, wanted in expected.items():
-        gradient = input_gradient(model, ["x"], "y", rules=GRADIENT_RULES[table])
+        gradient = input_gradient(model, ["x"], "y", rules=GRADIENT_RULES[table]())
         (dx,) = run(gradient.model, {"x": x, gradient.cotangent: g}, [gradient.gradients["x"]])
         np.testing.assert_array_equal(dx, wanted, err_msg=table)
 

@@ -239,7 +239,7 @@ def test_gradient_rules_reach_fused_rectifiers(tmp_path: Path, table: str) -> No
     )
     found = []
     for proto in (model, file):
-        result = input_gradient(proto, ["x"], "y", rules=GRADIENT_RULES[table])
+        result = input_gradient(proto, ["x"], "y", rules=GRADIENT_RULES[table]())
         found += evaluate(result.model, {"x": x, result.cotangent: cotangent}, [result.gradients["x"]])
     np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-5)
 

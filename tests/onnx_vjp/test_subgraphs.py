@@ -49,7 +49,7 @@ def test_gradient_rules_reach_into_bodies() -> None:
     graph = model([node("Loop", "once - h", "y", body=step)], {"h": H}, "y", {"once": np.array(1)})
     feeds = {"h": np.abs(H)}
     for table, slope in (("standard", -1), ("guided_backpropagation", 0)):
-        gradient = input_gradient(graph, ["h"], "y", rules=GRADIENT_RULES[table])
+        gradient = input_gradient(graph, ["h"], "y", rules=GRADIENT_RULES[table]())
         (dh,) = run(gradient.model, {**feeds, gradient.cotangent: one()}, [gradient.gradients["h"]])
         np.testing.assert_array_equal(dh, slope * one(), err_msg=table)
 

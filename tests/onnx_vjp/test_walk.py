@@ -38,7 +38,7 @@ def gradients(
     feeds: dict[str, np.ndarray],
     table: str = "standard",
 ) -> list[np.ndarray]:
-    result = input_gradient(graph, wrt, of, rules=GRADIENT_RULES[table])
+    result = input_gradient(graph, wrt, of, rules=GRADIENT_RULES[table]())
     onnx.checker.check_model(result.model)
     return run(result.model, {**feeds, result.cotangent: cotangent}, [result.gradients[name] for name in wrt])
 

@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "deconv_net": {},
     "deep_lift": {},
     "occlusion": {"window": [3, 4], "stride": [2, 3], "aggregation": "WINDOW_AGGREGATION_SUM"},
+    "lrp": {"rule": "LRP_RULE_GAMMA", "gamma": 0.1},
 }
 """Options that are quick to compute, for each method."""
 

@@ -253,6 +253,24 @@ class Occlusion:
     aggregation: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Lrp:
+    """Layer-wise relevance propagation (Bach et al. 2015). Sums to F(x) less what biases and epsilon absorb.
+
+    Attributes:
+        rule: "composite" (server default: epsilon in dense layers, z+ in convolutions, flat in the first), "epsilon",
+            "gamma", "alpha_beta", "epsilon_gamma_box" or "deep_taylor"; the last two need the value range of the input.
+        epsilon: added to denominators. Server default 1e-6.
+        gamma: of "gamma" and "epsilon_gamma_box". Server default 0.25.
+        alpha: of "alpha_beta", at least 1. Server default 2.
+    """
+
+    rule: str | None = None
+    epsilon: float | None = None
+    gamma: float | None = None
+    alpha: float | None = None
+
+
 Method: TypeAlias = (
     IntegratedGradients
     | Gradient
@@ -272,6 +290,7 @@ Method: TypeAlias = (
     | DeconvNet
     | DeepLift
     | Occlusion
+    | Lrp
 )
 
 METHODS: Mapping[str, type[Method]] = {
@@ -293,6 +312,7 @@ METHODS: Mapping[str, type[Method]] = {
     "deconv_net": DeconvNet,
     "deep_lift": DeepLift,
     "occlusion": Occlusion,
+    "lrp": Lrp,
 }
 """Methods by the name of their field in the message."""
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -53,7 +54,9 @@ from explainserve.backends.timing import least_seconds, random_row, repeated
 from explainserve.errors import EvaluationFailed, InvalidRequest, ModelRefused, Unsupported
 from explainserve.model_config import ModelConfig, Precision
 from explainserve.onnx_vjp import (
+    BOX_RULES,
     GRADIENT_RULES,
+    LRP_RULES,
     RECTIFIER_RULES,
     Gap,
     GradientGraph,
@@ -69,7 +72,7 @@ from explainserve.onnx_vjp import (
 from explainserve.onnx_vjp.blocked import keep_in_blocks
 from explainserve.onnx_vjp.opset import OLDEST as OLDEST_OPSET
 from explainserve.onnx_vjp.routes import dependents
-from explainserve.plan import STANDARD, Differentiation, Rows, SegmentEvaluation
+from explainserve.plan import STANDARD, Differentiation, GradientRule, Rows, SegmentEvaluation
 from explainserve.signature import Axis, InputSpec, Layer, ScoreHead, Signature
 
 logger = logging.getLogger(__name__)
@@ -360,23 +363,41 @@ class OnnxModel:
         """Every rule, and why the model cannot follow it."""
         if self._options.precision is Precision.FLOAT16:
             return {STANDARD.name: ""}
-        missing = "" if has_rectifiers(self._graph) else "the network has no rectifiers, on which the rule is defined"
+        unrectified = "" if has_rectifiers(self._graph) else "the network has no rectifiers, on which it is defined"
+        unbounded = self._unbounded()
+        of_lrp = self._first_gap("lrp_epsilon")
         return {
-            name: missing if name in RECTIFIER_RULES else self._refusal(name) if name != STANDARD.name else ""
-            for name in GRADIENT_RULES
+            STANDARD.name: "",
+            "deeplift_rescale": self._first_gap("deeplift_rescale"),
+            **dict.fromkeys(RECTIFIER_RULES, unrectified),
+            **dict.fromkeys(LRP_RULES, of_lrp),
+            **dict.fromkeys(BOX_RULES, of_lrp or unbounded),
         }
 
-    def _refusal(self, rule: str) -> str:
-        """The first gap of a rule that not every operator has, or ""; known between inputs and outputs only."""
+    def _unbounded(self) -> str:
+        """Why rules that take bounds of inputs do not get them, or ""."""
+        without = [name for name in self.signature.differentiable_inputs if self.signature.input(name).bounds is None]
+        return f"input {without[0]!r} states no value range; state its value_range in model.toml" if without else ""
+
+    def _first_gap(self, rule: str) -> str:
+        """Of a rule that not every operator has, or ""; known between inputs and outputs only."""
         if not self._has_gradient:
             return ""
         wrt, weights = self.signature.differentiable_inputs, self._weights.of(self._graph)
         output = self.signature.differentiable_outputs[0]
         try:
-            gaps = find_gaps(self._graph, wrt, output, rules=GRADIENT_RULES[rule], weights=weights)
+            gaps = find_gaps(self._graph, wrt, output, rules=GRADIENT_RULES[rule](), weights=weights)
         except ValueError as error:
             return str(error)
         return str(_operator_gaps(gaps[:1])[0]) if gaps else ""
+
+    def _rule_options(self, rule: GradientRule) -> dict[str, Any]:
+        """What the table of a rule is made by: its own options, and what the model's owner states."""
+        options: dict[str, Any] = dict(rule.options)
+        if rule.name in BOX_RULES:
+            stated = {name: self.signature.input(name).bounds for name in self.signature.differentiable_inputs}
+            options["bounds"] = {name: [end.tolist() for end in ends] for name, ends in stated.items() if ends}
+        return options
 
     def _forward(self, function: Differentiation) -> OnnxFunction:
         graph, score = self._with_head(function)
@@ -433,7 +454,8 @@ class OnnxModel:
             raise _not_differentiable(self.gaps, self.signature.undifferentiable_reason)
         graph, score = self._with_head(function)
         self._check_wrt(graph, function, score)
-        key = cache_key(graph, function.wrt, score, function.output, self.fixed_batch, function.rule)
+        options = self._rule_options(function.rule)
+        key = cache_key(graph, function.wrt, score, function.output, self.fixed_batch, function.rule.name, options)
         result = self._cache.get(key, lambda: self._built(graph, function, score))
         self._weights.take(result.model)
         return result, score
@@ -507,7 +529,7 @@ class OnnxModel:
         try:
             if self._options.precision is Precision.FLOAT16:
                 return scaled_gradient(graph, wrt, score, function.output, single=self.fixed_batch, weights=weights)
-            rules = GRADIENT_RULES[function.rule.name]
+            rules = GRADIENT_RULES[function.rule.name](**self._rule_options(function.rule))
             return input_gradient(graph, wrt, score, rules=rules, weights=weights)
         except UnsupportedOperators as error:
             raise _not_differentiable(_operator_gaps(error.gaps)) from error

@@ -20,6 +20,7 @@ from explainserve.methods.guided_grad_cam import GuidedGradCam
 from explainserve.methods.idgi import Idgi
 from explainserve.methods.integrated_gradients import IntegratedGradients
 from explainserve.methods.layer_cam import LayerCam
+from explainserve.methods.lrp import Lrp
 from explainserve.methods.occlusion import Occlusion
 from explainserve.methods.score_cam import ScoreCam
 from explainserve.methods.smooth_grad import SmoothGrad
@@ -44,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
     "guided_backpropagation": GuidedBackpropagation,
     "deconv_net": DeconvNet,
     "deep_lift": DeepLift,
+    "lrp": Lrp,
     "occlusion": Occlusion,
 }
 """Methods by the name of their field in MethodSpec."""
@@ -70,6 +72,7 @@ __all__ = [
     "Idgi",
     "IntegratedGradients",
     "LayerCam",
+    "Lrp",
     "Method",
     "Needs",
     "Occlusion",

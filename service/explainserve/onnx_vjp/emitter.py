@@ -66,6 +66,10 @@ class Node:
         """
         return index < len(self.sources) and self.sources[index] in self._live
 
+    def on_path(self, value: str) -> bool:
+        """Whether a tensor lies between what is differentiated and what it is differentiated by."""
+        return value in self._live
+
     def walk(self, body: Graph, wrt: Sequence[str], of: Sequence[str]) -> Walk:
         """A walk over one of the node's bodies by the rules of the walk that this node is visited by."""
         assert self._walk is not None, "a composition is no walk. This is a bug."

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from explainserve.onnx_vjp.emitter import Emitter, Node
+    from explainserve.onnx_vjp.graph import Graph
 
 Gradients = Sequence["str | None"]
 Formula = Callable[["Emitter", "Node", Any], Gradients]
@@ -83,9 +84,21 @@ def canonical_domain(domain: str) -> str:
 
 
 class Table(Mapping[Key, State]):
-    """States by domain, operator and since_version. Only the registry changes a table once it is made."""
+    """States by domain, operator and since_version. Only the registry changes a table once it is made.
 
-    def __init__(self, states: Mapping[Key, State] = MappingProxyType({})) -> None:
+    `canonised` rewrites a graph, in place, to the form that the rules are defined on; it is given the tensors that must
+    stay on the path too. Where the table carries `relevance`, the walk starts from cotangent times value, and hands
+    down shares of it.
+    """
+
+    def __init__(
+        self,
+        states: Mapping[Key, State] = MappingProxyType({}),
+        *,
+        canonised: Callable[[Graph, Sequence[str]], None] | None = None,
+        relevance: bool = False,
+    ) -> None:
+        self.canonised, self.relevance = canonised, relevance
         self._states: dict[Key, State] = {}
         self._versions: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
         for key, state in states.items():

@@ -2,7 +2,7 @@
 
 Guided backpropagation (Springenberg et al. 2015, arXiv:1412.6806) passes only positive cotangents through the
 rectifier's derivative; the deconvnet (Zeiler and Fergus 2014, arXiv:1311.2901) applies the rectifier to the cotangent
-instead. DeepLIFT's rescale rule has contracts of its own: see deeplift.py.
+instead. DeepLIFT's rescale rule and those of LRP have contracts of their own: see deeplift.py and lrp.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,14 @@ import onnx
 from explainserve.onnx_vjp import rules as _rules  # noqa: F401  (fills the registry)
 from explainserve.onnx_vjp.deeplift import rescale_rule
 from explainserve.onnx_vjp.emitter import Emitter, Node
+from explainserve.onnx_vjp.lrp import (
+    lrp_alpha_beta,
+    lrp_composite,
+    lrp_deep_taylor,
+    lrp_epsilon,
+    lrp_epsilon_gamma_box,
+    lrp_gamma,
+)
 from explainserve.onnx_vjp.registry import Formula, Gradients, Key, Rule, State, Table, overridden, standard
 
 _RECTIFIERS = frozenset({"Celu", "Elu", "LeakyRelu", "PRelu", "Relu", "Selu", "ThresholdedRelu"})
@@ -87,9 +95,26 @@ def has_rectifiers(model: onnx.ModelProto) -> bool:
     return any(node.op_type in _RECTIFIERS or node.op_type in _RECTIFYING for node in model.graph.node)
 
 
-GRADIENT_RULES: Mapping[str, Table] = {
-    "standard": standard(),
-    "guided_backpropagation": _for_rectifiers(standard(), _guided),
-    "deconvnet": _for_rectifiers(standard(), _deconvnet),
-    "deeplift_rescale": rescale_rule(),
+_OF_LRP: Mapping[str, Callable[..., Table]] = {
+    "lrp_epsilon": lrp_epsilon,
+    "lrp_gamma": lrp_gamma,
+    "lrp_alpha_beta": lrp_alpha_beta,
+    "lrp_composite": lrp_composite,
+    "lrp_deep_taylor": lrp_deep_taylor,
+    "lrp_epsilon_gamma_box": lrp_epsilon_gamma_box,
 }
+
+LRP_RULES = frozenset(_OF_LRP)
+"""Rules of layer-wise relevance propagation, which refuse the same operators."""
+
+BOX_RULES = frozenset({"lrp_deep_taylor", "lrp_epsilon_gamma_box"})
+"""Those among them that take the `bounds` of all inputs."""
+
+GRADIENT_RULES: Mapping[str, Callable[..., Table]] = {
+    "standard": standard,
+    "guided_backpropagation": lambda: _for_rectifiers(standard(), _guided),
+    "deconvnet": lambda: _for_rectifiers(standard(), _deconvnet),
+    "deeplift_rescale": rescale_rule,
+    **_OF_LRP,
+}
+"""What makes the table of a rule, of the rule's options."""

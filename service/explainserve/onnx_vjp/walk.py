@@ -37,6 +37,8 @@ class Walk:
         self.graph, self.wrt, self.of, self.table = graph, tuple(wrt), tuple(of), table
         self.gaps = [] if gaps is None else gaps
         self._refusals = expand(graph, self.wrt, self.of, table)
+        if table.canonised is not None:
+            table.canonised(graph, self.wrt)
         self.path = live_path(graph, self.wrt, self.of, table)
         self._cotangents: dict[str, list[str]] = defaultdict(list)
 
@@ -48,7 +50,7 @@ class Walk:
         """
         for name, cotangent in cotangents.items():
             if name in self.path.tensors:
-                self._cotangents[name].append(cotangent)
+                self._cotangents[name].append(op.Mul(cotangent, name) if self.table.relevance else cotangent)
         for node in reversed(self.path.nodes):
             self._visit(op, Node(node, self.path.tensors, twins or {}, self._within))
         sums = {name: self._sum(op, name) for name in self.wrt}

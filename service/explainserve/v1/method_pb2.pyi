@@ -130,9 +130,13 @@ class _LrpRuleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LrpRule.Value
     """epsilon in dense layers, alpha-beta (1, 0) in convolutions, flat in the first layer: EpsilonPlusFlat."""
     LRP_RULE_DEEP_TAYLOR: _LrpRule.ValueType  # 5
     """Deep Taylor decomposition (Montavon et al. 2017): z+ within, the box rule at the input's value range."""
+    LRP_RULE_EPSILON_GAMMA_BOX: _LrpRule.ValueType  # 6
+    """epsilon in dense layers, gamma in convolutions, the box rule in the first layer: EpsilonGammaBox."""
 
 class LrpRule(_LrpRule, metaclass=_LrpRuleEnumTypeWrapper):
-    """Rules of layer-wise relevance propagation."""
+    """Rules of layer-wise relevance propagation. In the first layers of COMPOSITE, EPSILON_GAMMA_BOX and DEEP_TAYLOR, which have
+    a rule of their own, elements with the value zero get relevance too.
+    """
 
 LRP_RULE_UNSPECIFIED: LrpRule.ValueType  # 0
 """Means COMPOSITE."""
@@ -146,6 +150,8 @@ LRP_RULE_COMPOSITE: LrpRule.ValueType  # 4
 """epsilon in dense layers, alpha-beta (1, 0) in convolutions, flat in the first layer: EpsilonPlusFlat."""
 LRP_RULE_DEEP_TAYLOR: LrpRule.ValueType  # 5
 """Deep Taylor decomposition (Montavon et al. 2017): z+ within, the box rule at the input's value range."""
+LRP_RULE_EPSILON_GAMMA_BOX: LrpRule.ValueType  # 6
+"""epsilon in dense layers, gamma in convolutions, the box rule in the first layer: EpsilonGammaBox."""
 Global___LrpRule: _TypeAlias = LrpRule  # noqa: Y015
 
 class _WindowAggregation:
@@ -885,7 +891,10 @@ Global___DeepLift: _TypeAlias = DeepLift  # noqa: Y015
 
 @_typing.final
 class Lrp(_message.Message):
-    """Layer-wise relevance propagation (Bach et al. 2015, PLOS ONE; rules as in Montavon et al. 2019)."""
+    """Layer-wise relevance propagation (Bach et al. 2015, PLOS ONE; rules as in Montavon et al. 2019), from the score on: a map
+    sums to F(x) less what biases and epsilon absorb, which may be most of it. It says nothing of F(x') and needs no baseline.
+    BatchNormalization and constants behind a linear layer are merged with it; others have the rule LRP-epsilon.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -896,7 +905,9 @@ class Lrp(_message.Message):
     rule: Global___LrpRule.ValueType
     """Optional. Default COMPOSITE."""
     epsilon: _builtins.float
-    """Optional. Of epsilon rules, positive. Default 1e-6."""
+    """Optional. Added to every denominator, with its sign; positive. It absorbs relevance where it is not small against the
+    sums of contributions. Default 1e-6.
+    """
     gamma: _builtins.float
     """Optional. Of gamma rules, positive. Default 0.25."""
     alpha: _builtins.float

@@ -1,0 +1,93 @@
+"""Layer-wise relevance propagation (Bach, Binder, Montavon, Klauschen, Mueller, Samek: On Pixel-Wise Explanations for
+Non-Linear Classifier Decisions by Layer-Wise Relevance Propagation, PLOS ONE 2015), with the rules of Montavon, Binder,
+Lapuschkin, Samek, Mueller: Layer-Wise Relevance Propagation: An Overview, 2019, and Deep Taylor decomposition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from explainserve.errors import InvalidRequest
+from explainserve.explanation import Attribution, Question, Subject
+from explainserve.methods.contract import Cost, Method, Needs, ReadingGuide
+from explainserve.methods.rows import gradients, point
+from explainserve.methods.sampling import check_option
+from explainserve.plan import Evaluation, GradientRule, Plan
+
+_OPTIONS = {
+    "epsilon": ("epsilon",),
+    "gamma": ("epsilon", "gamma"),
+    "alpha_beta": ("epsilon", "alpha"),
+    "composite": ("epsilon",),
+    "deep_taylor": ("epsilon",),
+    "epsilon_gamma_box": ("epsilon", "gamma"),
+}
+"""What each rule has a say in."""
+
+_INDEPENDENT_OF_LATER_LAYERS = frozenset({"alpha_beta", "composite", "deep_taylor"})
+"""Those with z+ or alpha-beta within, by Sixt, Granz, Landgraf: When Explanations Lie, ICML 2020."""
+
+
+@dataclass(frozen=True)
+class Lrp(Method):
+    """The score, handed down layer by layer in proportion to contributions: sums to it less what biases and epsilon
+    absorb.
+
+    Attributes:
+        rule: a key of `_OPTIONS`.
+        epsilon: of all denominators, positive.
+        gamma: positive.
+        alpha: at least 1; beta is alpha - 1.
+
+    Raises:
+        InvalidRequest: OPTION_OUT_OF_RANGE, ENUM_UNKNOWN.
+    """
+
+    rule: str = "composite"
+    epsilon: float = 1e-6
+    gamma: float = 0.25
+    alpha: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.rule not in _OPTIONS:
+            raise InvalidRequest("ENUM_UNKNOWN", f"LRP has no rule {self.rule!r}", field="rule", value=self.rule)
+        check_option("epsilon", self.epsilon)
+        check_option("gamma", self.gamma)
+        check_option("alpha", self.alpha, low=1.0, above=False)
+
+    @property
+    def reading_guide(self) -> ReadingGuide:
+        """That of the rule."""
+        return ReadingGuide(
+            family="backward rule",
+            units="output",
+            complete=False,
+            needs_baseline=False,
+            deterministic=True,
+            paper="Bach et al.: On Pixel-Wise Explanations for Non-Linear Classifier Decisions by Layer-Wise Relevance "
+            "Propagation, PLOS ONE 2015, doi:10.1371/journal.pone.0130140",
+            tier="T3",
+            fails_randomization=self.rule in _INDEPENDENT_OF_LATER_LAYERS,
+        )
+
+    @property
+    def needs(self) -> Needs:
+        """The rule's own table."""
+        return Needs(self._gradient_rule.name)
+
+    def cost(self, subject: Subject) -> Cost:
+        """One walk."""
+        return Cost.fixed(1)
+
+    def plan(self, question: Question) -> Plan:
+        """The instance."""
+        return Plan((point(question, question.instance.moving, question.gradient_by(self._gradient_rule)),))
+
+    def attribution(self, question: Question, plan: Plan, evaluation: Evaluation) -> Attribution:
+        """The relevance that arrived."""
+        return Attribution(gradients(evaluation.segments[0], question), step_count=1).checked()
+
+    @property
+    def _gradient_rule(self) -> GradientRule:
+        options = tuple((name, float(getattr(self, name))) for name in _OPTIONS[self.rule])
+        return GradientRule(f"lrp_{self.rule}", options)
