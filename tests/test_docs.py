@@ -78,7 +78,8 @@ def test_the_python_of_the_page_on_anytime_answers_runs(address: str) -> None:
     names: dict[str, object] = {"image": image}
 
     for code in blocks(ROOT / "docs" / "anytime-answers.md", "python"):
-        exec(code.replace("localhost:8001", address), names)
+        patient = code.replace("time_budget=0.2", "time_budget=20")  # a busy machine takes its time
+        exec(patient.replace("localhost:8001", address), names)
 
     (own,) = names["result"].attributions  # type: ignore[attr-defined]
     assert names["tensor"].tobytes() == own.tensor.tobytes()  # type: ignore[attr-defined]
