@@ -218,6 +218,9 @@ def test_starting_up_imports_nothing_heavy() -> None:
         ["explain", "PICTURE", "--steps", "8", "--quadrature", "adaptive"],
         ["explain", "PICTURE", "--quadrature", "midpoint"],
         ["explain", "PICTURE", "--quadrature", "simpson"],
+        ["explain", "PICTURE", "--method", "tea_leaves"],
+        ["explain", "PICTURE", "--method", "gradient:depth=3"],
+        ["explain", "PICTURE", "--method", "gradient", "--steps", "8"],
         ["explain", "PICTURE", "--score", "happiness"],
         ["explain", "PICTURE", "--baseline", "purple"],
         ["explain", "PICTURE", "--region", "left=0,0,0,4"],
@@ -536,6 +539,22 @@ def test_a_missing_model_folder_is_said_on_standard_error_and_exits_with_1(tmp_p
 
 
 # explain
+
+
+def test_explain_by_other_methods_writes_a_row_for_each(server: Running, picture: Path, tmp_path: Path) -> None:
+    answer = call(
+        *("explain", picture, "--model", "two-digits", "--server", server.grpc, "--output", tmp_path / "out"),
+        *("--method", "gradient", "--method", "smooth_grad:sample_count=3,noise_std=0.1,seed=7"),
+    )
+    assert answer.exit_code == 0, answer.err
+    metadata = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    gradient, smooth = metadata["attributions"]
+    options = metadata["provenance"]["effective_methods"][1]
+
+    assert (gradient["method_index"], smooth["method_index"]) == (0, 1)
+    assert gradient["baseline_output_value"] is None and smooth["map_error"] > 0
+    assert (options["sample_count"], options["noise_std"], options["seed"]) == (3, 0.1, 7)
+    assert len([line for line in answer.out.splitlines() if line.endswith("FIXED_STEPS")]) == 2
 
 
 def test_explain_writes_tensors_and_metadata_that_agree(server: Running, picture: Path, tmp_path: Path) -> None:

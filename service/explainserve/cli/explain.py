@@ -59,6 +59,15 @@ def explain(
             "INPUT=BASELINE,... If left out, the model's default, else zeros.",
         ),
     ] = None,
+    named: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            metavar="METHOD",
+            help="NAME or NAME:OPTION=VALUE,..., repeatable: `explainserve models NAME` lists those of a model. "
+            "If left out, Integrated Gradients with the options below.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option("--steps", metavar="N", min=1, help="Gradient evaluations of one path; without it adaptive."),
@@ -136,16 +145,20 @@ def explain(
 ) -> None:
     """Explain what a model answers: raw attributions.
 
-    The method is Integrated Gradients, adaptive without --steps.
+    The method is Integrated Gradients, adaptive without --steps, or what --method names.
 
-    Prints a row per map: target, F(x) of the instance, F(x') of the baseline, sum of the attributions, delta = sum -
-    (F(x) - F(x')), estimated error of the map, steps and why they stopped; and the sums of regions.
+    Prints a row per map, ordered by method: target, F(x) of the instance, F(x') of the baseline, sum of the
+    attributions, delta = sum - (F(x) - F(x')), estimated error of the map, steps and why they stopped; and the sums of
+    regions.
     """
     _check_output(output, png)
     targets = [spellings.target(text) for text in target or ()] or None
     baselines = [spellings.baseline(text) for text in baseline or ()] or None
     boxes = spellings.regions(region or ())
-    method = spellings.method(steps, quadrature, tolerance, completeness_tolerance, max_steps)
+    path_options = (steps, quadrature, tolerance, completeness_tolerance, max_steps)
+    if named and any(option is not None for option in path_options):
+        raise typer.BadParameter("options of a path go into the method: NAME:OPTION=VALUE", param_hint="--method")
+    methods = spellings.named_methods(named) if named else [spellings.method(*path_options)]
     from explainserve.cli.progress import working
 
     with connected(server, models, timeout) as client:
@@ -154,7 +167,7 @@ def explain(
             model,
             given.argument,
             version=version,
-            method=method,
+            method=methods,
             targets=targets,
             baselines=baselines,
             score=None if score is None else score.name,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from explainserve_client import Box, IntegratedGradients
+    from explainserve_client.methods import Method
 
 BASELINES = ("zeros", "black", "gray", "white", "random")
 
@@ -131,6 +134,33 @@ def regions(texts: Iterable[str]) -> dict[str, Box]:
             raise typer.BadParameter(f"{found[1]!r} is there twice", param_hint="--region")
         boxes[found[1]] = Box(*map(int, found.groups()[1:]))
     return boxes
+
+
+def named_methods(texts: Sequence[str]) -> list[Method]:
+    """Methods as NAME or NAME:OPTION=VALUE,... with values as JSON, else as text."""
+    return [_named_method(text) for text in texts]
+
+
+def _named_method(text: str) -> Method:
+    from explainserve_client.methods import METHODS
+
+    name, _, rest = text.partition(":")
+    kind = METHODS.get(name)
+    if kind is None:
+        raise typer.BadParameter(f"no method {name!r}; there are {', '.join(METHODS)}", param_hint="--method")
+    pairs = [part.partition("=") for part in rest.split(",") if part]
+    options: dict[str, Any] = {option: _value(value) for option, _, value in pairs}
+    unknown = options.keys() - {field.name for field in dataclasses.fields(kind)}
+    if unknown:
+        raise typer.BadParameter(f"{name} has no option {', '.join(sorted(unknown))}", param_hint="--method")
+    return kind(**options)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def method(

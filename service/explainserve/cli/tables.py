@@ -139,9 +139,10 @@ def gap_line(gap: _Gap) -> str:
 
 
 def baseline_name(result: ExplainResult, line: Attribution) -> str:
-    """Kind of the baseline of a map, such as "gray"; by input where inputs differ; "mean" where several were folded."""
+    """Kind of the baseline of a map, such as "gray"; by input where inputs differ; "mean" where several were folded or
+    taken together, and "-" where there is none."""
     if line.baseline_index is None:
-        return "mean"
+        return "-" if line.baseline_output_value is None else "mean"
     place = (line.instance_index, line.baseline_index)
     used = next(found for found in result.baselines if (found.instance_index, found.baseline_index) == place)
     kinds = {part.kind for part in used.inputs}
