@@ -11,8 +11,17 @@ import pytest
 from explainserve.blur import gaussian_blur
 from explainserve.errors import InvalidRequest, Unsupported
 from explainserve.explanation import Attribution, Question, StopReason, Subject, attribution_sum
-from explainserve.methods import BlurIntegratedGradients, Gradient, Idgi, IntegratedGradients, Method, SmoothGrad
-from explainserve.plan import Segment
+from explainserve.methods import (
+    BlurIntegratedGradients,
+    Gradient,
+    GuidedIntegratedGradients,
+    Idgi,
+    IntegratedGradients,
+    Method,
+    SmoothGrad,
+)
+from explainserve.methods.guided_integrated_gradients import advanced
+from explainserve.plan import Plan, Segment
 from explainserve.sharing import shared
 from explainserve.signature import MapSpec
 from methods.analytic import Function, linear, question, rounds, sigmoid
@@ -64,6 +73,17 @@ def gap(found: Attribution, asked: Question) -> float:
 
 def blur(**options: Any) -> BlurIntegratedGradients:
     return BlurIntegratedGradients(max_sigma=SIGMA, **options)
+
+
+def guided(**options: Any) -> GuidedIntegratedGradients:
+    return GuidedIntegratedGradients(**options)
+
+
+def straight(step_count: int, quadrature: str = "left") -> IntegratedGradients:
+    return IntegratedGradients(step_count, quadrature)
+
+
+PATHS = [straight(2), straight(5, "midpoint"), straight(3, "trapezoid"), blur(step_count=3), guided(step_count=4)]
 
 
 @pytest.mark.parametrize("spacing", ["linear", "variance"])
@@ -160,10 +180,6 @@ def test_bad_options_of_blur_are_refused(options: dict[str, Any], reason: str) -
     assert refusal.value.reason == reason
 
 
-def straight(step_count: int, quadrature: str = "left") -> IntegratedGradients:
-    return IntegratedGradients(step_count, quadrature)
-
-
 @pytest.mark.parametrize("rule", ["left", "right", "midpoint", "trapezoid", "gauss_legendre"])
 def test_idgi_shares_the_change_of_a_linear_function_by_squared_weights(rule: str) -> None:
     """Golden case: (.8, 3.2), where Integrated Gradients says (2, 2)."""
@@ -175,7 +191,7 @@ def test_idgi_shares_the_change_of_a_linear_function_by_squared_weights(rule: st
     np.testing.assert_allclose(rounds(straight(4, rule), asked, function)[0].tensors["x"], [2, 2], rtol=1e-6)
 
 
-@pytest.mark.parametrize("path", [straight(2), straight(5, "midpoint"), straight(3, "trapezoid"), blur(step_count=3)])
+@pytest.mark.parametrize("path", PATHS)
 def test_idgi_is_complete_whatever_the_steps(path: Method) -> None:
     """Golden case: with two steps already, where the left rule is not."""
     function = cubic()
@@ -213,12 +229,13 @@ def test_idgi_shares_its_rows_with_the_method_of_its_path() -> None:
     """And with the gradient, where a node is the instance."""
     function = cubic()
     asked = ask(function)
-    for path, end_nodes in ((straight(5, "trapezoid"), 1), (straight(5, "midpoint"), 0), (blur(step_count=4), 0)):
+    for path in (straight(5, "trapezoid"), straight(5, "midpoint"), blur(step_count=4), guided(step_count=1)):
+        at_instance = isinstance(path, IntegratedGradients) and path.quadrature == "trapezoid"
         methods = [path, Idgi(path), Gradient()]
         together = shared([method.plan(asked) for method in methods])
         alone = path.plan(asked).row_count
 
-        assert together.plan.row_count == alone + 1 - end_nodes
+        assert together.plan.row_count == alone + 1 - at_instance
         evaluated = together.dealt(function.evaluate(together.plan))
         for method, own in zip(methods, evaluated, strict=True):
             found = method.attribution(asked, method.plan(asked), own)
@@ -242,7 +259,137 @@ def test_idgi_needs_a_path_of_fixed_nodes(path: Method) -> None:
     assert refusal.value.reason == "BASE_METHOD_UNSUITABLE"
 
 
-@pytest.mark.parametrize("method", [blur(step_count=9), Idgi(blur(step_count=7)), Idgi(straight(7, "midpoint"))])
+@pytest.mark.parametrize("options", [{}, {"fraction": 0.01}, {"fraction": 1.0}, {"max_distance": 1.0, "step_count": 3}])
+def test_guided_explains_a_linear_function_as_integrated_gradients_do(options: dict[str, Any]) -> None:
+    start = np.flip(IMAGE, 2).copy()
+    found = explain(guided(**options), linear(WEIGHTS, 0.5), IMAGE, start)
+
+    np.testing.assert_allclose(found.tensors["x"].ravel(), WEIGHTS * (IMAGE - start).ravel(), rtol=1e-5, atol=1e-6)
+
+
+def test_guided_of_a_separable_function_gives_each_element_its_own_change() -> None:
+    found = explain(guided(step_count=900), cubic())
+
+    np.testing.assert_allclose(found.tensors["x"], IMAGE**3 / 3 + IMAGE, rtol=0.03, atol=1e-3)
+
+
+def test_guided_is_complete_on_its_own_path_with_many_steps() -> None:
+    function = quadratic(IMAGE.size)
+    asked = ask(function)
+    coarse, fine = (
+        abs(attribution_sum(explain(guided(step_count=n), function).tensors) - asked.output_change) for n in (50, 800)
+    )
+
+    assert fine < 0.02 * abs(asked.output_change)
+    assert fine < coarse / 8
+
+
+def test_guided_moves_where_the_gradient_is_small_first() -> None:
+    """Two elements of x1^2 + 100 x2^2 from (1, 1): of its own will the path goes along the first until it is there."""
+    function = Function(lambda x: x**2 @ [1.0, 100.0], lambda x: 2 * x * [1.0, 100.0])
+    method = guided(step_count=10, fraction=0.5, max_distance=1.0)
+    _, plans = rounds(method, ask(function, [2.0, 2.0], [1.0, 1.0], layout=""), function)
+    points = [plan.segments[0].start["x"].tolist() for plan in plans]
+
+    np.testing.assert_allclose(points, [[min(2, 1 + k / 5), max(1, k / 5)] for k in range(10)], rtol=1e-6)
+
+
+def test_guided_stays_near_the_straight_line() -> None:
+    function = smooth(IMAGE.size)
+    _, plans = rounds(guided(step_count=20, max_distance=0.1), ask(function), function)
+
+    for k, plan in enumerate(plans):
+        progress = plan.segments[0].start["x"] / IMAGE
+        assert np.abs(progress - k / 20).max() <= 0.1 + 1e-5
+        assert np.average(progress, weights=np.abs(IMAGE)) == pytest.approx(k / 20, abs=1e-6)
+
+
+def test_a_step_of_guided_moves_batches_by_their_slopes() -> None:
+    """By hand: an average of .5 over lengths 1, 1, 2, 4 asks for 4 in all, of which the first has .25 already."""
+    progress, lengths = np.array([0.25, 0, 0, 0]), np.array([1.0, 1, 2, 4])
+    slopes = np.array([0.1, 0.3, 0.2, 0.4])
+
+    def after(max_distance: float, batch: int, slopes: Any = slopes) -> Any:
+        return advanced(progress, slopes, lengths, 0.5, max_distance, batch)
+
+    np.testing.assert_allclose(after(1, 1), [1, 1, 1, 0])  # .75 + 2 + 1, and nothing is left of .75 + 3
+    np.testing.assert_allclose(after(1, 3), [1, 1, 1, 0])
+    np.testing.assert_allclose(after(1, 4), progress + (3.75 / 7.75) * (1 - progress))
+    np.testing.assert_allclose(after(0.25, 1), [0.75, 0.75, 0.75, 0.25])
+    np.testing.assert_allclose(after(1, 1, np.full(4, 0.3)), after(1, 4))  # equal slopes go together
+
+
+def test_guided_from_a_baseline_that_is_the_instance_is_zero() -> None:
+    found = explain(guided(step_count=3), cubic(), IMAGE, IMAGE)
+
+    np.testing.assert_array_equal(found.tensors["x"], 0)
+
+
+def test_guided_does_not_depend_on_the_order_of_elements() -> None:
+    """Its ties do not either: the gradients of this function are equal in pairs."""
+    w = np.repeat(np.random.default_rng(8).standard_normal(6), 2)
+    x, order = RANDOM.standard_normal(12).astype(np.float32), RANDOM.permutation(12)
+
+    def bent(weights: Any) -> Function:
+        def slope(rows: Any) -> Any:
+            return np.cos(rows @ weights)[:, None] * weights
+
+        return Function(lambda rows: np.sin(rows @ weights), slope)
+
+    method = guided(step_count=20, max_distance=0.3)
+    found = explain(method, bent(w), x, None, "")
+    np.testing.assert_allclose(
+        found.tensors["x"][order],
+        explain(method, bent(w[order]), x[order], None, "").tensors["x"],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_guided_that_runs_out_of_time_goes_straight_to_the_instance() -> None:
+    """Of a linear function that is exact."""
+    found, plans = rounds(guided(), ask(linear(WEIGHTS)), linear(WEIGHTS), final_after=4)
+
+    assert (len(plans), found.step_count, found.stop_reason) == (4, 4, StopReason.TIME_BUDGET)
+    np.testing.assert_allclose(found.tensors["x"].ravel(), WEIGHTS * IMAGE.ravel(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.alphas, [0, 0.005, 0.01, 0.015, 1])
+
+
+def test_guided_and_idgi_along_it_share_every_step() -> None:
+    function = smooth(IMAGE.size)
+    asked = ask(function)
+    method = guided(step_count=5)
+    upcoming: list[tuple[Method, Attribution | Plan]] = [(each, each.plan(asked)) for each in (method, Idgi(method))]
+    for _ in range(5):
+        plans = [plan for _, plan in upcoming if isinstance(plan, Plan)]
+        together = shared(plans)
+        assert together.plan.row_count == 1
+        dealt = together.dealt(function.evaluate(together.plan))
+        upcoming = [
+            (each, each.attribution(asked, plan, own))
+            for (each, _), plan, own in zip(upcoming, plans, dealt, strict=True)
+        ]
+
+    assert all(isinstance(answer, Attribution) for _, answer in upcoming)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"step_count": 0}, "STEP_COUNT_OUT_OF_RANGE"),
+        ({"fraction": 0.0}, "OPTION_OUT_OF_RANGE"),
+        ({"fraction": 1.1}, "OPTION_OUT_OF_RANGE"),
+        ({"max_distance": 0.0}, "OPTION_OUT_OF_RANGE"),
+        ({"max_distance": float("inf")}, "OPTION_OUT_OF_RANGE"),
+    ],
+)
+def test_bad_options_of_guided_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        guided(**options)
+    assert refusal.value.reason == reason
+
+
+@pytest.mark.parametrize("method", [blur(step_count=9), guided(step_count=6), *map(Idgi, PATHS)])
 def test_cost_is_what_is_evaluated(method: Method) -> None:
     asked = ask(cubic())
     segments: list[Segment] = [own for plan in rounds(method, asked, cubic())[1] for own in plan.segments]
@@ -254,7 +401,7 @@ def test_cost_is_what_is_evaluated(method: Method) -> None:
     )
 
 
-@pytest.mark.parametrize("method", [blur(step_count=5), Idgi()])
+@pytest.mark.parametrize("method", [blur(step_count=5), Idgi(), guided(step_count=5)])
 def test_a_map_that_is_not_finite_says_so(method: Method) -> None:
     broken = Function(lambda x: x.sum(1), lambda x: np.full_like(x, np.nan))
 

@@ -26,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "var_grad": {"sample_count": 4, "base": {"integrated_gradients": {"step_count": 3}}},
     "expected_gradients": {"sample_count": 7, "noise_std": 0.05},
     "blur_integrated_gradients": {"step_count": 6, "max_sigma": 3.0, "spacing": "BLUR_SPACING_VARIANCE"},
+    "guided_integrated_gradients": {"step_count": 8, "max_distance": 0.2},
     "idgi": {"path": {"integrated_gradients": {"step_count": 5}}},
     "grad_cam": {},
     "grad_cam_plus_plus": {"relu": True},

@@ -121,6 +121,24 @@ class ExpectedGradients:
 
 
 @dataclass(frozen=True, slots=True)
+class GuidedIntegratedGradients:
+    """Guided Integrated Gradients (Kapishnikov et al. 2021): a path that moves first where the gradient is small.
+
+    Its steps follow each other, so it takes as long as that many evaluations of one row.
+
+    Attributes:
+        step_count: at least 1. Server default 200.
+        fraction: share of elements that move at a time, in (0, 1]. Server default 0.25.
+        max_distance: how far an element may stray from the straight line, as a share of its way, in (0, 1]. Server
+            default 0.02.
+    """
+
+    step_count: int | None = None
+    fraction: float | None = None
+    max_distance: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Idgi:
     """IDGI (Yang, Wang, Bilgic 2023): changes of the score along a path, in proportion to the squared gradient.
 
@@ -280,6 +298,7 @@ Method: TypeAlias = (
     | VarGrad
     | ExpectedGradients
     | BlurIntegratedGradients
+    | GuidedIntegratedGradients
     | Idgi
     | GradCam
     | GradCamPlusPlus
@@ -302,6 +321,7 @@ METHODS: Mapping[str, type[Method]] = {
     "var_grad": VarGrad,
     "expected_gradients": ExpectedGradients,
     "blur_integrated_gradients": BlurIntegratedGradients,
+    "guided_integrated_gradients": GuidedIntegratedGradients,
     "idgi": Idgi,
     "grad_cam": GradCam,
     "grad_cam_plus_plus": GradCamPlusPlus,

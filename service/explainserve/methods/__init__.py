@@ -17,6 +17,7 @@ from explainserve.methods.gradient import Gradient
 from explainserve.methods.gradient_x_input import GradientXInput
 from explainserve.methods.guided_backpropagation import GuidedBackpropagation
 from explainserve.methods.guided_grad_cam import GuidedGradCam
+from explainserve.methods.guided_integrated_gradients import GuidedIntegratedGradients
 from explainserve.methods.idgi import Idgi
 from explainserve.methods.integrated_gradients import IntegratedGradients
 from explainserve.methods.layer_cam import LayerCam
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "var_grad": VarGrad,
     "expected_gradients": ExpectedGradients,
     "blur_integrated_gradients": BlurIntegratedGradients,
+    "guided_integrated_gradients": GuidedIntegratedGradients,
     "idgi": Idgi,
     "grad_cam": GradCam,
     "grad_cam_plus_plus": GradCamPlusPlus,
@@ -69,6 +71,7 @@ __all__ = [
     "GradientXInput",
     "GuidedBackpropagation",
     "GuidedGradCam",
+    "GuidedIntegratedGradients",
     "Idgi",
     "IntegratedGradients",
     "LayerCam",

@@ -20,10 +20,11 @@ from explainserve.errors import InvalidRequest
 from explainserve.explanation import Attribution, Question, Subject
 from explainserve.methods.blur_integrated_gradients import BlurIntegratedGradients
 from explainserve.methods.contract import FLOAT32_BYTES, WORKING_ARRAYS, Cost, Method, Needs, ReadingGuide
+from explainserve.methods.guided_integrated_gradients import GuidedIntegratedGradients
 from explainserve.methods.integrated_gradients import IntegratedGradients
 from explainserve.plan import Evaluation, Plan, Segment, SegmentEvaluation
 
-PATHS = (IntegratedGradients, BlurIntegratedGradients)
+PATHS = (IntegratedGradients, BlurIntegratedGradients, GuidedIntegratedGradients)
 DEFAULT_STEP_COUNT = 50
 
 Vectors = Mapping[str, NDArray[np.float64]]
@@ -77,7 +78,8 @@ class Idgi(Method):
     They sum to F(x) - F(x') by construction, but for steps whose gradient is zero, which are nobody's.
 
     Attributes:
-        path: Integrated Gradients by a fixed rule, the left one with 50 steps by default, or Blur Integrated Gradients.
+        path: Integrated Gradients by a fixed rule, the left one with 50 steps by default, or Blur or Guided
+            Integrated Gradients.
 
     Raises:
         InvalidRequest: BASE_METHOD_UNSUITABLE.

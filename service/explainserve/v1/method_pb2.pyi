@@ -574,6 +574,9 @@ Global___BlurIntegratedGradients: _TypeAlias = BlurIntegratedGradients  # noqa: 
 class GuidedIntegratedGradients(_message.Message):
     """Guided Integrated Gradients (Kapishnikov et al. 2021, arXiv:2106.09788): a path that moves first where the gradient is
     small. Its steps follow each other, so it takes as long as that many evaluations of one row; requests share micro-batches.
+    Elements with equal gradients move together.
+
+    Parity: that of the authors' code, whose `max_dist` is `max_distance`.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -582,9 +585,11 @@ class GuidedIntegratedGradients(_message.Message):
     FRACTION_FIELD_NUMBER: _builtins.int
     MAX_DISTANCE_FIELD_NUMBER: _builtins.int
     step_count: _builtins.int
-    """Optional. Number of steps, from 1 to the server's cap. Default 200."""
+    """Optional. Number of steps, from 1 to the server's cap. Default 200, or the cap where that is lower."""
     fraction: _builtins.float
-    """Optional. Share of elements that move in each step, in (0, 1]. Default 0.25."""
+    """Optional. Share of all elements that move at a time, those with the smallest gradients first, until the step is made. In
+    (0, 1]. Default 0.25.
+    """
     max_distance: _builtins.float
     """Optional. How far an element may stray from the straight line, as a share of its way, in (0, 1]. Default 0.02."""
     def __init__(
@@ -629,8 +634,8 @@ class Idgi(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def path(self) -> Global___MethodSpec:
-        """Optional. The path: Integrated Gradients by a fixed rule, or Blur Integrated Gradients. Default: Integrated Gradients with
-        LEFT and 50 steps, or as many as the cap where that is lower.
+        """Optional. The path: Integrated Gradients by a fixed rule, Blur or Guided Integrated Gradients. Default: Integrated
+        Gradients with LEFT and 50 steps, or as many as the cap where that is lower.
         """
 
     def __init__(
