@@ -80,7 +80,12 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Part -> the other parts of the package that it may import."""
 
-HEAVY = {"torch": {"backends"}, "onnxruntime": {"backends"}, "onnx": {"backends", "onnx_vjp", "inspection"}}
+HEAVY = {
+    "torch": {"backends"},
+    "onnxruntime": {"backends"},
+    "onnx": {"backends", "onnx_vjp", "inspection"},
+    "skimage": {"methods"},
+}
 """Library -> the only parts that may import it."""
 
 PROTOBUF = {"google", "grpc", "grpc_status", "grpc_health", "grpc_reflection"}

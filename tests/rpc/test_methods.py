@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "guided_backpropagation": {},
     "deconv_net": {},
     "deep_lift": {},
+    "feature_ablation": {"segment_count": 6},
     "occlusion": {"window": [3, 4], "stride": [2, 3], "aggregation": "WINDOW_AGGREGATION_SUM"},
     "lrp": {"rule": "LRP_RULE_GAMMA", "gamma": 0.1},
 }

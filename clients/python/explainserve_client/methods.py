@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.message import Message
+from numpy.typing import ArrayLike
 
 from explainserve.v1 import method_pb2
 from explainserve.v1.tensor_pb2 import Tensor
@@ -289,6 +290,23 @@ class Lrp:
     alpha: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class FeatureAblation:
+    """Feature ablation: what the score loses where a segment shows the baseline.
+
+    Attributes:
+        segments: labels by input name, integers from 0 in the input's shape, with extent 1 along axes on which they do
+            not depend. Equal labels are one segment, in several inputs too. Excludes the recipe.
+        segmentation: the recipe, "grid" (server default) for inputs with H and W axes; each element of other inputs is
+            a segment of its own.
+        segment_count: about how many segments a grid has. Server default 16.
+    """
+
+    segments: Mapping[str, ArrayLike] | None = None
+    segmentation: str | None = None
+    segment_count: int | None = None
+
+
 Method: TypeAlias = (
     IntegratedGradients
     | Gradient
@@ -310,6 +328,7 @@ Method: TypeAlias = (
     | DeepLift
     | Occlusion
     | Lrp
+    | FeatureAblation
 )
 
 METHODS: Mapping[str, type[Method]] = {
@@ -333,6 +352,7 @@ METHODS: Mapping[str, type[Method]] = {
     "deep_lift": DeepLift,
     "occlusion": Occlusion,
     "lrp": Lrp,
+    "feature_ablation": FeatureAblation,
 }
 """Methods by the name of their field in the message."""
 

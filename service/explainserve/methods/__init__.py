@@ -11,6 +11,7 @@ from explainserve.methods.contract import Cost, Method, Needs, ReadingGuide
 from explainserve.methods.deconv_net import DeconvNet
 from explainserve.methods.deep_lift import DeepLift
 from explainserve.methods.expected_gradients import ExpectedGradients
+from explainserve.methods.feature_ablation import FeatureAblation
 from explainserve.methods.grad_cam import GradCam
 from explainserve.methods.grad_cam_plus_plus import GradCamPlusPlus
 from explainserve.methods.gradient import Gradient
@@ -49,6 +50,7 @@ METHODS: dict[str, type[Method]] = {
     "deep_lift": DeepLift,
     "lrp": Lrp,
     "occlusion": Occlusion,
+    "feature_ablation": FeatureAblation,
 }
 """Methods by the name of their field in MethodSpec."""
 
@@ -65,6 +67,7 @@ __all__ = [
     "DeconvNet",
     "DeepLift",
     "ExpectedGradients",
+    "FeatureAblation",
     "GradCam",
     "GradCamPlusPlus",
     "Gradient",

@@ -189,7 +189,9 @@ class _SegmentationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Segmenta
     SEGMENTATION_GRID: _Segmentation.ValueType  # 1
     """A grid of rectangles, about as many as `segment_count`."""
     SEGMENTATION_SLIC: _Segmentation.ValueType  # 2
-    """SLIC of scikit-image."""
+    """SLIC of scikit-image, compactness 10. Like the next two it needs scikit-image on the server, and looks at the instance with
+    its values scaled linearly to [0, 1], in Lab where there are three channels.
+    """
     SEGMENTATION_QUICKSHIFT: _Segmentation.ValueType  # 3
     """Quickshift of scikit-image, as LIME's authors use it (kernel 4, distance 200, ratio 0.2); it finds its own number."""
     SEGMENTATION_FELZENSZWALB: _Segmentation.ValueType  # 4
@@ -203,7 +205,9 @@ SEGMENTATION_UNSPECIFIED: Segmentation.ValueType  # 0
 SEGMENTATION_GRID: Segmentation.ValueType  # 1
 """A grid of rectangles, about as many as `segment_count`."""
 SEGMENTATION_SLIC: Segmentation.ValueType  # 2
-"""SLIC of scikit-image."""
+"""SLIC of scikit-image, compactness 10. Like the next two it needs scikit-image on the server, and looks at the instance with
+its values scaled linearly to [0, 1], in Lab where there are three channels.
+"""
 SEGMENTATION_QUICKSHIFT: Segmentation.ValueType  # 3
 """Quickshift of scikit-image, as LIME's authors use it (kernel 4, distance 200, ratio 0.2); it finds its own number."""
 SEGMENTATION_FELZENSZWALB: Segmentation.ValueType  # 4
@@ -981,7 +985,7 @@ Global___PatternAttribution: _TypeAlias = PatternAttribution  # noqa: Y015
 @_typing.final
 class Occlusion(_message.Message):
     """Occlusion (Zeiler, Fergus 2014): F(x) minus F of the instance with a window replaced by the baseline. For inputs with H and W
-    axes windows cover all channels; for others they run along the last axis.
+    axes windows cover all channels; for others they run along the last axis. Of several inputs one at a time shows a window.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1108,11 +1112,13 @@ class Lime(_message.Message):
     segmentation: Global___Segmentation.ValueType
     """Optional. Where no segments are given. Default: QUICKSHIFT for inputs with H and W axes; each element is its own otherwise."""
     segment_count: _builtins.int
-    """Optional. Number of segments of GRID and SLIC, at least 2. Default 50."""
+    """Optional. Number of segments of GRID and SLIC, about; at least 2. Default 50."""
     sample_count: _builtins.int
-    """Optional. Number of samples, at least 2. Default 1000."""
+    """Optional. Number of samples with the instance, at least 2; equal ones are evaluated once. Default 1000."""
     kernel_width: _builtins.float
-    """Optional. Width of the exponential kernel of the cosine distance, positive. Default 0.25."""
+    """Optional. Width w of the kernel, positive: a sample at cosine distance d from the instance weighs sqrt(exp(-d^2 / w^2)), as
+    in the authors' code. Default 0.25.
+    """
     ridge: _builtins.float
     """Optional. Strength of the ridge penalty, at least 0. Default 1."""
     seed: _builtins.int
@@ -1120,7 +1126,8 @@ class Lime(_message.Message):
     @_builtins.property
     def segments(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
         """Optional. Segments by input name, int32 or int64 labels from 0 in the input's shape, with extent 1 along axes on which they
-        do not depend. Elements of inputs that are not named move as one further segment per input.
+        do not depend. Equal labels are one segment, in several inputs too. Elements of inputs that are not named move as one
+        further segment per input. What comes back counts the labels without gaps. Excludes `segmentation` and `segment_count`.
         """
 
     def __init__(
@@ -1198,10 +1205,10 @@ class KernelShap(_message.Message):
     segmentation: Global___Segmentation.ValueType
     """Optional. As in Lime. Default: GRID for inputs with H and W axes."""
     segment_count: _builtins.int
-    """Optional. As in Lime. Default 16."""
+    """Optional. Number of segments of GRID and SLIC, about; at least 2. Default 16."""
     sample_count: _builtins.int
-    """Optional. Number of subsets beside the empty and the full one, at least 1. Default: all 2^M - 2 where that is at most 2 M +
-    2048, else 2 M + 2048.
+    """Optional. Number of subsets beside the empty and the full one, at least 2; they come in pairs with their complements, so an
+    odd one counts as one less. Default: all 2^M - 2 where that is at most 2 M + 2048, else 2 M + 2048. M is at most 1024.
     """
     seed: _builtins.int
     """Optional. Seed, at least 0. Default 0."""
@@ -1272,11 +1279,13 @@ class ShapleyValueSampling(_message.Message):
     SAMPLE_COUNT_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     segmentation: Global___Segmentation.ValueType
-    """Optional. As in KernelShap."""
+    """Optional. As in FeatureAblation."""
     segment_count: _builtins.int
-    """Optional. As in KernelShap."""
+    """Optional. Number of segments of GRID, about. Default 16."""
     sample_count: _builtins.int
-    """Optional. Number of orders, at least 1; each takes one evaluation per segment, less one. Default 25."""
+    """Optional. Number of orders, at least 1; each takes one evaluation per segment, less one. Sets of segments that several
+    orders have in common are evaluated once. Default 25, as in Captum.
+    """
     seed: _builtins.int
     """Optional. Seed, at least 0. Default 0."""
     @_builtins.property
@@ -1344,9 +1353,11 @@ class FeatureAblation(_message.Message):
     SEGMENTATION_FIELD_NUMBER: _builtins.int
     SEGMENT_COUNT_FIELD_NUMBER: _builtins.int
     segmentation: Global___Segmentation.ValueType
-    """Optional. As in Lime. Default: GRID for inputs with H and W axes; each element is its own segment otherwise."""
+    """Optional. GRID (default) for inputs with H and W axes; each element of other inputs is its own segment. Recipes that find
+    their own number of segments are refused, for the cost is a row per segment: send what LIME returned.
+    """
     segment_count: _builtins.int
-    """Optional. As in Lime."""
+    """Optional. Number of segments of GRID, about. Default 16."""
     @_builtins.property
     def segments(self) -> _containers.MessageMap[_builtins.str, _tensor_pb2.Tensor]:
         """Optional. As in Lime."""
