@@ -36,7 +36,7 @@ def write_picture(
     scale: Scale,
     view: View | None,
 ) -> Path:
-    """Writes PREFIX.png: a row per instance and input, first the input where it is a picture, then its maps."""
+    """Writes PREFIX.png: a row per instance and input or layer, first the input where it is a picture, then its maps."""
     from explainserve_client import draw
 
     rows = [
@@ -63,14 +63,16 @@ def _row(
 ) -> list[Image.Image]:
     from explainserve_client import draw
 
-    placed = inputs.boxes(boxes, name, instance)
+    placed = inputs.boxes(boxes, name, instance) if name in result.inputs else {}
     panels = []
-    if _is_picture(result.inputs[name]):
+    if name in result.inputs and _is_picture(result.inputs[name]):
         panels.append(draw.draw_input(inputs.instance(name, instance), result.inputs[name], boxes=placed, caption=name))
     for index, line in enumerate(result.attributions):
-        if line.instance_index == instance:
+        if line.instance_index == instance and name in line.inputs:
             normalization = _normalization(result, index, line.inputs[name], recipe, scale, view)
-            caption = f"{index}: {line.target}, from {tables.baseline_name(result, line)}, {scale.value} scale"
+            start = tables.baseline_name(result, line)
+            of = f"{line.target}" if start == "-" else f"{line.target}, from {start}"
+            caption = f"{index}: {tables.method_name(result, line)} of {of}, {scale.value} scale"
             panels.append(draw.draw_map(line.inputs[name], normalization, boxes=placed, caption=caption))
     return panels
 
@@ -85,7 +87,7 @@ def _normalization(
     result: ExplainResult, index: int, line: InputAttribution, recipe: Recipe, scale: Scale, view: View | None
 ) -> Normalization:
     """Joint: from the figures of all maps of the same unit, so that equal colors are equal values."""
-    wanted = view or (View.ELEMENTS if line.channel_axis is None else View.CHANNEL_SUM)
+    wanted = View.ELEMENTS if line.channel_axis is None else view or View.CHANNEL_SUM
     if scale is Scale.JOINT:
         group = next(group for group in result.joint.values() if index in group.members)
         return group.inputs[line.name].normalization(recipe.name, wanted.name)

@@ -21,7 +21,20 @@ def columns(heading: Row, rows: Sequence[Row]) -> str:
 
 def attributions(result: ExplainResult) -> str:
     """One row per map: target, F(x), F(x'), sum, delta, error estimate, steps, stop reason."""
-    heading = ("#", "instance", "target", "baseline", "F(x)", "F(x')", "sum", "delta", "map error", "steps", "stop")
+    heading = (
+        "#",
+        "method",
+        "instance",
+        "target",
+        "baseline",
+        "F(x)",
+        "F(x')",
+        "sum",
+        "delta",
+        "map error",
+        "steps",
+        "stop",
+    )
     rows = [_attribution_row(result, index, line) for index, line in enumerate(result.attributions)]
     return columns(heading, rows)
 
@@ -149,10 +162,17 @@ def baseline_name(result: ExplainResult, line: Attribution) -> str:
     return kinds.pop() if len(kinds) == 1 else ",".join(f"{part.input}={part.kind}" for part in used.inputs)
 
 
+def method_name(result: ExplainResult, line: Attribution) -> str:
+    """Of the method that made a map, as the client's class is called; "?" where the client does not know it."""
+    method = result.provenance.effective_methods[line.method_index]
+    return "?" if method is None else type(method).__name__
+
+
 def _attribution_row(result: ExplainResult, index: int, line: Attribution) -> Row:
     figures = (line.instance_output_value, line.baseline_output_value, line.attribution_sum, line.convergence_delta)
     return (
         str(index),
+        method_name(result, line),
         str(line.instance_index),
         str(line.target),
         baseline_name(result, line),
