@@ -45,7 +45,7 @@ class ClosedForm:
     gaps: tuple[OperatorGap, ...] = ()
     layers: tuple[Layer, ...] = ()
     gradient_rules: Mapping[str, str] = {STANDARD.name: ""}
-    reaches_layers = False
+    layers_refusal = "it has none"
     library_versions: Mapping[str, str] = {}
     signature = Signature(
         (InputSpec("x", np.dtype(np.float32), (Axis("batch"), Axis("", 3))),),

@@ -14,7 +14,18 @@ pytest.importorskip("torch")
 
 import torch
 
-from explainserve_client import Client, IntegratedGradients
+from explainserve_client import (
+    Client,
+    DeconvNet,
+    FailedPrecondition,
+    GradCam,
+    GradCamPlusPlus,
+    GuidedBackpropagation,
+    GuidedGradCam,
+    IntegratedGradients,
+    LayerCam,
+    ScoreCam,
+)
 from three_formats import FORMATS, WRITERS, Array, module_and_input, relative, serving
 
 METHODS = {
@@ -55,6 +66,41 @@ def test_the_adaptive_rule_chooses_the_same_points(client: Client, name: str) ->
             assert relative(other.tensor, found[0].tensor) < 1e-4
         else:  # a point moved by rounding: both maps keep what they promise
             assert relative(other.tensor, found[0].tensor) < other.map_error + found[0].map_error
+
+
+WITHIN = {
+    "grad_cam": GradCam(),
+    "grad_cam_plus_plus": GradCamPlusPlus(),
+    "layer_cam": LayerCam(),
+    "score_cam": ScoreCam(),
+    "guided_grad_cam": GuidedGradCam(),
+    "guided_backpropagation": GuidedBackpropagation(),
+    "deconv_net": DeconvNet(),
+}
+
+
+@pytest.mark.parametrize("method", WITHIN)
+@pytest.mark.parametrize("name", ["conv", "two-digits"])
+def test_onnx_and_pt2_give_the_same_maps_of_layers_and_altered_rules(client: Client, name: str, method: str) -> None:
+    """By default of the same layer too, whatever it is called."""
+    x = module_and_input(name)[1]
+    first, other = (
+        client.explain(f"{name}-{f}", x, targets=["argmax", 1], method=WITHIN[method]).attributions
+        for f in ("onnx", "pt2")
+    )
+    for ours, theirs in zip(first, other, strict=True):
+        assert ours.tensor.any()
+        assert relative(ours.tensor, theirs.tensor) < 1e-4
+
+
+@pytest.mark.parametrize("method", WITHIN)
+def test_torchscript_refuses_them_and_says_what_to_export(client: Client, method: str) -> None:
+    support = client.model("conv-pt").methods[method]
+    with pytest.raises(FailedPrecondition) as refusal:
+        client.explain("conv-pt", module_and_input("conv")[1], targets=1, method=WITHIN[method])
+
+    assert not support.supported and "torch.export" in support.reason
+    assert refusal.value.reason == "CAPABILITY_MISSING"
 
 
 # --- deep networks ---------------------------------------------------------------------------------------------------

@@ -213,12 +213,12 @@ class ServedModel:
         """
         if rule and not (self.differentiable or cut):
             return MissingCapability("gradient", self.undifferentiable_reason)
-        unknown = f"backend {self.loaded.backend} has no gradient rule {rule!r}"
+        unknown = self.loaded.layers_refusal or f"backend {self.loaded.backend} has no gradient rule {rule!r}"
         reason = self.loaded.gradient_rules.get(rule, unknown) if rule else ""
         if reason:
             return MissingCapability(f"rule:{rule}", reason)
-        if layers and not self.loaded.reaches_layers:
-            return MissingCapability("layers", f"backend {self.loaded.backend} does not reach layers of this file")
+        if layers and self.loaded.layers_refusal:
+            return MissingCapability("layers", self.loaded.layers_refusal)
         return None
 
     def check_supports(self, rule: str, *, layers: bool, cut: bool = False) -> None:

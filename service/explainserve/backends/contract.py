@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from explainserve.errors import InvalidRequest
 from explainserve.model_config import ModelConfig, Precision
 from explainserve.plan import Rows, SegmentEvaluation
 from explainserve.signature import Layer, Signature
@@ -72,6 +73,21 @@ class Memory:
     session_bytes: int | None
 
 
+NO_RECTIFIERS = "the network has no rectifiers, on which it is defined"
+"""Why a model cannot follow a rule for rectifiers."""
+
+
+def unknown_layer(name: str) -> InvalidRequest:
+    """UNKNOWN_LAYER."""
+    return InvalidRequest("UNKNOWN_LAYER", f"the model has no layer {name!r}", layer=name)
+
+
+def layer_not_on_path(layer: str, output: str) -> InvalidRequest:
+    """LAYER_NOT_ON_PATH."""
+    text = f"output {output!r} does not depend on layer {layer!r}"
+    return InvalidRequest("LAYER_NOT_ON_PATH", text, layer=layer, output=output)
+
+
 Collect = Callable[[], tuple[SegmentEvaluation, ...]]
 """Waits for rows that were submitted; returns and raises what `LoadedModel.evaluate` does."""
 
@@ -89,7 +105,8 @@ class LoadedModel(Protocol):
         layers: what a person can pick for layer methods, in the order of the graph; empty where the file does not tell.
         gradient_rules: the rules of backward passes that the backend knows, and why this model cannot follow each: ""
             where it can. They hold for layers in the place of inputs too, where the inputs have gaps.
-        reaches_layers: whether layers can be tapped, differentiated and cut.
+        layers_refusal: why layers cannot be tapped, differentiated and cut; "" where they can. Rules that
+            `gradient_rules` does not name are refused for the same reason.
         library_versions: of the libraries that compute, by name.
     """
 
@@ -101,7 +118,7 @@ class LoadedModel(Protocol):
     gaps: tuple[OperatorGap, ...]
     layers: tuple[Layer, ...]
     gradient_rules: Mapping[str, str]
-    reaches_layers: bool
+    layers_refusal: str
     library_versions: Mapping[str, str]
 
     @property

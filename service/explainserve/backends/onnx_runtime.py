@@ -19,7 +19,16 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from explainserve.backends import onnx_file, onnx_graph
-from explainserve.backends.contract import Collect, LoadedModel, LoadOptions, Memory, OperatorGap
+from explainserve.backends.contract import (
+    NO_RECTIFIERS,
+    Collect,
+    LoadedModel,
+    LoadOptions,
+    Memory,
+    OperatorGap,
+    layer_not_on_path,
+    unknown_layer,
+)
 from explainserve.backends.gradient_cache import GradientCache, cache_key
 from explainserve.backends.onnx_batch import with_rows
 from explainserve.backends.onnx_binding import RUNS_UNTIL_REPLAY, BoundPasses
@@ -175,7 +184,7 @@ class OnnxModel:
         self.gaps = _gaps(graph, signature, weights)
         self.layers = layers
         self.gradient_rules: Mapping[str, str] = self._rules()
-        self.reaches_layers = not unbatched and options.precision is not Precision.FLOAT16
+        self.layers_refusal = _layers_refusal(unbatched, options.precision)
         self.gradient_mode = "gradient_graph" if self._has_gradient else "black_box"
 
     @property
@@ -363,7 +372,7 @@ class OnnxModel:
         """Every rule, and why the model cannot follow it."""
         if self._options.precision is Precision.FLOAT16:
             return {STANDARD.name: ""}
-        unrectified = "" if has_rectifiers(self._graph) else "the network has no rectifiers, on which it is defined"
+        unrectified = "" if has_rectifiers(self._graph) else NO_RECTIFIERS
         unbounded = self._unbounded()
         of_lrp = self._first_gap("lrp_epsilon")
         return {
@@ -477,7 +486,7 @@ class OnnxModel:
         """Raises InvalidRequest (LAYER_NOT_ON_PATH) for a layer that the score does not depend on."""
         for name in set(function.wrt) - _input_names(graph):
             if score not in dependents(graph.graph.node, name):
-                raise _not_on_path(name, function.output)
+                raise layer_not_on_path(name, function.output)
 
     def _opened(
         self, rows: RowGraph, outputs: Sequence[str], function: Differentiation, starts: Mapping[str, str] | None = None
@@ -582,7 +591,13 @@ class OnnxModel:
         known = {name for node in graph.graph.node for name in node.output}
         for name in (*function.taps, *function.cut):
             if name not in known:
-                raise InvalidRequest("UNKNOWN_LAYER", f"the model has no layer {name!r}", layer=name)
+                raise unknown_layer(name)
+
+
+def _layers_refusal(unbatched: Collection[str], precision: Precision) -> str:
+    if precision is Precision.FLOAT16:
+        return "the model is evaluated in float16; serve it in float32"
+    return f"{', '.join(sorted(unbatched))} has no batch axis; export the model with one" if unbatched else ""
 
 
 def _cut(graph: onnx.ModelProto, layers: Sequence[str], score: str) -> onnx.ModelProto:
@@ -594,16 +609,11 @@ def _cut(graph: onnx.ModelProto, layers: Sequence[str], score: str) -> onnx.Mode
     """
     for name in layers:
         if score not in dependents(graph.graph.node, name):
-            raise _not_on_path(name, score)
+            raise layer_not_on_path(name, score)
     try:
         return cut(graph, layers).after
     except ValueError as error:
         raise InvalidRequest("LAYERS_NOT_CUT", str(error), layers=", ".join(layers)) from error
-
-
-def _not_on_path(layer: str, output: str) -> InvalidRequest:
-    text = f"output {output!r} does not depend on layer {layer!r}"
-    return InvalidRequest("LAYER_NOT_ON_PATH", text, layer=layer, output=output)
 
 
 def _input_names(graph: onnx.ModelProto) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
@@ -142,28 +142,37 @@ class ArrivingSums:
 
     scores: Tensor
     gradient_sums: Mapping[str, Tensor]
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def with_values(self, values: Mapping[str, Tensor], span: slice) -> ArrivingSums:
+        """With the values of layers on the rows of the segment, of those on all rows."""
+        return replace(self, values={name: of_rows[span] for name, of_rows in values.items()})
 
     def evaluations(self) -> Iterator[SegmentEvaluation]:
         """What they hold when they have arrived."""
-        yield SegmentEvaluation(self.scores.numpy(), {name: sums.numpy() for name, sums in self.gradient_sums.items()})
+        sums, values = ({name: t.numpy() for name, t in own.items()} for own in (self.gradient_sums, self.values))
+        yield SegmentEvaluation(self.scores.numpy(), sums, values=values)
 
 
 @dataclass(frozen=True, eq=False)
 class ArrivingScores:
-    """Scores of all rows on their way to the host, of segments that are not differentiated."""
+    """Scores, and values of layers, of all rows on their way to the host, of segments that are not differentiated."""
 
     rows: Rows
     spans: Sequence[slice]
     scores: Tensor
+    values: Mapping[str, Tensor]
 
     def evaluations(self) -> Iterator[SegmentEvaluation]:
         """Scores at each selector, or score tensors where there is none, when they have arrived."""
         host = self.scores.numpy()
         for segment, span in zip(self.rows.segments, self.spans, strict=True):
+            values = {name: of_rows[span].numpy() for name, of_rows in self.values.items()}
             if not segment.selectors:
-                yield SegmentEvaluation(np.empty(0), outputs=host[span])
+                yield SegmentEvaluation(np.empty(0), outputs=host[span], values=values)
             for selector in segment.selectors:
-                yield SegmentEvaluation(np.array([selector.value(row) for row in host[span]], np.float64))
+                scores = np.array([selector.value(row) for row in host[span]], np.float64)
+                yield SegmentEvaluation(scores, values=values)
 
 
 def torch_dtype(dtype: np.dtype[np.generic]) -> torch.dtype:

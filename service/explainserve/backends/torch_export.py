@@ -24,6 +24,8 @@ from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from explainserve.backends.contract import LoadedModel, LoadOptions
+from explainserve.backends.exported_function import NamedGraph
+from explainserve.backends.exported_layers import axes
 from explainserve.backends.torch_archive import require_exported_program
 from explainserve.backends.torch_folding import fold_batch_norm
 from explainserve.backends.torch_gradient import gradient_gaps
@@ -32,13 +34,12 @@ from explainserve.backends.torch_precision import Arithmetic
 from explainserve.backends.torch_rows import TorchModel, resolve_device, use_threads
 from explainserve.errors import ModelRefused, first_line
 from explainserve.model_config import InputConfig, ModelConfig, OutputConfig
-from explainserve.signature import Axis, InputSpec, OutputSpec, Signature
+from explainserve.signature import InputSpec, OutputSpec, Signature
 
 _TRAINING_ARGUMENTS = {"aten.batch_norm": 5, "aten.dropout": 2, "aten.feature_dropout": 2, "aten.alpha_dropout": 2}
 _CONVOLUTIONS = frozenset(
     {torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default, torch.ops.aten.conv_transpose2d.input}
 )
-_BATCH = "batch"
 
 _Spec = TypeVar("_Spec", InputSpec, OutputSpec)
 
@@ -60,14 +61,19 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> LoadedModel:
     signature = config.signature(_renamed(_found_signature(program), config))
     _require_batch_axis(signature)
     fixed_batch = any(spec.batched and spec.axes[0].size == 1 for spec in signature.inputs)
-    forward = _Forward.of(program, device)
+    if device.type != "cpu":
+        program = move_to_device_pass(program, device)
+    forward = _Forward.of(program)
+    named = NamedGraph.of(program, signature, forward.leaves, forward.kept)
     arithmetic = Arithmetic.of(config.precision, device, signature)
     weight_bytes = sum(weights.nbytes for weights in program.state_dict.values())
-    model = TorchModel("torch.export", signature, forward, arithmetic, fixed_batch, weight_bytes=weight_bytes)
+    model = TorchModel(
+        "torch.export", signature, forward, arithmetic, fixed_batch, weight_bytes=weight_bytes, named=named
+    )
     model.gaps = gradient_gaps(model, _captured_no_grad(program))
     if not forward.has_convolutions:
         return model
-    return in_faster_layout(model, lambda: model.in_channels_last(_in_channels_last(program, device)))
+    return in_faster_layout(model, lambda: _in_channels_last(model, program, named))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +91,8 @@ class _Forward:
     kept: tuple[int, ...]
 
     @classmethod
-    def of(cls, program: ExportedProgram, device: torch.device) -> _Forward:
-        moved = program if device.type == "cpu" else move_to_device_pass(program, device)
-        module = moved.module(check_guards=False)
+    def of(cls, program: ExportedProgram) -> _Forward:
+        module = program.module(check_guards=False)
         for parameter in module.parameters():
             parameter.requires_grad_(False)
         leaves = tuple(a.value if isinstance(a, ConstantArgument) else None for a in _user_inputs(program))
@@ -107,15 +112,15 @@ class _Forward:
         return [outputs[position] for position in self.kept]
 
 
-def _in_channels_last(program: ExportedProgram, device: torch.device) -> _Forward:
-    """The same function on weights of its own, which have their channels last in memory."""
-    forward = _Forward.of(program, device)
+def _in_channels_last(model: TorchModel, program: ExportedProgram, named: NamedGraph) -> TorchModel:
+    """The same model on weights of its own, which have their channels last in memory."""
+    forward = _Forward.of(program)
     for part in forward.module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             setattr(part, name, nn.Parameter(_last_channels(parameter), requires_grad=False))
         for name, buffer in list(part.named_buffers(recurse=False)):
             setattr(part, name, _last_channels(buffer))
-    return forward
+    return model.in_channels_last(forward, named.with_weights(forward.module))
 
 
 def _last_channels(weights: torch.Tensor) -> torch.Tensor:
@@ -171,13 +176,13 @@ def _found_signature(program: ExportedProgram) -> Signature:
             raise ModelRefused("UNSUPPORTED_INPUT", f"{argument.name!r} is a {what}, not a tensor", name=argument.name)
     return Signature(
         tuple(_input(argument.name, values[argument.name]) for argument in inputs),
-        tuple(OutputSpec(key, _dtype(key, values[a.name]), _axes(values[a.name])) for key, a in outputs),
+        tuple(OutputSpec(key, _dtype(key, values[a.name]), axes(values[a.name])) for key, a in outputs),
     )
 
 
 def _input(name: str, value: torch.Tensor) -> InputSpec:
-    axes = _axes(value)
-    return InputSpec(name, _dtype(name, value), axes, batched=bool(axes) and axes[0].size in (None, 1))
+    found = axes(value)
+    return InputSpec(name, _dtype(name, value), found, batched=bool(found) and found[0].size in (None, 1))
 
 
 def _output_names(program: ExportedProgram) -> list[str]:
@@ -189,14 +194,6 @@ def _output_names(program: ExportedProgram) -> list[str]:
     names = [argument.name for argument in arguments]
     repeated = {name for name, count in Counter(names).items() if count > 1}
     return [f"{name}_output{i}" if name in repeated else name for i, name in enumerate(names)]
-
-
-def _axes(value: torch.Tensor) -> tuple[Axis, ...]:
-    """Static extents, and symbols of the others; a free first axis is the batch axis."""
-    return tuple(
-        Axis("", extent) if isinstance(extent, int) else Axis(_BATCH if position == 0 else str(extent))
-        for position, extent in enumerate(value.shape)
-    )
 
 
 def _dtype(name: str, value: torch.Tensor) -> np.dtype[np.generic]:

@@ -55,6 +55,11 @@ class ForwardPass(Protocol):
         """Shape (rows, *score shape), without their history."""
         ...
 
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """Of layers, by name, shape (rows, *layer shape), without their history."""
+        ...
+
     def gradients(self, cotangent: Tensor, *, keep: bool) -> Mapping[str, Tensor]:
         """Of every row by input, shape (rows, *instance). What was returned before may be overwritten.
 
@@ -190,6 +195,11 @@ class _ReplayedPass:
     def scores(self) -> Tensor:
         """Those of rows that only fill up are left out."""
         return self._graph.scores[: self._row_count]
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """No layers are reached by what is recorded."""
+        return {}
 
     def gradients(self, cotangent: Tensor, *, keep: bool) -> Mapping[str, Tensor]:
         """See `ForwardPass`."""

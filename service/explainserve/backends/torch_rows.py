@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from explainserve.backends.contract import Collect, LoadOptions, Memory, OperatorGap
+from explainserve.backends.exported_function import GraphFunction, NamedGraph
 from explainserve.backends.resident_memory import peak_growth
+from explainserve.backends.row_feeds import joined, single_rows
 from explainserve.backends.torch_batch import ArrivingScores, ArrivingSums, DeviceRows, torch_dtype
 from explainserve.backends.torch_graphs import ForwardPass, Graphs
 from explainserve.backends.torch_precision import Arithmetic, row_scales
@@ -31,6 +33,10 @@ from explainserve.signature import Layer, OutputSpec, ScoreHead, Signature
 Forward = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Outputs of a batch, in the order of the signature, from its inputs in that order."""
 
+_UNNAMED = (
+    "a TorchScript file does not name its tensors for others to reach; export the model with torch.export, or to ONNX"
+)
+
 _Result = TypeVar("_Result")
 
 
@@ -44,6 +50,7 @@ class TorchModel:
         fixed_batch: `forward` accepts one row at a time; several are then run one after the other.
         queue: of its device.
         weight_bytes: what it holds for good.
+        named: the graph of `forward`, where the file tells it, for functions that reach layers or follow a rule.
         memory_format: of the images that `forward` is given.
     """
 
@@ -60,27 +67,29 @@ class TorchModel:
         memory_format: torch.memory_format = torch.contiguous_format,
         queue: Queue | None = None,
         weight_bytes: int = 0,
+        named: NamedGraph | None = None,
     ) -> None:
         self.backend = backend
         self.signature = signature
         self.device = str(arithmetic.device)
         self.fixed_batch = fixed_batch or not all(spec.batched for spec in signature.inputs)
         self.gaps = gaps
-        self.layers: tuple[Layer, ...] = ()
-        self.gradient_rules: Mapping[str, str] = {} if gaps else {STANDARD.name: ""}
-        self.reaches_layers = False
+        self.layers: tuple[Layer, ...] = named.layers(signature) if named else ()
+        self.gradient_rules: Mapping[str, str] = named.gradient_rules() if named else {STANDARD.name: ""}
+        self.layers_refusal = _UNNAMED if named is None else _unbatched(signature)
         self.library_versions: Mapping[str, str] = {"torch": str(torch.__version__)}
         self._weight_bytes = weight_bytes
         self._forward = forward
+        self._named = named
         self._arithmetic = arithmetic
         self._memory_format = memory_format
         self._queue = queue or queue_of(arithmetic.device)
         self._graphs = self._new_graphs()
 
-    def in_channels_last(self, forward: Forward) -> TorchModel:
+    def in_channels_last(self, forward: Forward, named: NamedGraph | None = None) -> TorchModel:
         """The same model around a function whose weights have their channels last; images are laid out alike."""
         other = copy.copy(self)
-        other._forward, other._memory_format = forward, torch.channels_last
+        other._forward, other._named, other._memory_format = forward, named, torch.channels_last
         other._graphs = other._new_graphs()
         return other
 
@@ -115,8 +124,17 @@ class TorchModel:
         return self._begun(rows) if self.runs_ahead else lambda: self.evaluate(rows)
 
     def _begun(self, rows: Rows) -> Collect:
+        if self.fixed_batch and rows.row_count > 1 and not self._is_plain(rows.function):
+            return self._begun_each(rows)
         with self._queue.computing(), self._arithmetic.evaluation():
             return _guarded(lambda: self._gradients(rows) if rows.function.wrt else self._scores(rows))
+
+    def _begun_each(self, rows: Rows) -> Collect:
+        """Each row alone: what a layer holds of several rows is no tensor of the graph."""
+        begun = [[self._begun(row) for row in single_rows(segment)] for segment in rows.segments]
+        return lambda: tuple(
+            joined(parts) for each in begun for parts in zip(*(collect() for collect in each), strict=True)
+        )
 
     def peak_bytes(self, rows: Rows) -> int | None:
         """See `contract.LoadedModel`. A first evaluation prepares all that is kept for good; graphs keep as much again,
@@ -139,20 +157,36 @@ class TorchModel:
     def _scores(self, rows: Rows) -> Collect:
         with torch.inference_mode():
             batch = DeviceRows(rows, self._queue, self._empty)
-            scores = self._passed(rows.function, self._points(batch)).scores
-            return _Pending(
-                batch, (ArrivingScores(rows, batch.spans, self._queue.fetch(scores)),), self._queue.finish()
-            )
+            forward = self._passed(rows.function, self._points(rows.function, batch))
+            values = self._values(rows, forward)
+            arriving = ArrivingScores(rows, batch.spans, self._queue.fetch(forward.scores), values)
+            return _Pending(batch, (arriving,), self._queue.finish())
 
     def _gradients(self, rows: Rows) -> Collect:
-        if self.gaps:
+        if self.gaps and not rows.function.cut:
             raise Unsupported("NOT_DIFFERENTIABLE", self.gaps[0].reason, gap_count=len(self.gaps))
         batch = DeviceRows(rows, self._queue, self._empty)
-        forward = self._passed(rows.function, self._points(batch))
+        forward = self._passed(rows.function, self._points(rows.function, batch))
         last = len(rows.passes) - 1
         found = [self._backward(batch, s, forward, keep=k < last) for k, s in enumerate(rows.passes)]
-        by_segment = tuple(sums for parts in zip(*found, strict=True) for sums in parts)
+        values = self._values(rows, forward)
+        by_segment = tuple(
+            sums.with_values(values, span)
+            for parts, span in zip(zip(*found, strict=True), batch.spans, strict=True)
+            for sums in parts
+        )
         return _Pending(batch, by_segment, self._queue.finish())
+
+    def _values(self, rows: Rows, forward: ForwardPass) -> dict[str, Tensor]:
+        """Those of the taps on all rows, on their way to the host."""
+        if not rows.function.taps:
+            return {}
+        types, values = self._of_graph(rows.function).layers, forward.values
+        for name in rows.function.taps:
+            if values[name].ndim == 0 or len(values[name]) != rows.row_count:
+                text = f"layer {name!r} has shape {tuple(values[name].shape)} for {rows.row_count} rows"
+                raise EvaluationFailed("MODEL_RAISED", text)
+        return {name: self._queue.fetch(values[name].to(types[name]).contiguous()) for name in rows.function.taps}
 
     def _backward(
         self, batch: DeviceRows, selectors: Sequence[Selector], forward: ForwardPass, *, keep: bool
@@ -164,44 +198,66 @@ class TorchModel:
             return batch.sums(selectors, scores, gradients)
 
     def _passed(self, function: Differentiation, points: Mapping[str, Tensor]) -> ForwardPass:
-        """The forward pass, replayed where it is recorded."""
-        if self._graphs is None:
+        """The forward pass, replayed where it is recorded; those that reach layers or follow a rule are not."""
+        if self._graphs is None or not self._is_plain(function):
             return self._forward_pass(function, points)
         forward = functools.partial(self._forward_pass, function)
         return self._graphs.passed(function, forward, points, backward=bool(function.wrt))
 
     def _forward_pass(self, function: Differentiation, points: Mapping[str, Tensor]) -> _ForwardPass:
         """One forward pass, with its history where it is going to be differentiated."""
-        wrt = {name: points[name].detach().requires_grad_() for name in function.wrt}
-        with torch.set_grad_enabled(bool(wrt)):
-            output = self._output(function, {**points, **wrt})
+        leaves = {name: points[name].detach().requires_grad_() for name in function.wrt if name in points}
+        with torch.set_grad_enabled(bool(function.wrt)):
+            output, values = self._output(function, {**points, **leaves})
             scores = _with_head(output, function.head, self.signature.output(function.output))
+        wrt = {name: leaves[name] if name in leaves else values[name] for name in function.wrt}
         if wrt and not scores.requires_grad:
             raise Unsupported(
                 "NOT_DIFFERENTIABLE",
                 f"output {function.output!r} has no gradient with respect to {', '.join(wrt)}",
                 output=function.output,
             )
-        return _ForwardPass(output, scores, wrt, self._arithmetic.is_narrow)
+        return _ForwardPass(output, scores, wrt, self._arithmetic.is_narrow, values)
 
-    def _output(self, function: Differentiation, points: Mapping[str, Tensor]) -> Tensor:
-        """The model's output of all rows, in the element type that it states."""
-        spec = self.signature.output(function.output)
-        position = self.signature.outputs.index(spec)
-        inputs = [points[spec.name] for spec in self.signature.inputs]
+    def _output(self, function: Differentiation, points: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The model's output of all rows, in the element type that it states, and the values of layers."""
+        spec, values = self.signature.output(function.output), dict[str, Tensor]()
         with self._arithmetic.forward():
-            if not self.fixed_batch:
-                return self._forward(inputs)[position].to(torch_dtype(spec.dtype))
-            each = [self._forward(self._one_row(inputs, row))[position] for row in range(len(inputs[0]))]
-            return torch.cat(each).to(torch_dtype(spec.dtype))
+            if self._is_plain(function):
+                output = self._plain_output(self.signature.outputs.index(spec), points)
+            else:
+                output, values = self._of_graph(function)(self._as_taken(points))
+            return output.to(torch_dtype(spec.dtype)), values
+
+    def _plain_output(self, position: int, points: Mapping[str, Tensor]) -> Tensor:
+        inputs = [points[spec.name] for spec in self.signature.inputs]
+        if not self.fixed_batch:
+            return self._forward(inputs)[position]
+        return torch.cat([self._forward(self._one_row(inputs, row))[position] for row in range(len(inputs[0]))])
+
+    def _is_plain(self, function: Differentiation) -> bool:
+        """Whether the model is evaluated as it is, from its inputs."""
+        inputs = {spec.name for spec in self.signature.inputs}
+        return function.rule == STANDARD and not function.taps and not function.cut and inputs.issuperset(function.wrt)
+
+    def _of_graph(self, function: Differentiation) -> GraphFunction:
+        assert self._named is not None, "A capability that the model lacks was asked of it. This is a bug."
+        return self._named.function(replace(function, head=ScoreHead.IDENTITY))
+
+    def _as_taken(self, points: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The points of one row where an input has no batch axis."""
+        bare = {spec.name for spec in self.signature.inputs if not spec.batched}
+        return {name: tensor[0] if name in bare else tensor for name, tensor in points.items()}
 
     def _one_row(self, inputs: Sequence[Tensor], row: int) -> list[Tensor]:
         specs = self.signature.inputs
         return [t[row : row + 1] if spec.batched else t[row] for spec, t in zip(specs, inputs, strict=True)]
 
-    def _points(self, batch: DeviceRows) -> dict[str, Tensor]:
-        """The inputs of all rows."""
-        return {spec.name: batch.points(spec.name, torch_dtype(spec.dtype)) for spec in self.signature.inputs}
+    def _points(self, function: Differentiation, batch: DeviceRows) -> dict[str, Tensor]:
+        """What the function takes, of all rows: the inputs, and layers that stand in their place."""
+        if self._is_plain(function):
+            return {spec.name: batch.points(spec.name, torch_dtype(spec.dtype)) for spec in self.signature.inputs}
+        return {name: batch.points(name, dtype) for name, dtype in self._of_graph(function).inputs.items()}
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory on the device; a batch of images is laid out as the model computes."""
@@ -233,17 +289,24 @@ class _ForwardPass:
     Attributes:
         history: the scores, of which gradients are taken.
         scaled: go down from the output with scaled cotangents, which sixteen bits can hold.
+        layers: values by name, with their history.
     """
 
     output: Tensor
     history: Tensor
     wrt: Mapping[str, Tensor]
     scaled: bool
+    layers: Mapping[str, Tensor]
 
     @property
     def scores(self) -> Tensor:
         """See `torch_graphs.ForwardPass`."""
         return self.history.detach()
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """See `torch_graphs.ForwardPass`."""
+        return {name: value.detach() for name, value in self.layers.items()}
 
     def gradients(self, cotangent: Tensor, *, keep: bool) -> dict[str, Tensor]:
         """See `torch_graphs.ForwardPass`."""
@@ -260,6 +323,12 @@ class _ForwardPass:
             of, list(self.wrt.values()), cotangent, retain_graph=keep, allow_unused=True, materialize_grads=True
         )
         return dict(zip(self.wrt, found, strict=True))
+
+
+def _unbatched(signature: Signature) -> str:
+    """Why layers are not reached of rows that the model does not take together, or ""."""
+    bare = [spec.name for spec in signature.inputs if not spec.batched]
+    return f"{', '.join(bare)} has no batch axis; export the model with one" if bare else ""
 
 
 def resolve_device(options: LoadOptions) -> torch.device:

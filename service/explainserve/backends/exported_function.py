@@ -1,0 +1,210 @@
+"""Functions of an exported graph that name its tensors, or follow a gradient rule: graphs of their own, which hold the
+nodes that they need and the same weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+
+from explainserve.backends import exported_layers, torch_rules
+from explainserve.backends.aten import dependents, mutates, tensor_of
+from explainserve.backends.contract import layer_not_on_path, unknown_layer
+from explainserve.backends.torch_rules import RULES, rectified
+from explainserve.errors import InvalidRequest
+from explainserve.plan import Differentiation
+from explainserve.signature import Layer, Signature
+
+_MOST_FUNCTIONS = 64
+"""Graphs of one model that are kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class GraphFunction:
+    """One function of a graph.
+
+    Attributes:
+        inputs: element types by name, of layers that are cut and of the model's inputs that are left.
+        layers: names and element types of those whose values come back.
+    """
+
+    module: GraphModule
+    inputs: Mapping[str, torch.dtype]
+    layers: Mapping[str, torch.dtype]
+
+    def __call__(self, points: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output, and the values of layers, which have a history where they are differentiated."""
+        output, values = self.module(*(points[name] for name in self.inputs))
+        return output, dict(zip(self.layers, values, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class NamedGraph:
+    """A graph that changes no tensor in place, so that a node's name stands for one value.
+
+    Attributes:
+        module: holds the graph and its weights.
+        inputs: by the names of the signature.
+        constants: of other placeholders.
+        outputs: by the names of the signature.
+    """
+
+    module: GraphModule
+    inputs: Mapping[str, Node]
+    constants: Mapping[Node, Any]
+    outputs: Mapping[str, Node]
+
+    @classmethod
+    def of(
+        cls, program: ExportedProgram, signature: Signature, leaves: Sequence[Any], kept: Sequence[int]
+    ) -> NamedGraph:
+        """The graph of a program, whose weights it shares.
+
+        Args:
+            leaves: of a call's arguments: None for a tensor, else the constant that was exported.
+            kept: positions of the outputs that are tensors.
+        """
+        if any(map(mutates, _nodes_within(program.graph_module))):
+            program = program.run_decompositions({torch.ops.aten.copy.default: copied})
+        module = program.module(check_guards=False)
+        module.requires_grad_(False)
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        tensors = [node for node, leaf in zip(placeholders, leaves, strict=True) if leaf is None]
+        constants = {node: leaf for node, leaf in zip(placeholders, leaves, strict=True) if leaf is not None}
+        results: Any = module.graph.output_node().args[0]
+        return cls(
+            module,
+            {spec.name: node for spec, node in zip(signature.inputs, tensors, strict=True)},
+            constants,
+            {spec.name: results[position] for spec, position in zip(signature.outputs, kept, strict=True)},
+        )
+
+    def with_weights(self, module: nn.Module) -> NamedGraph:
+        """The same graph with the weights that another module of the same program has."""
+        other = GraphModule(self.module, self.module.graph)
+        other.load_state_dict(module.state_dict(), strict=False, assign=True)
+        twins = dict(zip(self.module.graph.nodes, other.graph.nodes, strict=True))
+        return NamedGraph(
+            other,
+            {name: twins[node] for name, node in self.inputs.items()},
+            {twins[node]: leaf for node, leaf in self.constants.items()},
+            {name: twins[node] for name, node in self.outputs.items()},
+        )
+
+    def layers(self, signature: Signature) -> tuple[Layer, ...]:
+        """What a person can pick."""
+        nodes = list(self.module.graph.nodes)
+        return exported_layers.layers(nodes, self.inputs, set(self.outputs.values()), signature)
+
+    def gradient_rules(self) -> dict[str, str]:
+        """Every rule, and why the graph cannot follow it: "" where it can."""
+        return torch_rules.gradient_rules(self.module)
+
+    @functools.lru_cache(_MOST_FUNCTIONS)  # noqa: B019 (a graph lives as long as its model)
+    def function(self, asked: Differentiation) -> GraphFunction:
+        """The function of an output that taps, cuts and differentiates layers, and follows a rule.
+
+        Raises:
+            InvalidRequest: a layer does not exist (UNKNOWN_LAYER), the output does not depend on it
+                (LAYER_NOT_ON_PATH), or on another layer that is cut as well (LAYERS_NOT_CUT).
+        """
+        output = self.outputs[asked.output]
+        cut = {name: self._layer(name) for name in asked.cut}
+        roots = {name: self._layer(name) for name in asked.wrt if name not in self.inputs and name not in cut}
+        tapped = {name: cut.get(name) or self._layer(name) for name in asked.taps}
+        self._check_cut(cut)
+        for name, node in (*cut.items(), *roots.items()):
+            if output not in dependents(node, without=set(cut.values()) - {node}):
+                raise layer_not_on_path(name, asked.output)
+        returned = {**roots, **tapped}
+        given = {**cut, **{name: node for name, node in self.inputs.items() if node not in cut.values()}}
+        needed = _needed([output, *returned.values()], set(cut.values()))
+        given = {name: node for name, node in given.items() if node in needed}
+        graph = self._copied(needed, given, set(roots.values()), asked.rule.name, [output, *returned.values()])
+        return GraphFunction(GraphModule(self.module, graph), _types(given), _types(returned))
+
+    def _layer(self, name: str) -> Node:
+        found: Node | None = next((node for node in self.module.graph.nodes if node.name == name), None)
+        if found is None or not exported_layers.is_layer(found):
+            raise unknown_layer(name)
+        return found
+
+    def _check_cut(self, cut: Mapping[str, Node]) -> None:
+        for name, node in cut.items():
+            behind = dependents(node)
+            other = next((other for other, n in cut.items() if n is not node and n in behind), None)
+            if other is not None:
+                text = f"layer {other!r} depends on {name!r}: only one of them can be cut"
+                raise InvalidRequest("LAYERS_NOT_CUT", text, layers=", ".join(cut))
+
+    def _copied(
+        self,
+        needed: Collection[Node],
+        given: Mapping[str, Node],
+        roots: Collection[Node],
+        rule: str,
+        results: Sequence[Node],
+    ) -> Graph:
+        """A graph from `given` to the first of `results` and a tuple of the others.
+
+        Args:
+            needed: nodes that are copied.
+            roots: nodes from whose values gradients are taken.
+            rule: of rectifiers.
+        """
+        graph, copies = Graph(), dict(self.constants)
+        for node in given.values():
+            copies[node] = graph.placeholder(node.name)
+        for node in self.module.graph.nodes:
+            if node in needed and node not in copies:
+                copies[node] = self._copy(node, graph, copies, rule)
+            if node in roots:
+                copies[node] = graph.call_function(with_history, (copies[node],))
+        output, *others = (copies[node] for node in results)
+        graph.output((output, tuple(others)))
+        return graph
+
+    def _copy(self, node: Node, graph: Graph, copies: Mapping[Node, Any], rule: str) -> Node:
+        source = rectified(node, self.module) if rule in RULES else None
+        if source is None:
+            return graph.node_copy(node, copies.__getitem__)
+        return RULES[rule](graph, node, source, copies)
+
+
+def with_history(value: Tensor) -> Tensor:
+    """A value to take gradients from: where none of its own are taken, nothing before it is remembered."""
+    return value if value.requires_grad else value.detach().requires_grad_()
+
+
+def copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What `target.copy_(source)` leaves; the operator that changes nothing has no derivative of its own."""
+    return source.to(target.dtype).expand_as(target).clone()
+
+
+def _needed(results: Iterable[Node], given: Collection[Node]) -> set[Node]:
+    """The nodes that compute `results`, back to those that are given."""
+    found: set[Node] = set()
+    waiting = list(results)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [] if node in given else node.all_input_nodes
+    return found
+
+
+def _types(nodes: Mapping[str, Node]) -> dict[str, torch.dtype]:
+    values = {name: tensor_of(node) for name, node in nodes.items()}
+    return {name: value.dtype for name, value in values.items() if value is not None}
+
+
+def _nodes_within(module: nn.Module) -> list[Node]:
+    parts = (part for part in module.modules() if isinstance(part, GraphModule))
+    return [node for part in parts for node in part.graph.nodes]
