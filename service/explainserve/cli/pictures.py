@@ -36,7 +36,7 @@ def write_picture(
     scale: Scale,
     view: View | None,
 ) -> Path:
-    """Writes PREFIX.png: a row per instance and input or layer, first the input where it is a picture, then its maps."""
+    """Writes PREFIX.png: a row per instance and input or layer, first the input if it is a picture, then its maps."""
     from explainserve_client import draw
 
     rows = [

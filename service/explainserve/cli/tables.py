@@ -20,7 +20,7 @@ def columns(heading: Row, rows: Sequence[Row]) -> str:
 
 
 def attributions(result: ExplainResult) -> str:
-    """One row per map: target, F(x), F(x'), sum, delta, error estimate, steps, stop reason."""
+    """One row per map: method, target, F(x), F(x'), sum, delta, error estimate, steps, stop reason."""
     heading = (
         "#",
         "method",
