@@ -3,7 +3,7 @@
     python benchmarks/loading.py [--loads 3] [--threads 2] [-- FLAGS OF THE SERVER]
 
 One client explains pictures with a small model, and another lists models, without pause: first with nothing else going
-on, then while a ResNet-50 is loaded again and again. Writes `benchmarks/results/loading.md`.
+on, then while a ResNet-50 is loaded, `--loads` times in a row. Writes `benchmarks/results/loading.md`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def main() -> None:
         "# What requests wait while another model is loaded",
         "",
         f"Written by `benchmarks/loading.py --loads {arguments.loads}{' '.join(['', *arguments.server])}`: a {LOADED} "
-        f"is loaded again and again, {ASKED} explains with {STEPS} steps.",
+        f"is loaded, {arguments.loads} times in all, {ASKED} explains with {STEPS} steps.",
         "",
         *machine_lines(arguments.threads, Occupation.now().others_share(began)),
         "",
