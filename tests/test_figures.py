@@ -169,10 +169,10 @@ def test_figures_of_one_map() -> None:
     figures = input_figures(entry, IMAGE, FigureOptions(), regions)
     none = input_figures(entry, IMAGE, FigureOptions(statistics=False, regions=False), regions)
 
-    assert [s.view for s in figures.statistics] == [View.ELEMENTS, View.CHANNEL_SUM]
-    assert len(figures.normalizations) == 2 * 6
+    assert [own.statistics.view for own in figures.views] == [View.ELEMENTS, View.CHANNEL_SUM]
+    assert [len(own.normalizations) for own in figures.views] == [6, 6]
     assert figures.regions[0].sum == pytest.approx(entry.tensors["image"][:, :, :2].sum(dtype=np.float64))
-    assert (none.statistics, none.normalizations, none.regions) == ((), (), ())
+    assert (none.views, none.regions) == ((), ())
 
 
 def test_region_of_one_instance_only() -> None:
@@ -240,8 +240,18 @@ def test_default_group_holds_all_of_one_unit() -> None:
 
     assert (joint.group, joint.members, joint.pairs) == ("all", (0, 1), ())
     assert set(joint.inputs) == {"image", "vector"}
-    assert joint.inputs["image"].statistics[0].element_count == 2 * 24
-    assert joint.inputs["vector"].statistics[0].zero_count == 10
+    assert joint.inputs["image"][0].statistics.element_count == 2 * 24
+    assert joint.inputs["vector"][0].statistics.zero_count == 10
+
+
+def test_a_group_of_one_map_has_the_figures_of_the_map() -> None:
+    """Not computed twice."""
+    (entry,) = own = maps(target())
+    (joint,) = joint_figures(own, FigureOptions(), [])
+
+    for name, views in joint.inputs.items():
+        for alone, together in zip(input_figures(entry, MAPS[name], FigureOptions(), ()).views, views, strict=True):
+            assert together is alone
 
 
 def test_default_group_is_split_by_output_and_score() -> None:

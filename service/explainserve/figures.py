@@ -168,7 +168,7 @@ class Entry:
     stop_reason: StopReason
     map_error: float | None
     folded: bool = False
-    _statistics: dict[tuple[str, View], Statistics] = field(default_factory=dict, init=False)
+    _figures: dict[tuple[str, View], ViewFigures] = field(default_factory=dict, init=False)
 
     @property
     def position(self) -> Position:
@@ -189,19 +189,31 @@ class Entry:
         """One view of the map of one input."""
         return reduce_to_view(self.tensors[spec.name], view, spec.channel_axis)
 
-    def statistics(self, spec: MapSpec, view: View) -> Statistics:
-        """Figures of one view, computed once: sorting is the dear part, and groups of one map ask again."""
-        if (spec.name, view) not in self._statistics:
-            self._statistics[spec.name, view] = statistics(self.values(spec, view), view)
-        return self._statistics[spec.name, view]
+    def figures(self, spec: MapSpec, view: View) -> ViewFigures:
+        """Figures of one view, computed once: groups of one map ask again."""
+        if (spec.name, view) not in self._figures:
+            self._figures[spec.name, view] = ViewFigures.of(statistics(self.values(spec, view), view))
+        return self._figures[spec.name, view]
+
+
+@dataclass(frozen=True, eq=False)
+class ViewFigures:
+    """Figures of one view of one map, or of several together."""
+
+    statistics: Statistics
+    normalizations: tuple[Normalization, ...]
+
+    @classmethod
+    def of(cls, own: Statistics) -> ViewFigures:
+        """With all recipes."""
+        return cls(own, tuple(normalizations(own)))
 
 
 @dataclass(frozen=True, eq=False)
 class InputFigures:
     """Figures of one input of one map."""
 
-    statistics: tuple[Statistics, ...] = ()
-    normalizations: tuple[Normalization, ...] = ()
+    views: tuple[ViewFigures, ...] = ()
     regions: tuple[RegionSum, ...] = ()
 
 
@@ -222,7 +234,7 @@ class JointFigures:
 
     group: str
     members: tuple[int, ...]
-    inputs: dict[str, InputFigures]
+    inputs: dict[str, tuple[ViewFigures, ...]]
     pairs: tuple[PairRange, ...] = ()
 
 
@@ -266,14 +278,14 @@ def group_sizes(query: Query, fold_baselines: bool, groups: Sequence[Group]) -> 
 def input_figures(entry: Entry, spec: MapSpec, options: FigureOptions, regions: Sequence[Region]) -> InputFigures:
     """Figures of one input of one map."""
     tensor = entry.tensors[spec.name]
-    figures = [entry.statistics(spec, view) for view in (options.views_of(spec) if options.statistics else ())]
+    views = [entry.figures(spec, view) for view in (options.views_of(spec) if options.statistics else ())]
     sums = [
         found
         for region in regions
         if options.regions and region.input == spec.name and region.instance_index in (None, entry.instance_index)
         for found in region_sums(tensor, spec.channel_axis, spec.spatial_axes, region.area, region.name)
     ]
-    return InputFigures(tuple(figures), _recipes(figures), tuple(sums))
+    return InputFigures(tuple(views), tuple(sums))
 
 
 def joint_figures(maps: Sequence[Entry], options: FigureOptions, groups: Sequence[Group]) -> list[JointFigures]:
@@ -359,10 +371,6 @@ def _norm(tensors: dict[str, Map]) -> float:
     return float(np.sqrt(sum(np.square(tensor.astype(np.float64)).sum() for tensor in tensors.values())))
 
 
-def _recipes(figures: Sequence[Statistics]) -> tuple[Normalization, ...]:
-    return tuple(recipe for figure in figures for recipe in normalizations(figure))
-
-
 def _named(region: Region, subject: Subject) -> Region:
     shapes = subject.shapes
     if region.input:
@@ -435,23 +443,23 @@ def _joint(
     pairwise: bool,
 ) -> JointFigures:
     """Per input or layer over the maps that have it, which methods of layers do not share with others."""
-    inputs: dict[str, InputFigures] = {}
+    inputs: dict[str, tuple[ViewFigures, ...]] = {}
     pairs: list[PairRange] = []
     for spec in {name: maps[k].maps[name] for k in members for name in maps[k].tensors}.values():
         own = [k for k in members if spec.name in maps[k].tensors]
-        pooled: list[Statistics] = []
+        pooled: list[ViewFigures] = []
         for view in options.views_of(spec):
             pooled.append(_pooled([maps[k] for k in own], spec, view))
             if pairwise:
-                pairs += _pairs(own, [maps[k].statistics(spec, view) for k in own], spec.name, view)
-        inputs[spec.name] = InputFigures(tuple(pooled), _recipes(pooled))
+                pairs += _pairs(own, [maps[k].figures(spec, view).statistics for k in own], spec.name, view)
+        inputs[spec.name] = tuple(pooled)
     return JointFigures(name, tuple(members), inputs, tuple(pairs))
 
 
-def _pooled(members: list[Entry], spec: MapSpec, view: View) -> Statistics:
+def _pooled(members: list[Entry], spec: MapSpec, view: View) -> ViewFigures:
     if len(members) == 1:
-        return members[0].statistics(spec, view)
-    return pooled_statistics([member.values(spec, view) for member in members], view)
+        return members[0].figures(spec, view)
+    return ViewFigures.of(pooled_statistics([member.values(spec, view) for member in members], view))
 
 
 def _pairs(members: list[int], figures: list[Statistics], name: str, view: View) -> list[PairRange]:
@@ -473,6 +481,7 @@ __all__ = [
     "Places",
     "Region",
     "Selector",
+    "ViewFigures",
     "check_regions",
     "entries",
     "group_sizes",

@@ -19,7 +19,15 @@ from explainserve import baselines as domain_baselines
 from explainserve.cautions import Caution, cautions_for_map, cautions_for_response
 from explainserve.explainer import Answer, Cost, Prepared, Round, Usage
 from explainserve.explanation import Attribution, Baseline, StopReason, Target, absolute_sum, attribution_sum
-from explainserve.figures import Entry, InputFigures, JointFigures, entries, group_sizes, input_figures
+from explainserve.figures import (
+    Entry,
+    InputFigures,
+    JointFigures,
+    ViewFigures,
+    entries,
+    group_sizes,
+    input_figures,
+)
 from explainserve.figures import joint_figures as joint_figures_of
 from explainserve.methods import METHODS, Method
 from explainserve.repository import ModelEntry, ServedModel
@@ -77,10 +85,10 @@ def explain_response(request: Explain, answer: Answer) -> explainer_service_pb2.
     """
     model, options = answer.query.model, request.options
     maps = entries(answer, request.fold_baselines)
-    joint = joint_figures_of(maps, request.figures, request.groups)
+    joint, messages = joint_figures_of(maps, request.figures, request.groups), _Figures()
     return explainer_service_pb2.ExplainResponse(
-        attributions=[_attribution(entry, request, answer) for entry in maps],
-        joint=[_joint(figures) for figures in joint],
+        attributions=[_attribution(entry, request, answer, messages) for entry in maps],
+        joint=[_joint(figures, messages) for figures in joint],
         baselines=list(_used_baselines(answer, include_tensors=options.include_baseline_tensors)),
         inputs=[input_spec(spec) for spec in model.signature.inputs if spec.name in shapes(request)],
         provenance=provenance(model, answer.usage, request.query.methods),
@@ -109,7 +117,7 @@ def round_messages(
         stop_reason=_STOP_REASONS[own.stop_reason],
         path_count=prepared.cost.question_count,
     )
-    return progress, _attribution(own, request, answer) if include_map else None
+    return progress, _attribution(own, request, answer, _Figures()) if include_map else None
 
 
 def shapes(request: Explain) -> dict[str, tuple[int, ...]]:
@@ -466,7 +474,30 @@ def _prediction(
     )
 
 
-def _attribution(entry: Entry, request: Explain, answer: Answer) -> attribution_pb2.Attribution:
+class _Figures:
+    """Figures as messages, each made once: those of a group of one map are those of the map."""
+
+    def __init__(self) -> None:
+        self._statistics: dict[ViewFigures, statistics_pb2.Statistics] = {}
+        self._normalizations: dict[ViewFigures, list[statistics_pb2.Normalization]] = {}
+
+    def statistics(self, views: Sequence[ViewFigures]) -> list[statistics_pb2.Statistics]:
+        """Of each view."""
+        for own in views:
+            if own not in self._statistics:
+                self._statistics[own] = statistics_pb2.Statistics(**_mirror(own.statistics))
+        return [self._statistics[own] for own in views]
+
+    def normalizations(self, views: Sequence[ViewFigures]) -> list[statistics_pb2.Normalization]:
+        """Of each view all recipes."""
+        for own in views:
+            if own not in self._normalizations:
+                recipes = [statistics_pb2.Normalization(**_mirror(recipe)) for recipe in own.normalizations]
+                self._normalizations[own] = recipes
+        return [recipe for own in views for recipe in self._normalizations[own]]
+
+
+def _attribution(entry: Entry, request: Explain, answer: Answer, messages: _Figures) -> attribution_pb2.Attribution:
     options, delta = request.options, _delta(entry)
     message = attribution_pb2.Attribution(
         method_index=entry.method_index,
@@ -490,7 +521,7 @@ def _attribution(entry: Entry, request: Explain, answer: Answer) -> attribution_
     for name, tensor in entry.tensors.items():
         spec = entry.maps[name]
         figures = input_figures(entry, spec, request.figures, request.regions)
-        message.inputs.append(_input_attribution(spec, figures))
+        message.inputs.append(_input_attribution(spec, figures, messages))
         if not options.omit_tensors:
             message.inputs[-1].tensor.CopyFrom(encode(tensor))
             if name in entry.spread:
@@ -555,27 +586,27 @@ def _is_constant(baseline: Baseline) -> bool:
     return any(float(np.ptp(values.astype(np.float64))) == 0 for values in baseline.moving.values() if values.size > 1)
 
 
-def _input_attribution(spec: MapSpec, figures: InputFigures) -> attribution_pb2.InputAttribution:
+def _input_attribution(spec: MapSpec, figures: InputFigures, messages: _Figures) -> attribution_pb2.InputAttribution:
     return attribution_pb2.InputAttribution(
         name=spec.name,
         layout=spec.layout,
         covered_input=spec.covers,
         channel_axis=spec.channel_axis,
-        statistics=[_mirror(figure) for figure in figures.statistics],
-        normalizations=[_mirror(recipe) for recipe in figures.normalizations],
+        statistics=messages.statistics(figures.views),
+        normalizations=messages.normalizations(figures.views),
         regions=[_mirror(found) for found in figures.regions],
     )
 
 
-def _joint(figures: JointFigures) -> statistics_pb2.JointStatistics:
+def _joint(figures: JointFigures, messages: _Figures) -> statistics_pb2.JointStatistics:
     return statistics_pb2.JointStatistics(
         group=figures.group,
         members=figures.members,
         inputs=[
             statistics_pb2.JointInput(
                 input=name,
-                statistics=[_mirror(figure) for figure in own.statistics],
-                normalizations=[_mirror(recipe) for recipe in own.normalizations],
+                statistics=messages.statistics(own),
+                normalizations=messages.normalizations(own),
             )
             for name, own in figures.inputs.items()
         ],
