@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -375,3 +376,45 @@ def test_a_token_model_is_explained_at_its_embedding(tmp_path: Path) -> None:
 
     assert [axis.name or axis.size for axis in layer.axes] == ["batch", "tokens", 4]
     assert nearly(found.gradient_sums[layer.name], expected[0].numpy())
+
+
+def test_a_model_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
+    torch, net = pytest.importorskip("torch"), in_place()
+
+    def graphs() -> int:
+        gc.collect()
+        return sum(type(own).__name__ == "NamedGraph" for own in gc.get_objects())
+
+    before = graphs()
+    model = loaded(net, (torch.zeros(2, 3, 6, 6),), tmp_path)
+    evaluated(model, {"x": images()}, ["x"], taps=[picked(model, "Clip").name], rule=GUIDED)
+    assert graphs() > before
+    del model
+    assert graphs() == before
+
+
+def test_parts_that_run_without_gradients_stay_so(tmp_path: Path) -> None:
+    """Rules do not reach into them, and say so; what is around them is reached."""
+    torch = pytest.importorskip("torch")
+
+    class Scaled(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 3)
+
+        def forward(self, x: Any) -> Any:
+            h = torch.tanh(self.first(x))
+            with torch.no_grad():
+                scale = torch.relu(h).amax(1, keepdim=True) + 1
+            return self.second(h / scale)
+
+    torch.manual_seed(5)
+    net, x = Scaled().eval(), np.array([0.3, -1, 2, 0.1], np.float32)
+    model = loaded(net, (torch.zeros(2, 4),), tmp_path)
+    layer = picked(model, "Tanh").name
+    (found, _) = evaluated(model, {"x": x}, ["x", layer], taps=[layer], alphas=[1.0], weights=[1.0])
+    points = torch.tensor(x)[None].requires_grad_()
+    (expected,) = torch.autograd.grad(net(points)[0, 0], points)
+
+    assert nearly(found.gradient_sums["x"], expected[0].numpy())
+    assert "mode of its own" in model.gradient_rules["guided_backpropagation"]

@@ -4,9 +4,8 @@ nodes that they need and the same weights.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from explainserve.plan import Differentiation
 from explainserve.signature import Layer, Signature
 
 _MOST_FUNCTIONS = 64
-"""Graphs of one model that are kept."""
+"""Graphs of one model that are kept; the oldest goes first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +59,7 @@ class NamedGraph:
     inputs: Mapping[str, Node]
     constants: Mapping[Node, Any]
     outputs: Mapping[str, Node]
+    _functions: dict[Differentiation, GraphFunction] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(
@@ -107,7 +107,6 @@ class NamedGraph:
         """Every rule, and why the graph cannot follow it: "" where it can."""
         return torch_rules.gradient_rules(self.module)
 
-    @functools.lru_cache(_MOST_FUNCTIONS)  # noqa: B019 (a graph lives as long as its model)
     def function(self, asked: Differentiation) -> GraphFunction:
         """The function of an output that taps, cuts and differentiates layers, and follows a rule.
 
@@ -115,6 +114,13 @@ class NamedGraph:
             InvalidRequest: a layer does not exist (UNKNOWN_LAYER), the output does not depend on it
                 (LAYER_NOT_ON_PATH), or on another layer that is cut as well (LAYERS_NOT_CUT).
         """
+        if asked not in self._functions:
+            if len(self._functions) >= _MOST_FUNCTIONS:
+                del self._functions[next(iter(self._functions))]
+            self._functions[asked] = self._built(asked)
+        return self._functions[asked]
+
+    def _built(self, asked: Differentiation) -> GraphFunction:
         output = self.outputs[asked.output]
         cut = {name: self._layer(name) for name in asked.cut}
         roots = {name: self._layer(name) for name in asked.wrt if name not in self.inputs and name not in cut}
