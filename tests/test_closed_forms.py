@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("torch")
 
 from explainserve.methods.quadrature import RULES
-from explainserve_client import Attribution, Client, IntegratedGradients, Margin
+from explainserve_client import Attribution, Client, GuidedIntegratedGradients, Idgi, IntegratedGradients, Margin
 from models import MODELS, Port
 from three_formats import FORMATS, Array, serving, tiny
 
@@ -66,6 +66,20 @@ def test_linear(client: Client, file_format: str, rule: str, step_count: int) ->
     result = client.explain(f"linear-{file_format}", X4, targets=[0, 1, 2], baselines=BASELINE4, method=method)
     for target, attribution in enumerate(result.attributions):
         assert_equal(attribution.tensor, w[:, target] * (X4.astype(np.float64) - BASELINE4))
+        assert_complete(attribution)
+
+
+@every_format
+def test_path_methods_of_a_linear_function(client: Client, file_format: str) -> None:
+    """Guided Integrated Gradients gives w d as the straight path does; IDGI shares F(x) - F(x') by squared weights."""
+    w, _ = weights()
+    methods = [GuidedIntegratedGradients(step_count=12), Idgi(fixed("left", 3)), Idgi(GuidedIntegratedGradients(12))]
+    result = client.explain(f"linear-{file_format}", X4, targets=[0, 2], baselines=BASELINE4, method=methods)
+    for attribution in result.attributions:
+        own = w[:, attribution.target.index[0]]
+        exact = own * (X4.astype(np.float64) - BASELINE4)
+        shared = exact.sum() * own**2 / (own @ own)
+        assert_equal(attribution.tensor, shared if attribution.method_index else exact)
         assert_complete(attribution)
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("torch")
 import torch
 
 from explainserve_client import (
+    BlurIntegratedGradients,
     Client,
     DeconvNet,
     FailedPrecondition,
@@ -22,6 +23,8 @@ from explainserve_client import (
     GradCamPlusPlus,
     GuidedBackpropagation,
     GuidedGradCam,
+    GuidedIntegratedGradients,
+    Idgi,
     IntegratedGradients,
     LayerCam,
     ScoreCam,
@@ -31,6 +34,13 @@ from three_formats import FORMATS, WRITERS, Array, module_and_input, relative, s
 METHODS = {
     "midpoint": IntegratedGradients(step_count=10),
     "gauss_legendre": IntegratedGradients(step_count=10, quadrature="gauss_legendre"),
+}
+
+PATH_METHODS = {
+    "blur": BlurIntegratedGradients(step_count=10, max_sigma=3),
+    "guided": GuidedIntegratedGradients(step_count=20, max_distance=0.2),
+    "idgi": Idgi(IntegratedGradients(step_count=10, quadrature="midpoint")),
+    "idgi_of_blur": Idgi(BlurIntegratedGradients(step_count=10, max_sigma=3)),
 }
 
 
@@ -55,6 +65,17 @@ def test_formats_give_the_same_map(client: Client, name: str, method: str, score
         for ours, theirs in zip(first, attributions, strict=True):
             assert relative(ours.tensor, theirs.tensor) < 1e-4
             assert ours.instance_output_value == pytest.approx(theirs.instance_output_value, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", PATH_METHODS)
+@pytest.mark.parametrize("name", ["conv", "two-digits"])
+def test_formats_agree_on_path_methods(client: Client, name: str, method: str) -> None:
+    x = module_and_input(name)[1]
+    asked = {"targets": 1, "baselines": "zeros", "method": PATH_METHODS[method]}
+    first, *others = (client.explain(f"{name}-{f}", x, **asked).attributions[0] for f in FORMATS)
+    for other in others:
+        assert relative(other.tensor, first.tensor) < 1e-4
+        assert other.baseline_output_value == pytest.approx(first.baseline_output_value, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", WRITERS)
