@@ -124,7 +124,8 @@ class ServedModel:
     Attributes:
         device: name of the device whose engine evaluates it.
         file_bytes: size of the model file and of its external data files.
-        sha256: of the model file followed by its external data files in the order of their names, hexadecimal.
+        sha256: of the model file followed by its external data files in the order of their names, and the patterns
+            beside it, hexadecimal.
         format: a value of FORMATS.
         max_batch_rows: rows that may share a micro-batch; 1 where the model sees its rows together.
         seconds_per_row: of a full micro-batch, measured at load; None where it was not.
@@ -351,7 +352,7 @@ def _checked(loaded: LoadedModel, path: Path, config: ModelConfig, options: Load
 
 
 def model_files(path: Path, trials: Trials | None = None) -> tuple[Path, ...]:
-    """A model file, then its external data files in the order of their names.
+    """A model file, then its external data files in the order of their names, and the patterns beside it.
 
     Args:
         trials: have another process read the file; None trusts it.

@@ -54,6 +54,9 @@ labels = {list(LABELS)}
 files = {{ image = "training_mean.npy" }}
 """
 
+RECTIFIED_LAYERS = {"c": "k", "e": "l", "logits": "v"}
+"""The weights of each linear layer of `rectified`."""
+
 
 def write_folder(root: Path) -> Path:
     """Writes every model below `root` and returns it."""
@@ -124,7 +127,7 @@ def _image(root: Path, name: str, toml: str) -> None:
 
 def _rectified(root: Path) -> None:
     """A small network of convolutions and rectifiers, with what every method needs: channels over a grid, a bias, a
-    pool; its layer before the pool has a grid of 3 by 4 cells."""
+    pool, patterns; its layer before the pool has a grid of 3 by 4 cells."""
     random = np.random.default_rng(6)
     weights = {
         "k": random.standard_normal((6, 3, 3, 3)) / 4,
@@ -144,7 +147,9 @@ def _rectified(root: Path) -> None:
     image = {"image": (TensorProto.FLOAT, ["batch", 3, 6, 8])}
     toml = '[[inputs]]\nname = "image"\nlayout = "NCHW"\n\n[[outputs]]\nname = "logits"\nkind = "logits"\n'
     arrays = {name: value.astype(np.float32) for name, value in weights.items()}
-    _write(root, "rectified", nodes, image, {"logits": ["batch", 4]}, arrays, toml)
+    path = _write(root, "rectified", nodes, image, {"logits": ["batch", 4]}, arrays, toml)
+    patterns = {layer: random.standard_normal(weights[name].shape) for layer, name in RECTIFIED_LAYERS.items()}
+    np.savez(path.with_name("patterns.npz"), **patterns)
 
 
 def _words(root: Path) -> None:

@@ -54,3 +54,11 @@ def test_a_probability_is_refused_with_the_operator_that_has_no_rule(stub: Expla
     )
     refused = refusal(lambda: stub.Explain(asked, timeout=60))
     assert refused.reason == "NOT_DIFFERENTIABLE" and "Softmax" in refused.message
+
+
+@pytest.mark.parametrize("method", ["pattern_net", "pattern_attribution"])
+def test_a_model_without_patterns_says_what_to_supply(stub: ExplainerServiceStub, method: str) -> None:
+    asked = request("image", {"image": IMAGE}, targets=[element(2)], methods=[{method: {}}])
+    refused = refusal(lambda: stub.Explain(asked, timeout=60))
+    assert (refused.reason, refused.metadata["capability"]) == ("CAPABILITY_MISSING", f"rule:{method}")
+    assert "patterns.npz" in refused.message

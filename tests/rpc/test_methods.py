@@ -38,6 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
     "deep_lift": {},
     "feature_ablation": {"segment_count": 6},
     "occlusion": {"window": [3, 4], "stride": [2, 3], "aggregation": "WINDOW_AGGREGATION_SUM"},
+    "pattern_net": {},
+    "pattern_attribution": {},
     "lrp": {"rule": "LRP_RULE_GAMMA", "gamma": 0.1},
 }
 """Options that are quick to compute, for each method."""

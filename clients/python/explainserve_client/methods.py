@@ -307,6 +307,16 @@ class FeatureAblation:
     segment_count: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class PatternNet:
+    """PatternNet (Kindermans et al. 2018): the signal, by the patterns that lie beside the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class PatternAttribution:
+    """PatternAttribution (Kindermans et al. 2018): the share of the signal, by the patterns beside the model."""
+
+
 Method: TypeAlias = (
     IntegratedGradients
     | Gradient
@@ -329,6 +339,8 @@ Method: TypeAlias = (
     | Occlusion
     | Lrp
     | FeatureAblation
+    | PatternNet
+    | PatternAttribution
 )
 
 METHODS: Mapping[str, type[Method]] = {
@@ -353,6 +365,8 @@ METHODS: Mapping[str, type[Method]] = {
     "occlusion": Occlusion,
     "lrp": Lrp,
     "feature_ablation": FeatureAblation,
+    "pattern_net": PatternNet,
+    "pattern_attribution": PatternAttribution,
 }
 """Methods by the name of their field in the message."""
 

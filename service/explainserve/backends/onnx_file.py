@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 
+from explainserve.backends import onnx_patterns
 from explainserve.backends.onnx_weights import Weights, byte_count, is_reference
 from explainserve.containment import inside
 from explainserve.errors import ModelRefused
@@ -56,10 +57,13 @@ def read(path: Path, weights: Weights) -> onnx.ModelProto:
 
 
 def files(path: Path) -> tuple[Path, ...]:
-    """The model file, then the files of its external data in the order of their names. Raises what `read` raises."""
+    """The model file, then the files of its external data in the order of their names, and the patterns beside it.
+    Raises what `read` raises, and `onnx_patterns.location`.
+    """
     model = _parsed(path)
     external = {_located(tensor, path.parent)[0] for tensor in _tensors(model) if _is_external(tensor)}
-    return (path, *sorted(external))
+    patterns = onnx_patterns.location(path)
+    return (path, *sorted(external), *([patterns] if patterns else []))
 
 
 def _parsed(path: Path) -> onnx.ModelProto:

@@ -18,7 +18,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from explainserve.backends import onnx_file, onnx_graph
+from explainserve.backends import onnx_file, onnx_graph, onnx_patterns
 from explainserve.backends.contract import (
     NO_RECTIFIERS,
     Collect,
@@ -66,9 +66,11 @@ from explainserve.onnx_vjp import (
     BOX_RULES,
     GRADIENT_RULES,
     LRP_RULES,
+    PATTERN_RULES,
     RECTIFIER_RULES,
     Gap,
     GradientGraph,
+    Table,
     UnsupportedOperators,
     append_score_head,
     cut,
@@ -100,14 +102,20 @@ FASTER = 0.95
 LARGEST_TWICE_PACKED = 32 << 20
 """Bytes of weights up to which sessions are opened for single threads too, which pack the weights once more."""
 
+NO_PATTERNS = (
+    f"no {onnx_patterns.NAME} lies beside the model file; it holds the pattern of each Conv, ConvTranspose, Gemm and "
+    "MatMul under the name of its output, in the shape of its weights"
+)
+
 
 def load(path: Path, config: ModelConfig, options: LoadOptions) -> OnnxModel:
     """Reads an .onnx file.
 
     Raises:
-        ModelRefused: see `onnx_file.read` and `onnx_graph.signature`; also where onnxruntime cannot build the graph
-            (MODEL_NOT_RUNNABLE, OPSET_TOO_OLD), the configuration contradicts it (CONFIG_MISMATCH), or the device is
-            missing (DEVICE_UNAVAILABLE) or lacks the precision (PRECISION_UNAVAILABLE).
+        ModelRefused: see `onnx_file.read`, `onnx_patterns.read` and `onnx_graph.signature`; also where onnxruntime
+            cannot build the graph (MODEL_NOT_RUNNABLE, OPSET_TOO_OLD), the configuration contradicts it
+            (CONFIG_MISMATCH), or the device is missing (DEVICE_UNAVAILABLE) or lacks the precision
+            (PRECISION_UNAVAILABLE).
     """
     device = available_device(options)
     require_precision(device, config.precision)
@@ -125,7 +133,9 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> OnnxModel:
     layers = onnx_graph.layers(model)
     if config.precision is Precision.FLOAT16:
         model, weights = _converted(model, weights, signature)
-    loaded = OnnxModel(model, weights, signature, frozenset(unbatched), bool(unbatched) or not free, options, layers)
+    fixed = bool(unbatched) or not free
+    patterns = onnx_patterns.read(path)
+    loaded = OnnxModel(model, weights, signature, frozenset(unbatched), fixed, options, layers, patterns)
     loaded.verify()
     loaded.choose_division()
     return loaded
@@ -158,8 +168,11 @@ class OnnxModel:
         fixed_batch: bool,
         options: LoadOptions,
         layers: tuple[Layer, ...],
+        patterns: Mapping[str, NDArray[np.float32]],
     ) -> None:
-        """`unbatched` names the inputs and outputs whose arrays in the graph lack the batch axis."""
+        """`unbatched` names the inputs and outputs whose arrays in the graph lack the batch axis, `patterns` those of
+        linear layers by name.
+        """
         self.signature = signature
         self.fixed_batch = fixed_batch
         self.device = options.device
@@ -174,6 +187,7 @@ class OnnxModel:
         self._cache = GradientCache(options.cache and options.cache / "gradients")
         self._session_bytes: int | None = 0
         self._unbatched = unbatched
+        self._patterns = patterns
         self._options = options
         self._provider = provider_of(options.device)
         self._functions: dict[Differentiation, OnnxFunction] = {}
@@ -381,6 +395,7 @@ class OnnxModel:
             **dict.fromkeys(RECTIFIER_RULES, unrectified),
             **dict.fromkeys(LRP_RULES, of_lrp),
             **dict.fromkeys(BOX_RULES, of_lrp or unbounded),
+            **dict.fromkeys(PATTERN_RULES, self._first_gap("pattern_net") if self._patterns else NO_PATTERNS),
         }
 
     def _unbounded(self) -> str:
@@ -395,7 +410,7 @@ class OnnxModel:
         wrt, weights = self.signature.differentiable_inputs, self._weights.of(self._graph)
         output = self.signature.differentiable_outputs[0]
         try:
-            gaps = find_gaps(self._graph, wrt, output, rules=GRADIENT_RULES[rule](), weights=weights)
+            gaps = find_gaps(self._graph, wrt, output, rules=self._table(GradientRule(rule)), weights=weights)
         except ValueError as error:
             return str(error)
         return str(_operator_gaps(gaps[:1])[0]) if gaps else ""
@@ -406,7 +421,19 @@ class OnnxModel:
         if rule.name in BOX_RULES:
             stated = {name: self.signature.input(name).bounds for name in self.signature.differentiable_inputs}
             options["bounds"] = {name: [end.tolist() for end in ends] for name, ends in stated.items() if ends}
+        if rule.name in PATTERN_RULES:
+            options["patterns"] = self._patterns
         return options
+
+    def _stated(self, rule: GradientRule) -> tuple[str, dict[str, Any]]:
+        """A rule and all that its table is made by, patterns by their digest."""
+        options = self._rule_options(rule)
+        if rule.name in PATTERN_RULES:
+            options["patterns"] = onnx_patterns.digest(self._patterns)
+        return rule.name, options
+
+    def _table(self, rule: GradientRule) -> Table:
+        return GRADIENT_RULES[rule.name](**self._rule_options(rule))
 
     def _forward(self, function: Differentiation) -> OnnxFunction:
         graph, score = self._with_head(function)
@@ -463,8 +490,8 @@ class OnnxModel:
             raise _not_differentiable(self.gaps, self.signature.undifferentiable_reason)
         graph, score = self._with_head(function)
         self._check_wrt(graph, function, score)
-        options = self._rule_options(function.rule)
-        key = cache_key(graph, function.wrt, score, function.output, self.fixed_batch, function.rule.name, options)
+        rule = self._stated(function.rule)
+        key = cache_key(graph, function.wrt, score, function.output, self.fixed_batch, rule)
         result = self._cache.get(key, lambda: self._built(graph, function, score))
         self._weights.take(result.model)
         return result, score
@@ -538,8 +565,7 @@ class OnnxModel:
         try:
             if self._options.precision is Precision.FLOAT16:
                 return scaled_gradient(graph, wrt, score, function.output, single=self.fixed_batch, weights=weights)
-            rules = GRADIENT_RULES[function.rule.name](**self._rule_options(function.rule))
-            return input_gradient(graph, wrt, score, rules=rules, weights=weights)
+            return input_gradient(graph, wrt, score, rules=self._table(function.rule), weights=weights)
         except UnsupportedOperators as error:
             raise _not_differentiable(_operator_gaps(error.gaps)) from error
         except ValueError as error:

@@ -24,6 +24,8 @@ from explainserve.methods.integrated_gradients import IntegratedGradients
 from explainserve.methods.layer_cam import LayerCam
 from explainserve.methods.lrp import Lrp
 from explainserve.methods.occlusion import Occlusion
+from explainserve.methods.pattern_attribution import PatternAttribution
+from explainserve.methods.pattern_net import PatternNet
 from explainserve.methods.score_cam import ScoreCam
 from explainserve.methods.smooth_grad import SmoothGrad
 from explainserve.methods.smooth_grad_squared import SmoothGradSquared
@@ -49,6 +51,8 @@ METHODS: dict[str, type[Method]] = {
     "deconv_net": DeconvNet,
     "deep_lift": DeepLift,
     "lrp": Lrp,
+    "pattern_net": PatternNet,
+    "pattern_attribution": PatternAttribution,
     "occlusion": Occlusion,
     "feature_ablation": FeatureAblation,
 }
@@ -82,6 +86,8 @@ __all__ = [
     "Method",
     "Needs",
     "Occlusion",
+    "PatternAttribution",
+    "PatternNet",
     "ReadingGuide",
     "ScoreCam",
     "SmoothGrad",

@@ -27,13 +27,21 @@ from explainserve.onnx_vjp.registry import (
 from explainserve.onnx_vjp.scaling import scaled_gradient
 from explainserve.onnx_vjp.shapes import Shape
 from explainserve.onnx_vjp.split import SplitGradient, split
-from explainserve.onnx_vjp.tables import BOX_RULES, GRADIENT_RULES, LRP_RULES, RECTIFIER_RULES, has_rectifiers
+from explainserve.onnx_vjp.tables import (
+    BOX_RULES,
+    GRADIENT_RULES,
+    LRP_RULES,
+    PATTERN_RULES,
+    RECTIFIER_RULES,
+    has_rectifiers,
+)
 
 __all__ = [
     "BOX_RULES",
     "GRADIENT_RULES",
     "HEADS",
     "LRP_RULES",
+    "PATTERN_RULES",
     "RECTIFIER_RULES",
     "Bypass",
     "Composition",

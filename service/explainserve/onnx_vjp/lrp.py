@@ -44,8 +44,8 @@ EPSILON, GAMMA, ALPHA = 1e-6, 0.25, 2.0
 
 _REMEDY = "use a method of true gradients"
 
-_CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
-_DENSE = frozenset({"Gemm", "MatMul"})
+CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+DENSE = frozenset({"Gemm", "MatMul"})
 # What has a bias at position 2; Gemm scales it and its product.
 _BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 
@@ -86,7 +86,7 @@ class Layer:
     def __init__(self, op: Emitter, node: Node, derivative: Formula) -> None:
         """Raises Refusal where weights or bias depend on what is explained, too."""
         live = _live(node)
-        if len(live) != 1 or live[0] > (node.proto.op_type in _DENSE):
+        if len(live) != 1 or live[0] > (node.proto.op_type in DENSE):
             raise Refusal("LRP has no rule for a product of two tensors that both depend on the input", _REMEDY)
         self.op, self.node, self._derivative = op, node, derivative
         self.position = live[0]
@@ -253,7 +253,7 @@ def _is_behind_layer(op: Emitter, node: Node, value: str) -> bool:
             continue
         seen.add(name)
         sources = [source for source in producer.input if node.on_path(source)]
-        if sources and producer.op_type in _CONVOLUTIONS | _DENSE:
+        if sources and producer.op_type in CONVOLUTIONS | DENSE:
             return True
         pending += sources
     return False
@@ -262,7 +262,7 @@ def _is_behind_layer(op: Emitter, node: Node, value: str) -> bool:
 def _linear(rules: _Rules, derivative: Formula) -> Formula:
     def formula(op: Emitter, node: Node, relevance: str) -> Gradients:
         layer = Layer(op, node, derivative)
-        distribution = rules.convolution if node.proto.op_type in _CONVOLUTIONS else rules.dense
+        distribution = rules.convolution if node.proto.op_type in CONVOLUTIONS else rules.dense
         if rules.first is not None and not _is_behind_layer(op, node, layer.a):
             distribution = rules.first
         shares = distribution(layer, relevance)
@@ -353,7 +353,7 @@ def _in_evaluation(formula: Formula) -> Formula:
 
 def _state(operator: str, state: Rule, rules: _Rules, epsilon: float) -> State:
     formula = state.formula
-    if operator in _CONVOLUTIONS | _DENSE:
+    if operator in CONVOLUTIONS | DENSE:
         return Rule(_linear(rules, formula), state.broadcasts)
     if operator in _SUMMING:
         summing = _summing(rules, epsilon, formula, state.every_output)

@@ -2,7 +2,8 @@
 
 Guided backpropagation (Springenberg et al. 2015, arXiv:1412.6806) passes only positive cotangents through the
 rectifier's derivative; the deconvnet (Zeiler and Fergus 2014, arXiv:1311.2901) applies the rectifier to the cotangent
-instead. DeepLIFT's rescale rule and those of LRP have contracts of their own: see deeplift.py and lrp.py.
+instead. DeepLIFT's rescale rule and those of LRP and of patterns have contracts of their own: see deeplift.py, lrp.py
+and pattern.py.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from explainserve.onnx_vjp.lrp import (
     lrp_epsilon_gamma_box,
     lrp_gamma,
 )
+from explainserve.onnx_vjp.pattern import pattern_attribution, pattern_net
 from explainserve.onnx_vjp.registry import Formula, Gradients, Key, Rule, State, Table, overridden, standard
 
 _RECTIFIERS = frozenset({"Celu", "Elu", "LeakyRelu", "PRelu", "Relu", "Selu", "ThresholdedRelu"})
@@ -110,11 +112,16 @@ LRP_RULES = frozenset(_OF_LRP)
 BOX_RULES = frozenset({"lrp_deep_taylor", "lrp_epsilon_gamma_box"})
 """Those among them that take the `bounds` of all inputs."""
 
+PATTERN_RULES = frozenset({"pattern_attribution", "pattern_net"})
+"""Rules that take the `patterns` of all linear layers, and refuse the same operators."""
+
 GRADIENT_RULES: Mapping[str, Callable[..., Table]] = {
     "standard": standard,
     "guided_backpropagation": lambda: _for_rectifiers(standard(), _guided),
     "deconvnet": lambda: _for_rectifiers(standard(), _deconvnet),
     "deeplift_rescale": rescale_rule,
     **_OF_LRP,
+    "pattern_net": pattern_net,
+    "pattern_attribution": pattern_attribution,
 }
 """What makes the table of a rule, of the rule's options."""

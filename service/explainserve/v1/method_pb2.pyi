@@ -950,7 +950,10 @@ Global___Lrp: _TypeAlias = Lrp  # noqa: Y015
 
 @_typing.final
 class PatternNet(_message.Message):
-    """PatternNet (Kindermans et al. 2018, arXiv:1705.05598), from the patterns that lie beside the model."""
+    """PatternNet (Kindermans et al. 2018, arXiv:1705.05598): the score, propagated back by the patterns of the linear layers in place
+    of their weights. They lie in patterns.npz beside the model file: one array for each linear layer under the name of its output,
+    in the shape of its weights.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -967,7 +970,7 @@ Global___PatternNet: _TypeAlias = PatternNet  # noqa: Y015
 
 @_typing.final
 class PatternAttribution(_message.Message):
-    """PatternAttribution (the same paper), from the patterns that lie beside the model."""
+    """PatternAttribution (the same paper): propagated back by patterns times weights."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
