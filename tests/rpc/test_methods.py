@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "guided_backpropagation": {},
     "deconv_net": {},
     "deep_lift": {},
+    "rise": {"sample_count": 30, "grid_size": 3, "seed": 2},
     "feature_ablation": {"segment_count": 6},
     "occlusion": {"window": [3, 4], "stride": [2, 3], "aggregation": "WINDOW_AGGREGATION_SUM"},
     "pattern_net": {},

@@ -317,6 +317,23 @@ class PatternAttribution:
     """PatternAttribution (Kindermans et al. 2018): the share of the signal, by the patterns beside the model."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rise:
+    """RISE (Petsiuk, Das, Saenko 2018): the mean of scores of masked instances, weighted by their masks.
+
+    Attributes:
+        sample_count: of masks, at least 2. Server default 4000.
+        grid_size: cells of the coarse mask along H and W. Server default 7.
+        keep_probability: of a cell, in (0, 1). Server default 0.5.
+        seed: at least 0. Server default 0.
+    """
+
+    sample_count: int | None = None
+    grid_size: int | None = None
+    keep_probability: float | None = None
+    seed: int | None = None
+
+
 Method: TypeAlias = (
     IntegratedGradients
     | Gradient
@@ -337,6 +354,7 @@ Method: TypeAlias = (
     | DeconvNet
     | DeepLift
     | Occlusion
+    | Rise
     | Lrp
     | FeatureAblation
     | PatternNet
@@ -363,6 +381,7 @@ METHODS: Mapping[str, type[Method]] = {
     "deconv_net": DeconvNet,
     "deep_lift": DeepLift,
     "occlusion": Occlusion,
+    "rise": Rise,
     "lrp": Lrp,
     "feature_ablation": FeatureAblation,
     "pattern_net": PatternNet,

@@ -26,6 +26,7 @@ from explainserve.methods.lrp import Lrp
 from explainserve.methods.occlusion import Occlusion
 from explainserve.methods.pattern_attribution import PatternAttribution
 from explainserve.methods.pattern_net import PatternNet
+from explainserve.methods.rise import Rise
 from explainserve.methods.score_cam import ScoreCam
 from explainserve.methods.smooth_grad import SmoothGrad
 from explainserve.methods.smooth_grad_squared import SmoothGradSquared
@@ -54,6 +55,7 @@ METHODS: dict[str, type[Method]] = {
     "pattern_net": PatternNet,
     "pattern_attribution": PatternAttribution,
     "occlusion": Occlusion,
+    "rise": Rise,
     "feature_ablation": FeatureAblation,
 }
 """Methods by the name of their field in MethodSpec."""
@@ -89,6 +91,7 @@ __all__ = [
     "PatternAttribution",
     "PatternNet",
     "ReadingGuide",
+    "Rise",
     "ScoreCam",
     "SmoothGrad",
     "SmoothGradSquared",

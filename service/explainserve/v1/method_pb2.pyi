@@ -1028,7 +1028,8 @@ Global___Occlusion: _TypeAlias = Occlusion  # noqa: Y015
 @_typing.final
 class Rise(_message.Message):
     """RISE (Petsiuk, Das, Saenko 2018, arXiv:1806.07421): the mean of scores of masked instances, weighted by their masks and
-    divided by the masks' mean. What a mask hides shows the baseline.
+    divided by the masks' expected value. What a mask hides shows the baseline. Masks are bilinear, corners not aligned, and
+    shifted by a random part of a cell; elements of inputs without H and W axes are kept or not each by itself.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1040,7 +1041,9 @@ class Rise(_message.Message):
     sample_count: _builtins.int
     """Optional. Number of masks, at least 2. Default 4000, the paper's."""
     grid_size: _builtins.int
-    """Optional. Cells of the coarse mask along H and W, at least 1 and at most the input's extent. Default 7."""
+    """Optional. Cells of the coarse mask along H and W, at least 1 and at most the input's extent. Default 7, or
+    the extent where it is less.
+    """
     keep_probability: _builtins.float
     """Optional. Probability that a cell is kept, in (0, 1). Default 0.5."""
     seed: _builtins.int
