@@ -334,6 +334,67 @@ class Rise:
     seed: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class KernelShap:
+    """KernelSHAP (Lundberg, Lee 2017): Shapley values of segments by weighted regression, which sum to F(x) - F(x').
+
+    Attributes:
+        segments: as of FeatureAblation.
+        segmentation: "grid" (server default), "slic", "quickshift" or "felzenszwalb", for inputs with H and W axes.
+        segment_count: about how many segments "grid" and "slic" make. Server default 16.
+        sample_count: of subsets, at least 2. Server default: all where they are few, else 2 M + 2048 for M segments.
+        seed: at least 0. Server default 0.
+    """
+
+    segments: Mapping[str, ArrayLike] | None = None
+    segmentation: str | None = None
+    segment_count: int | None = None
+    sample_count: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShapleyValueSampling:
+    """Shapley value sampling (Castro et al. 2009): the mean over random orders of what each segment adds.
+
+    Attributes:
+        segments: as of FeatureAblation.
+        segmentation: as of FeatureAblation.
+        segment_count: about how many segments a grid has. Server default 16.
+        sample_count: of orders, at least 1. Server default 25.
+        seed: at least 0. Server default 0.
+    """
+
+    segments: Mapping[str, ArrayLike] | None = None
+    segmentation: str | None = None
+    segment_count: int | None = None
+    sample_count: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lime:
+    """LIME (Ribeiro, Singh, Guestrin 2016): a ridge regression of the score on which segments are there.
+
+    Attributes:
+        segments: as of FeatureAblation.
+        segmentation: "quickshift" (server default), "grid", "slic" or "felzenszwalb", for inputs with H and W axes.
+        segment_count: about how many segments "grid" and "slic" make. Server default 50.
+        sample_count: at least 2. Server default 1000.
+        kernel_width: of the cosine distance, positive. Server default 0.25.
+        ridge: penalty, at least 0. Server default 1.
+        seed: at least 0. Server default 0.
+    """
+
+    segments: Mapping[str, ArrayLike] | None = None
+    segmentation: str | None = None
+    segment_count: int | None = None
+    sample_count: int | None = None
+    kernel_width: float | None = None
+    ridge: float | None = None
+    seed: int | None = None
+
+
 Method: TypeAlias = (
     IntegratedGradients
     | Gradient
@@ -359,6 +420,9 @@ Method: TypeAlias = (
     | FeatureAblation
     | PatternNet
     | PatternAttribution
+    | KernelShap
+    | ShapleyValueSampling
+    | Lime
 )
 
 METHODS: Mapping[str, type[Method]] = {
@@ -386,6 +450,9 @@ METHODS: Mapping[str, type[Method]] = {
     "feature_ablation": FeatureAblation,
     "pattern_net": PatternNet,
     "pattern_attribution": PatternAttribution,
+    "kernel_shap": KernelShap,
+    "shapley_value_sampling": ShapleyValueSampling,
+    "lime": Lime,
 }
 """Methods by the name of their field in the message."""
 

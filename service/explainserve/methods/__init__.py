@@ -21,13 +21,16 @@ from explainserve.methods.guided_grad_cam import GuidedGradCam
 from explainserve.methods.guided_integrated_gradients import GuidedIntegratedGradients
 from explainserve.methods.idgi import Idgi
 from explainserve.methods.integrated_gradients import IntegratedGradients
+from explainserve.methods.kernel_shap import KernelShap
 from explainserve.methods.layer_cam import LayerCam
+from explainserve.methods.lime import Lime
 from explainserve.methods.lrp import Lrp
 from explainserve.methods.occlusion import Occlusion
 from explainserve.methods.pattern_attribution import PatternAttribution
 from explainserve.methods.pattern_net import PatternNet
 from explainserve.methods.rise import Rise
 from explainserve.methods.score_cam import ScoreCam
+from explainserve.methods.shapley_value_sampling import ShapleyValueSampling
 from explainserve.methods.smooth_grad import SmoothGrad
 from explainserve.methods.smooth_grad_squared import SmoothGradSquared
 from explainserve.methods.var_grad import VarGrad
@@ -57,6 +60,9 @@ METHODS: dict[str, type[Method]] = {
     "occlusion": Occlusion,
     "rise": Rise,
     "feature_ablation": FeatureAblation,
+    "kernel_shap": KernelShap,
+    "shapley_value_sampling": ShapleyValueSampling,
+    "lime": Lime,
 }
 """Methods by the name of their field in MethodSpec."""
 
@@ -83,7 +89,9 @@ __all__ = [
     "GuidedIntegratedGradients",
     "Idgi",
     "IntegratedGradients",
+    "KernelShap",
     "LayerCam",
+    "Lime",
     "Lrp",
     "Method",
     "Needs",
@@ -93,6 +101,7 @@ __all__ = [
     "ReadingGuide",
     "Rise",
     "ScoreCam",
+    "ShapleyValueSampling",
     "SmoothGrad",
     "SmoothGradSquared",
     "VarGrad",

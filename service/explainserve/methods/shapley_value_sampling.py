@@ -1,0 +1,160 @@
+"""Shapley value sampling (Castro, Gomez, Tejada 2009; Strumbelj, Kononenko 2010)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import permutations
+from math import factorial
+from typing import ClassVar, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from explainserve.explanation import Attribution, Subject
+from explainserve.methods.contract import FLOAT32_BYTES, Cost, ReadingGuide
+from explainserve.methods.perturbation import Scores
+from explainserve.methods.sampling import check_sample_count, check_seed, estimated
+from explainserve.methods.segmented import (
+    Coalitions,
+    Packed,
+    Segmented,
+    check_segment_count,
+    packed,
+    refuse_found,
+)
+
+T = TypeVar("T", bound=np.generic)
+
+MIN_FEATURES = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Walks:
+    """Orders in which segments become present.
+
+    Attributes:
+        orders: segments in their order, shape (orders, segments).
+        sets: the distinct sets on the way, without the empty and the full one.
+        steps: positions in `sets`, shape (orders, segments - 1).
+    """
+
+    orders: NDArray[np.int64]
+    sets: Packed
+    steps: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ShapleyValueSampling(Segmented):
+    """The mean over orders of what each segment adds to those before it; its elements share its value in equal parts.
+
+    All orders where there are no more of them than `sample_count`, each once: the values are exact then.
+
+    Attributes:
+        sample_count: of orders, at least 1.
+        seed: at least 0; order k is drawn by the seed sequence (seed, k).
+
+    Raises:
+        InvalidRequest: SAMPLE_COUNT_OUT_OF_RANGE, SEED_OUT_OF_RANGE, SEGMENTATION_UNSUITABLE,
+            SEGMENT_COUNT_OUT_OF_RANGE.
+    """
+
+    reading_guide: ClassVar[ReadingGuide] = ReadingGuide(
+        family="perturbation",
+        units="output",
+        complete=True,
+        needs_baseline=True,
+        deterministic=False,
+        tier="T0",
+        paper="Castro, Gomez, Tejada: Polynomial calculation of the Shapley value based on sampling, Computers and "
+        "Operations Research 2009",
+    )
+
+    sample_count: int = 25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sample_count(self.sample_count, 1)
+        check_seed(self.seed)
+
+    def resolved(self, subject: Subject) -> Self:
+        """With the segments."""
+        refuse_found(self)
+        own = super().resolved(subject)
+        check_segment_count(own.feature_count(subject), MIN_FEATURES)
+        return own
+
+    def cost(self, subject: Subject) -> Cost:
+        """A row per step of an order; orders that begin or end alike have steps in common."""
+        count = self.feature_count(subject) or 0
+        steps = count - 1
+        most = min(self._order_count(count) * steps, 2**count - 2)
+        return Cost(min_forward_rows=steps, max_forward_rows=most)
+
+    def path_bytes(self, subject: Subject) -> int:
+        """The rows of a round, and the sets and steps of all orders."""
+        count = self.feature_count(subject) or 0
+        steps = self._order_count(count) * count
+        return super().path_bytes(subject) + steps * (count // 4 + 8 * FLOAT32_BYTES)
+
+    def coalitions(self, feature_count: int) -> Packed:
+        """The sets on the way of all orders."""
+        return self._walks(feature_count).sets
+
+    def answered(self, coalitions: Coalitions, scores: Scores) -> Attribution:
+        """Of orders that time cut short, the steps that are done; zero for segments that none of them reached."""
+        question, features = coalitions.question, coalitions.features
+        walks = self._walks(features.count)
+        known = np.full(coalitions.count, np.nan)
+        known[: len(scores)] = scores
+        done = np.pad(walks.steps < len(scores), ((0, 0), (1, 1)), constant_values=True)
+        ends = question.start_output_value, question.instance_output_value
+        path = np.pad(known[walks.steps], ((0, 0), (1, 1)), constant_values=((0, 0), ends))
+        gains = _by_segment(walks.orders, np.diff(path, axis=1))
+        reached = _by_segment(walks.orders, done[:, 1:] & done[:, :-1])
+        answer = self._estimated(coalitions, gains, reached, len(scores))
+        single = bool((reached.sum(axis=0) < 2).any()) and not self._covers_all(features.count)
+        return replace(answer, map_error=None, standard_errors={}) if single else answer
+
+    def _estimated(
+        self, coalitions: Coalitions, gains: Scores, reached: NDArray[np.bool_], step_count: int
+    ) -> Attribution:
+        count = np.maximum(1, reached.sum(axis=0))
+        mean = np.where(reached, gains, 0).sum(axis=0) / count
+        squares = np.where(reached, np.square(gains - mean), 0).sum(axis=0)
+        exact = self._covers_all(coalitions.features.count)
+        errors = np.zeros_like(mean) if exact else np.sqrt(squares / np.maximum(1, count - 1) / count)
+        shares = [coalitions.features.shared_out(values) for values in (mean, errors)]
+        means, spreads = ({name: part.astype(np.float64) for name, part in own.items()} for own in shares)
+        return estimated(means, spreads, step_count)
+
+    def _walks(self, feature_count: int) -> Walks:
+        orders = np.array(list(self._orders(feature_count)), np.int64)
+        rank = np.argsort(orders, axis=1)
+        sets: dict[bytes, int] = {}
+        steps = [
+            [sets.setdefault(own.tobytes(), len(sets)) for own in packed(ranks < np.arange(1, feature_count)[:, None])]
+            for ranks in rank
+        ]
+        rows = np.frombuffer(b"".join(sets), np.uint8).reshape(len(sets), -1)
+        return Walks(orders, rows, np.array(steps, np.int64))
+
+    def _orders(self, feature_count: int) -> Iterable[tuple[int, ...] | NDArray[np.int64]]:
+        if self._covers_all(feature_count):
+            return permutations(range(feature_count))
+        sequences = (np.random.SeedSequence((self.seed, k)) for k in range(self.sample_count))
+        return (np.random.Generator(np.random.PCG64(one)).permutation(feature_count) for one in sequences)
+
+    def _order_count(self, feature_count: int) -> int:
+        return factorial(feature_count) if self._covers_all(feature_count) else self.sample_count
+
+    def _covers_all(self, feature_count: int) -> bool:
+        return feature_count <= 12 and factorial(feature_count) <= self.sample_count
+
+
+def _by_segment(orders: NDArray[np.int64], values: NDArray[T]) -> NDArray[T]:
+    """Columns by position in the order to columns by segment."""
+    placed = np.empty_like(values)
+    np.put_along_axis(placed, orders, values, axis=1)
+    return placed
