@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -155,9 +156,10 @@ class ModelConfig(_Table):
         _known("output", [c.name for c in self.outputs], [s.name for s in found.outputs])
         inputs = {config.name: config for config in self.inputs}
         outputs = {config.name: config for config in self.outputs}
-        return Signature(
-            tuple(_input(inputs.get(s.name, InputConfig(name=s.name)), s) for s in found.inputs),
-            tuple(_output(outputs.get(s.name, OutputConfig(name=s.name)), s) for s in found.outputs),
+        return replace(
+            found,
+            inputs=tuple(_input(inputs.get(s.name, InputConfig(name=s.name)), s) for s in found.inputs),
+            outputs=tuple(_output(outputs.get(s.name, OutputConfig(name=s.name)), s) for s in found.outputs),
         )
 
 

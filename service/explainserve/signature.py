@@ -268,11 +268,35 @@ _HEADS: dict[tuple[OutputKind, Activation, Score], ScoreHead] = {
 
 
 @dataclass(frozen=True)
+class SuppressedOutput:
+    """An output of the file that is not served, since it lies behind a non-maximum suppression.
+
+    Attributes:
+        node: name of the suppression.
+    """
+
+    name: str
+    node: str
+
+    def __str__(self) -> str:
+        return (
+            f"output {self.name!r} lies behind the NonMaxSuppression {self.node!r}: which boxes it keeps, and in which "
+            "order, changes with the input, so that an element of it is no value of one box; "
+            "explain a score before it, which has to be an output of the file"
+        )
+
+
+@dataclass(frozen=True)
 class Signature:
-    """Inputs and outputs in the order of the model file."""
+    """Inputs and outputs in the order of the model file.
+
+    Attributes:
+        suppressed: outputs of the file that are not served.
+    """
 
     inputs: tuple[InputSpec, ...]
     outputs: tuple[OutputSpec, ...]
+    suppressed: tuple[SuppressedOutput, ...] = ()
 
     def input(self, name: str) -> InputSpec:
         """The input of that name.
@@ -291,6 +315,7 @@ class Signature:
 
         Raises:
             InvalidRequest: no such output (UNKNOWN_OUTPUT), or several and none named (OUTPUT_REQUIRED).
+            Unsupported: it lies behind a non-maximum suppression (OUTPUT_SUPPRESSED).
         """
         names = ", ".join(spec.name for spec in self.outputs)
         if not name and len(self.outputs) > 1:
@@ -300,6 +325,9 @@ class Signature:
         for spec in self.outputs:
             if spec.name == name or not name:
                 return spec
+        for left_out in self.suppressed:
+            if left_out.name == name:
+                raise Unsupported("OUTPUT_SUPPRESSED", str(left_out), output=name, node=left_out.node, outputs=names)
         raise InvalidRequest("UNKNOWN_OUTPUT", f"no output {name!r}; the model has {names}", output=name, outputs=names)
 
     @property

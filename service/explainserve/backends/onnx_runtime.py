@@ -46,6 +46,7 @@ from explainserve.backends.onnx_session import (
     thread_count,
 )
 from explainserve.backends.onnx_subnormal import flush_subnormals
+from explainserve.backends.onnx_suppression import leave_out_suppressed
 from explainserve.backends.onnx_verification import LARGEST_DIFFERENCES, largest_difference
 from explainserve.backends.onnx_weights import Weights, stored_bytes
 from explainserve.backends.probe import (
@@ -125,7 +126,9 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> OnnxModel:
     _check_opset(model)
     onnx_graph.name_nodes(model.graph)
     state_block_size(model)
+    suppressed = leave_out_suppressed(model)
     declared, bare_outputs = onnx_graph.signature(model, config)
+    declared = replace(declared, suppressed=suppressed)
     weights.take(model)
     model, free = with_rows(model, declared, options, weights)
     signature = config.signature(_with_batch_extent(declared, None if free else 1))
@@ -716,4 +719,4 @@ def _with_batch_extent(declared: Signature, extent: int | None) -> Signature:
         for spec in declared.inputs
     )
     outputs = tuple(replace(spec, axes=(Axis(spec.axes[0].name, extent), *spec.axes[1:])) for spec in declared.outputs)
-    return Signature(inputs, outputs)
+    return replace(declared, inputs=inputs, outputs=outputs)
