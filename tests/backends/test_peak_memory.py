@@ -73,7 +73,8 @@ def test_it_is_measured_with_the_size_of_micro_batches(tmp_path: Path) -> None:
     found = fastest(loaded, limit=2, seconds=60)
 
     assert found.peak_bytes is not None
-    assert found.peak_bytes > 0.8 * least_peak(loaded, repeated(random_row(loaded), found.rows))
+    least = least_peak(loaded, repeated(random_row(loaded), found.rows))
+    assert least / 3 < found.peak_bytes < 3 * least, "what is free already is not told alike by every run"
     assert fastest(loaded, limit=2, seconds=0).peak_bytes is None
 
 
