@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from typing import Any
 
 import numpy as np
@@ -240,3 +242,21 @@ def test_what_has_no_rule_is_refused(nodes: list[onnx.NodeProto], reason: str) -
         options = {"bounds": BOUNDS} if "box" in rule or "taylor" in rule else {}
         (gap, *_) = find_gaps(graph, ["x"], "y", rules=GRADIENT_RULES[rule](**options))
         assert any(part in gap.reason for part in reason.split("|"))
+
+
+@pytest.mark.torch
+def test_a_convolutional_network_has_the_relevance_of_captum() -> None:
+    torch = pytest.importorskip("torch")
+    captum = pytest.importorskip("captum.attr")
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Conv2d(4, 6, 3)]
+    network = torch.nn.Sequential(*layers, torch.nn.ReLU(), torch.nn.AvgPool2d(2), torch.nn.Conv2d(6, 5, 1)).eval()
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network, (torch.from_numpy(IMAGE),), buffer, dynamo=False, input_names=["x"], output_names=["y"]
+        )
+        expected = captum.LRP(network).attribute(torch.from_numpy(IMAGE), target=(3, 0, 0)).detach().numpy()
+    found, _ = relevance(onnx.load_from_string(buffer.getvalue()), "lrp_epsilon", IMAGE, index=3, epsilon=1e-9)
+    assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
