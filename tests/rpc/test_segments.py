@@ -1,0 +1,97 @@
+"""Segments over a real connection: those of a client, those that the server finds, and what comes back of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from explainserve.rpc.tensors import encode
+from explainserve.v1 import attribution_pb2, tensor_pb2
+from explainserve.v1 import explainer_service_pb2 as pb
+from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
+from rpc.loopback import array, element, normal, refusal, request
+
+X = normal(1, 3, 6, 8)
+PARTS: dict[str, Any] = {"include_parts": True}
+LABELS = (np.arange(6)[:, None] // 3 * 2 + np.arange(8) // 4)[None]
+
+
+def asked(*methods: Any, **fields: Any) -> pb.ExplainRequest:
+    usual: dict[str, Any] = {"targets": [element(1), element(3)], "response_options": PARTS}
+    return request("image", {"image": X}, methods=list(methods), **(usual | fields))
+
+
+def labels_of(own: attribution_pb2.Attribution) -> Any:
+    tensor = own.inputs[0].segments
+    assert tensor.data_type == tensor_pb2.DATA_TYPE_INT32
+    return np.frombuffer(tensor.data, "<i4").reshape(tuple(tensor.shape))
+
+
+@pytest.mark.parametrize("name", ["feature_ablation", "kernel_shap", "shapley_value_sampling", "lime"])
+def test_segments_of_a_client_are_followed_and_come_back(stub: ExplainerServiceStub, name: str) -> None:
+    response = stub.Explain(asked({name: {"segments": {"image": encode(LABELS)}}}), timeout=60)
+
+    assert len(response.attributions) == 2
+    for own in response.attributions:
+        np.testing.assert_array_equal(labels_of(own), LABELS)
+        values = array(own.inputs[0].tensor)
+        assert len(np.unique(values)) == 4
+        for label in range(4):
+            assert len(np.unique(values[:, LABELS[0] == label])) == 1
+
+
+def test_methods_over_equal_segments_share_rows(stub: ExplainerServiceStub) -> None:
+    """All 14 sets of four segments hold those of ablation, and those of every order."""
+    segments = {"segments": {"image": encode(LABELS)}}
+    names = ("kernel_shap", "feature_ablation", "shapley_value_sampling")
+    response = stub.Explain(asked(*({name: segments} for name in names)), timeout=60)
+
+    assert response.provenance.row_count == 2 + 14
+    maps = [array(own.inputs[0].tensor) for own in response.attributions]
+    np.testing.assert_allclose(maps[0], maps[4], rtol=1e-4, atol=1e-6)  # of all 24 orders
+
+
+@pytest.mark.parametrize("recipe", ["SLIC", "FELZENSZWALB"])
+def test_segments_that_the_server_finds_come_back(stub: ExplainerServiceStub, recipe: str) -> None:
+    pytest.importorskip("skimage")
+    stripes = np.zeros_like(X)
+    stripes[..., 4:] = 1
+    method = {"lime": {"segmentation": f"SEGMENTATION_{recipe}", "sample_count": 40}}
+    fields: dict[str, Any] = {"targets": [element(1), element(3)], "response_options": PARTS}
+    response = stub.Explain(request("image", {"image": stripes}, methods=[method], **fields), timeout=60)
+
+    first, second = (labels_of(one) for one in response.attributions)
+    np.testing.assert_array_equal(first, second)
+    assert first.shape == (1, 6, 8)
+    assert all(one.HasField("r_squared") and one.HasField("intercept") for one in response.attributions)
+
+
+def test_a_picture_without_parts_is_refused(stub: ExplainerServiceStub) -> None:
+    pytest.importorskip("skimage")
+    plain = request("image", {"image": np.ones_like(X)}, targets=[element(1)], methods=[{"lime": {}}])
+
+    refused = refusal(lambda: stub.Explain(plain, timeout=60))
+    assert (refused.reason, refused.metadata["count"]) == ("SEGMENT_COUNT_OUT_OF_RANGE", "1")
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ({"occlusion": {"window": [7, 3]}}, "OPTION_OUT_OF_RANGE"),
+        ({"occlusion": {"window": [3]}}, "WINDOW_MISMATCH"),
+        ({"rise": {"sample_count": 0}}, "SAMPLE_COUNT_OUT_OF_RANGE"),
+        ({"lime": {"segments": {"other": encode(LABELS)}}}, "SEGMENTS_INPUT_UNKNOWN"),
+        ({"lime": {"segments": {"image": encode(LABELS[:, 1:])}}}, "SEGMENTS_SHAPE_MISMATCH"),
+        ({"kernel_shap": {"segments": {"image": encode(-LABELS)}}}, "SEGMENTS_INVALID"),
+        ({"kernel_shap": {"segments": {"image": encode(np.zeros_like(LABELS))}}}, "SEGMENT_COUNT_OUT_OF_RANGE"),
+        ({"shapley_value_sampling": {"segmentation": "SEGMENTATION_SLIC"}}, "SEGMENTATION_UNSUITABLE"),
+        (
+            {"lime": {"segments": {"image": encode(LABELS)}, "segmentation": "SEGMENTATION_GRID"}},
+            "SEGMENTS_CONFLICT",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_reason(stub: ExplainerServiceStub, method: Any, reason: str) -> None:
+    assert refusal(lambda: stub.Explain(asked(method), timeout=60)).reason == reason
