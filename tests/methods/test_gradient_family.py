@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from explainserve.errors import InvalidRequest
+from explainserve.errors import DeadlineExceeded, InvalidRequest
 from explainserve.explanation import Attribution, Baseline, StopReason
 from explainserve.methods import (
     ExpectedGradients,
@@ -108,6 +108,19 @@ def test_time_that_ends_leaves_the_map_of_the_samples_that_are_done(method: Meth
 
     assert len(plans) == 3
     assert (found.step_count, found.stop_reason) == (24, StopReason.TIME_BUDGET)
+
+
+def test_time_that_ends_within_a_sample_takes_what_it_has() -> None:
+    """The scores of the samples come first, then the rounds of their paths."""
+    endless = IntegratedGradients(tolerance=1e-9, completeness_tolerance=1e-9)
+    method = SmoothGrad(base=endless, sample_count=4, noise_std=0.1)
+    asked = question(quadratic(), X, np.zeros(2))
+    with pytest.raises(DeadlineExceeded) as late:
+        rounds(method, asked, quadratic(), final_after=1)
+    assert late.value.reason == "TIME_BUDGET_TOO_SHORT"
+
+    found, _ = rounds(method, asked, quadratic(), final_after=2)
+    assert (found.step_count, found.stop_reason) == (4 * 8, StopReason.TIME_BUDGET)
 
 
 def test_a_map_that_is_not_finite_says_so() -> None:

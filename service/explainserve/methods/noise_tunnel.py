@@ -12,7 +12,7 @@ from typing import Self
 
 import numpy as np
 
-from explainserve.errors import InvalidRequest
+from explainserve.errors import DeadlineExceeded, InvalidRequest
 from explainserve.explanation import Attribution, Question, StopReason, Subject
 from explainserve.methods.contract import FLOAT32_BYTES, Cost, Method, Needs, ReadingGuide
 from explainserve.methods.gradient import Gradient
@@ -40,12 +40,14 @@ class SamplesPlan(Plan):
         pending: the plans of those that have no map yet, by their position; None where their scores come first.
         maps: of those that have one, by their position.
         earlier: maps of all earlier samples.
+        begun: whether the pending plans follow earlier rounds of their own.
     """
 
     questions: tuple[Question, ...]
     pending: dict[int, Plan] | None
     maps: dict[int, Attribution]
     earlier: tuple[Attribution, ...]
+    begun: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,19 +118,24 @@ class NoiseTunnel(Method):
             return self._with_scores(plan, evaluation)
         upcoming, maps = self._judged(plan, evaluation)
         if upcoming:
-            return _plan_of(plan.questions, upcoming, maps, plan.earlier)
+            return replace(_plan_of(plan.questions, upcoming, maps, plan.earlier), begun=True)
         done = (*plan.earlier, *(maps[position] for position in range(len(plan.questions))))
         return self._round(question, done) if len(done) < self.sample_count else self._answer(done)
 
     def so_far(self, question: Question, upcoming: Plan) -> Attribution:
-        """The map of the samples that are done."""
+        """The map of the samples that are done; of those that have begun, where these are too few.
+
+        Raises:
+            DeadlineExceeded: no two samples have a map yet (TIME_BUDGET_TOO_SHORT).
+        """
         assert isinstance(upcoming, SamplesPlan), "Not a plan of this method. This is a bug."
         done = [*upcoming.earlier, *upcoming.maps.values()]
-        done += [
-            self._base.so_far(upcoming.questions[position], plan)
-            for position, plan in (upcoming.pending or {}).items()
-            if len(done) < 2
-        ]
+        if len(done) < 2 and upcoming.begun:
+            pending = (upcoming.pending or {}).items()
+            done += [self._base.so_far(upcoming.questions[position], plan) for position, plan in pending]
+        if len(done) < 2:
+            text = "not even two samples fit into time_budget; allow more time"
+            raise DeadlineExceeded("TIME_BUDGET_TOO_SHORT", text)
         return replace(self._answer(done), stop_reason=StopReason.TIME_BUDGET)
 
     def combined(self, samples: Sequence[Maps], step_count: int) -> Attribution:
