@@ -24,8 +24,8 @@ RUN python3 -m venv /explainserve \
  && mkdir -p service/explainserve clients/python/explainserve_client \
  && touch README.md LICENSE service/explainserve/__init__.py clients/python/explainserve_client/__init__.py \
  && case "$VARIANT" in \
-      cpu|gpu) extras="$VARIANT" ;; \
-      torch) extras=cpu,torch ;; \
+      cpu|gpu) extras="$VARIANT,segmentation" ;; \
+      torch) extras=cpu,torch,segmentation ;; \
       *) echo "VARIANT is cpu, torch or gpu, not '$VARIANT'" >&2; exit 1 ;; \
     esac \
  && /explainserve/bin/pip install --no-cache-dir --constraint constraints.txt ".[$extras]"

@@ -14,6 +14,7 @@ from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
 from rpc.loopback import array, element, normal, refusal, request
 
 X = normal(1, 3, 6, 8)
+IDS = np.array([[3, 1, 4, 1, 5, 0], [2, 6, 5, 3, 5, 1]])
 PARTS: dict[str, Any] = {"include_parts": True}
 LABELS = (np.arange(6)[:, None] // 3 * 2 + np.arange(8) // 4)[None]
 
@@ -66,6 +67,21 @@ def test_segments_that_the_server_finds_come_back(stub: ExplainerServiceStub, re
     np.testing.assert_array_equal(first, second)
     assert first.shape == (1, 6, 8)
     assert all(one.HasField("r_squared") and one.HasField("intercept") for one in response.attributions)
+
+
+def test_tokens_are_segments_of_their_embedding(stub: ExplainerServiceStub) -> None:
+    tokens = np.arange(IDS.shape[1])[:, None]
+    method = {"kernel_shap": {"segments": {"embedding": encode(tokens)}}}
+    response = stub.Explain(
+        request("words", {"ids": IDS}, targets=[element(0)], layers=["embedding"], methods=[method]), timeout=60
+    )
+
+    for own in response.attributions:
+        values = array(own.inputs[0].tensor)
+        assert np.ptp(values, axis=1).max() == 0
+        assert own.attribution_sum == pytest.approx(
+            own.instance_output_value - own.baseline_output_value, rel=1e-3, abs=1e-5
+        )
 
 
 def test_a_picture_without_parts_is_refused(stub: ExplainerServiceStub) -> None:
