@@ -17,7 +17,9 @@ import torch
 from explainserve_client import (
     BlurIntegratedGradients,
     Client,
+    Constant,
     DeconvNet,
+    DeepLift,
     FailedPrecondition,
     GradCam,
     GradCamPlusPlus,
@@ -112,6 +114,20 @@ def test_onnx_and_pt2_give_the_same_maps_of_layers_and_altered_rules(client: Cli
     for ours, theirs in zip(first, other, strict=True):
         assert ours.tensor.any()
         assert relative(ours.tensor, theirs.tensor) < 1e-4
+
+
+@pytest.mark.parametrize("score", ["PROBABILITY", "LOG_PROBABILITY"])
+@pytest.mark.parametrize("baseline", ["zeros", Constant(0.7)])
+def test_deeplift_agrees_through_heads_and_pools(client: Client, score: str, baseline: Any) -> None:
+    x = module_and_input("conv")[1]
+    onnx, pt2 = (
+        client.explain(f"conv-{f}", x, targets=[1, 4], baselines=baseline, score=score, method=DeepLift()).attributions
+        for f in ("onnx", "pt2")
+    )
+    for ours, theirs in zip(onnx, pt2, strict=True):
+        assert relative(theirs.tensor, ours.tensor) < 1e-4
+        gained = theirs.instance_output_value - theirs.baseline_output_value
+        assert theirs.tensor.astype(np.float64).sum() == pytest.approx(gained, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", WITHIN)

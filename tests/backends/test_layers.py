@@ -418,3 +418,40 @@ def test_parts_that_run_without_gradients_stay_so(tmp_path: Path) -> None:
 
     assert nearly(found.gradient_sums["x"], expected[0].numpy())
     assert "mode of its own" in model.gradient_rules["guided_backpropagation"]
+
+
+@both_formats
+def test_deeplift_sees_past_saturation(load: Load, file_format: str) -> None:
+    """1 - relu(1 - x) between 0 and 2 has no derivative at its end, but rises by 1 on the way (Shrikumar et al. 2017,
+    figure 1); where the two do not differ, the multiplier is the derivative."""
+    model, rescale = load("saturated_relu", file_format), GradientRule("deeplift_rescale")
+    x, whole = np.array([2, 0.5, 0], np.float32), Selector(np.arange(3), np.ones(3, np.float32))
+    (found, _) = evaluated(model, {"x": x}, ["x"], rule=rescale, selectors=[whole], alphas=[1.0], weights=[1.0])
+
+    np.testing.assert_allclose(found.gradient_sums["x"], [0.5, 1, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("nested", "expected"), [(False, [1.5, -0.5]), (True, [2, -1])])
+def test_deeplift_depends_on_how_a_function_is_written(tmp_path: Path, nested: bool, expected: list[float]) -> None:
+    """Two networks of one function (Sundararajan et al. 2017, figure 7), at (3, 1) and zeros."""
+    torch = pytest.importorskip("torch")
+
+    class Pair(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            first, second = torch.relu(x[:, :1] - 1) if nested else torch.relu(x[:, :1]) - 1, torch.relu(x[:, 1:])
+            return torch.relu(first - second)
+
+    model, x = loaded(Pair(), (torch.zeros(2, 2),), tmp_path), np.array([3, 1], np.float32)
+    rescale = GradientRule("deeplift_rescale")
+    (found, _) = evaluated(model, {"x": x}, ["x"], rule=rescale, alphas=[1.0], weights=[1.0])
+
+    np.testing.assert_allclose(x * found.gradient_sums["x"], expected, rtol=1e-6)
+
+
+def test_deeplift_refuses_what_it_has_no_rule_for_by_name(load: Load) -> None:
+    rules = load("transformer", "pt2").gradient_rules
+
+    assert "DeepLIFT" in rules["deeplift_rescale"] and "layer_norm" in rules["deeplift_rescale"]
+    assert "mul" in load("batch_mixing", "pt2").gradient_rules["deeplift_rescale"]  # of a tensor and itself
+    assert "one row" in load("static_batch", "pt2").gradient_rules["deeplift_rescale"]
+    assert load("conv", "pt2").gradient_rules["deeplift_rescale"] == ""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
-from explainserve.backends import exported_layers, torch_rules
+from explainserve.backends import exported_layers, torch_deeplift, torch_rules
 from explainserve.backends.aten import dependents, mutates, tensor_of
 from explainserve.backends.contract import layer_not_on_path, unknown_layer
 from explainserve.backends.torch_rules import RULES, rectified
@@ -105,7 +105,9 @@ class NamedGraph:
 
     def gradient_rules(self) -> dict[str, str]:
         """Every rule, and why the graph cannot follow it: "" where it can."""
-        return torch_rules.gradient_rules(self.module)
+        varying = set().union(*map(dependents, self.inputs.values()))
+        of_deeplift = torch_deeplift.refusal(self.module.graph.nodes, varying)
+        return {**torch_rules.gradient_rules(self.module), torch_deeplift.RULE: of_deeplift}
 
     def function(self, asked: Differentiation) -> GraphFunction:
         """The function of an output that taps, cuts and differentiates layers, and follows a rule.
@@ -163,7 +165,7 @@ class NamedGraph:
         Args:
             needed: nodes that are copied.
             roots: nodes from whose values gradients are taken.
-            rule: of rectifiers.
+            rule: by which the graph passes backward.
         """
         graph, copies = Graph(), dict(self.constants)
         for node in given.values():
@@ -178,6 +180,8 @@ class NamedGraph:
         return graph
 
     def _copy(self, node: Node, graph: Graph, copies: Mapping[Node, Any], rule: str) -> Node:
+        if rule == torch_deeplift.RULE:
+            return torch_deeplift.copied(graph, node, copies)
         source = rectified(node, self.module) if rule in RULES else None
         if source is None:
             return graph.node_copy(node, copies.__getitem__)

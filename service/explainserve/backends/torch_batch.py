@@ -98,6 +98,15 @@ class DeviceRows:
                 points[span].addcmul_(self._upload(segment.end[name]), to_end[span])
         return points
 
+    def starts(self, name: str, dtype: torch.dtype) -> Tensor:
+        """What an input is at the start of each row's path."""
+        first = self._rows.segments[0]
+        ends = first.start if name in first.start else first.fixed
+        starts = self._empty((self.row_count, *ends[name].shape), dtype)
+        for segment, span in zip(self._rows.segments, self.spans, strict=True):
+            starts[span].copy_(self._upload((segment.start if name in segment.start else segment.fixed)[name]))
+        return starts
+
     def cotangent(self, selectors: Sequence[Selector], scores: Tensor) -> Tensor:
         """Each segment's selector on its rows, in the shape of the scores: (rows, elements of a score tensor)."""
         cotangent = torch.zeros_like(scores)

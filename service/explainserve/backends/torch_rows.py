@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from explainserve.backends import torch_deeplift
 from explainserve.backends.contract import Collect, LoadOptions, Memory, OperatorGap
 from explainserve.backends.exported_function import GraphFunction, NamedGraph
 from explainserve.backends.resident_memory import peak_growth
@@ -36,6 +37,9 @@ Forward = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 _UNNAMED = (
     "a TorchScript file does not name its tensors for others to reach; export the model with torch.export, or to ONNX"
 )
+
+_AT_START = " at the start"
+"""Marks what an input or layer is at the start of the path."""
 
 _Result = TypeVar("_Result")
 
@@ -74,14 +78,14 @@ class TorchModel:
         self.device = str(arithmetic.device)
         self.fixed_batch = fixed_batch or not all(spec.batched for spec in signature.inputs)
         self.gaps = gaps
+        self._arithmetic = arithmetic
         self.layers: tuple[Layer, ...] = named.layers(signature) if named else ()
-        self.gradient_rules: Mapping[str, str] = named.gradient_rules() if named else {STANDARD.name: ""}
+        self.gradient_rules: Mapping[str, str] = {STANDARD.name: ""} if named is None else self._rules(named)
         self.layers_refusal = _UNNAMED if named is None else _unbatched(signature)
         self.library_versions: Mapping[str, str] = {"torch": str(torch.__version__)}
         self._weight_bytes = weight_bytes
         self._forward = forward
         self._named = named
-        self._arithmetic = arithmetic
         self._memory_format = memory_format
         self._queue = queue or queue_of(arithmetic.device)
         self._graphs = self._new_graphs()
@@ -92,6 +96,15 @@ class TorchModel:
         other._forward, other._named, other._memory_format = forward, named, torch.channels_last
         other._graphs = other._new_graphs()
         return other
+
+    def _rules(self, named: NamedGraph) -> dict[str, str]:
+        """Every rule of the graph, and why the model cannot follow it."""
+        rules = named.gradient_rules()
+        if self.fixed_batch:
+            rules[torch_deeplift.RULE] = "the file takes one row at a time, and the rule compares two at once"
+        elif self._arithmetic.is_narrow:
+            rules[torch_deeplift.RULE] = "the model is evaluated in sixteen bits; serve it in float32"
+        return rules
 
     def _new_graphs(self) -> Graphs | None:
         return None if self._queue.record is None else Graphs(self._queue.record)
@@ -209,7 +222,7 @@ class TorchModel:
         leaves = {name: points[name].detach().requires_grad_() for name in function.wrt if name in points}
         with torch.set_grad_enabled(bool(function.wrt)):
             output, values = self._output(function, {**points, **leaves})
-            scores = _with_head(output, function.head, self.signature.output(function.output))
+            scores = self._scored(function, output)
         wrt = {name: leaves[name] if name in leaves else values[name] for name in function.wrt}
         if wrt and not scores.requires_grad:
             raise Unsupported(
@@ -226,7 +239,8 @@ class TorchModel:
             if self._is_plain(function):
                 output = self._plain_output(self.signature.outputs.index(spec), points)
             else:
-                output, values = self._of_graph(function)(self._as_taken(points))
+                taken = _with_starts(points) if _compares(function) else self._as_taken(points)
+                output, values = self._of_graph(function)(taken)
             return output.to(torch_dtype(spec.dtype)), values
 
     def _plain_output(self, position: int, points: Mapping[str, Tensor]) -> Tensor:
@@ -234,6 +248,13 @@ class TorchModel:
         if not self.fixed_batch:
             return self._forward(inputs)[position]
         return torch.cat([self._forward(self._one_row(inputs, row))[position] for row in range(len(inputs[0]))])
+
+    def _scored(self, function: Differentiation, output: Tensor) -> Tensor:
+        """The score tensors of all rows."""
+        spec = self.signature.output(function.output)
+        if not _compares(function):
+            return _with_head(output, function.head, spec)
+        return torch_deeplift.headed(output, function.head, _class_axis(spec))[: len(output) // 2]
 
     def _is_plain(self, function: Differentiation) -> bool:
         """Whether the model is evaluated as it is, from its inputs."""
@@ -257,7 +278,11 @@ class TorchModel:
         """What the function takes, of all rows: the inputs, and layers that stand in their place."""
         if self._is_plain(function):
             return {spec.name: batch.points(spec.name, torch_dtype(spec.dtype)) for spec in self.signature.inputs}
-        return {name: batch.points(name, dtype) for name, dtype in self._of_graph(function).inputs.items()}
+        taken = self._of_graph(function).inputs
+        points = {name: batch.points(name, dtype) for name, dtype in taken.items()}
+        if not _compares(function):
+            return points
+        return {**points, **{name + _AT_START: batch.starts(name, dtype) for name, dtype in taken.items()}}
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory on the device; a batch of images is laid out as the model computes."""
@@ -372,8 +397,23 @@ def _guarded(call: Callable[[], _Result]) -> _Result:
         raise EvaluationFailed("MODEL_RAISED", f"the model raised: {first_line(error)}") from error
 
 
+def _compares(function: Differentiation) -> bool:
+    """Whether rows are compared with the starts of their paths."""
+    return function.rule.name == torch_deeplift.RULE
+
+
+def _with_starts(points: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The points of all rows, and behind them the starts of their paths."""
+    starts = {name: points[name + _AT_START] for name in points if name + _AT_START in points}
+    return {name: torch.cat([points[name], start]) for name, start in starts.items()}
+
+
+def _class_axis(spec: OutputSpec) -> int:
+    return -1 if spec.class_axis is None else spec.class_axis
+
+
 def _with_head(output: Tensor, head: ScoreHead, spec: OutputSpec) -> Tensor:
-    axis = -1 if spec.class_axis is None else spec.class_axis
+    axis = _class_axis(spec)
     match head:
         case ScoreHead.IDENTITY:
             return output
