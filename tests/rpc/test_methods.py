@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "pattern_net": {},
     "pattern_attribution": {},
     "lrp": {"rule": "LRP_RULE_GAMMA", "gamma": 0.1},
+    "xrai": {"step_count": 3},
 }
 """Options that are quick to compute, for each method."""
 

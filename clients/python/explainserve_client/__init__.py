@@ -73,6 +73,7 @@ from explainserve_client.methods import (
     SmoothGrad,
     SmoothGradSquared,
     VarGrad,
+    Xrai,
 )
 from explainserve_client.models import (
     Axis,
@@ -209,6 +210,7 @@ __all__ = [
     "UsedInputBaseline",
     "ValueRange",
     "VarGrad",
+    "Xrai",
     "Zeros",
     "__version__",
     "reduce_to_view",

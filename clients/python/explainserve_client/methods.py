@@ -395,6 +395,21 @@ class Lime:
     seed: int | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Xrai:
+    """XRAI (Kapishnikov et al. 2019): regions in the order of their mean attribution, a map of shape (H, W).
+
+    Attributes:
+        step_count: of each of the two base maps, at least 1. Server default 100.
+        segments: bool masks, shape (segments, H, W), which may overlap. Server default: Felzenszwalb's at six scales.
+        base_map: in place of the server's, shape of the input or (H, W).
+    """
+
+    step_count: int | None = None
+    segments: Any = None
+    base_map: Any = None
+
+
 Method: TypeAlias = (
     IntegratedGradients
     | Gradient
@@ -423,6 +438,7 @@ Method: TypeAlias = (
     | KernelShap
     | ShapleyValueSampling
     | Lime
+    | Xrai
 )
 
 METHODS: Mapping[str, type[Method]] = {
@@ -453,6 +469,7 @@ METHODS: Mapping[str, type[Method]] = {
     "kernel_shap": KernelShap,
     "shapley_value_sampling": ShapleyValueSampling,
     "lime": Lime,
+    "xrai": Xrai,
 }
 """Methods by the name of their field in the message."""
 

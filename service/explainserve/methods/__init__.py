@@ -34,6 +34,7 @@ from explainserve.methods.shapley_value_sampling import ShapleyValueSampling
 from explainserve.methods.smooth_grad import SmoothGrad
 from explainserve.methods.smooth_grad_squared import SmoothGradSquared
 from explainserve.methods.var_grad import VarGrad
+from explainserve.methods.xrai import Xrai
 
 METHODS: dict[str, type[Method]] = {
     "integrated_gradients": IntegratedGradients,
@@ -63,6 +64,7 @@ METHODS: dict[str, type[Method]] = {
     "kernel_shap": KernelShap,
     "shapley_value_sampling": ShapleyValueSampling,
     "lime": Lime,
+    "xrai": Xrai,
 }
 """Methods by the name of their field in MethodSpec."""
 
@@ -105,5 +107,6 @@ __all__ = [
     "SmoothGrad",
     "SmoothGradSquared",
     "VarGrad",
+    "Xrai",
     "name_of",
 ]

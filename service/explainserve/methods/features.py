@@ -172,7 +172,7 @@ def _found(
     if recipe == GRID:
         return grid(shape[axes[0]], shape[axes[1]], segment_count or 0)
     assert instance is not None, "A recipe that looks at the instance was followed without one. This is a bug."
-    labels = FINDERS[recipe](_picture(instance.moving[spec.name], spec, axes), segment_count or 0)
+    labels = FINDERS[recipe](picture(instance.moving[spec.name], spec, axes), segment_count or 0)
     _, numbers = np.unique(labels, return_inverse=True)
     return np.asarray(numbers.reshape(labels.shape), np.int32)
 
@@ -186,12 +186,12 @@ def grid(height: int, width: int, count: int) -> NDArray[np.int32]:
     return labels
 
 
-def _picture(values: NDArray[np.generic], spec: MapSpec, axes: tuple[int, int]) -> NDArray[np.float64]:
+def picture(values: NDArray[np.generic], spec: MapSpec, axes: tuple[int, int]) -> NDArray[np.float64]:
     """Shape (H, W, channels), scaled linearly so that all values together span [0, 1]."""
     plain = np.moveaxis(values.astype(np.float64), axes, (0, 1))
     low, extent = plain.min(), np.ptp(plain) or 1.0
-    picture: NDArray[np.float64] = ((plain - low) / extent).reshape(*plain.shape[:2], -1)
-    return picture
+    scaled: NDArray[np.float64] = ((plain - low) / extent).reshape(*plain.shape[:2], -1)
+    return scaled
 
 
 def _check_labels(name: str, labels: NDArray[np.generic], subject: Subject) -> None:

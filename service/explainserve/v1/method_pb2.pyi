@@ -1387,8 +1387,16 @@ Global___FeatureAblation: _TypeAlias = FeatureAblation  # noqa: Y015
 
 @_typing.final
 class Xrai(_message.Message):
-    """XRAI (Kapishnikov et al. 2019, arXiv:1906.02825): regions in the order of their mean attribution, from maps of Integrated
-    Gradients with a black and a white baseline. The base maps and the segments come back.
+    """XRAI (Kapishnikov et al. 2019, arXiv:1906.02825): regions in the order of their mean attribution. The map has shape [H, W],
+    and each position of a region has the region's mean of the base map, so that both have the same sum. Segments are added one
+    after the other, each time that whose new positions have the largest mean; one that adds less than a thousandth of the image
+    is passed over, and what none reaches is a region too. The base map is the mean of two of Integrated Gradients (MIDPOINT),
+    from baselines that have the lowest ("black") and the highest ("white") value of the instance everywhere, as in the authors'
+    code, and then the largest over channels. With `include_parts` the parts "black", "white" and "base" come back, and as
+    segments the ranks of the regions, 0 for the most attributed. For one explained input with H and W axes.
+
+    Parity: the authors' code takes quadrature nodes with both ends and equal weights, and resizes images to 224 x 224 to segment
+    them; here least size and dilation of segments are in proportion to the image.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1401,12 +1409,15 @@ class Xrai(_message.Message):
     @_builtins.property
     def segments(self) -> _tensor_pb2.Tensor:
         """Optional. Overlapping segments, bool, shape [segments, H, W]; they need not cover the input. Default: Felzenszwalb's of
-        scikit-image at scales 50, 100, 150, 250, 500 and 1200.
+        scikit-image at scales 50, 100, 150, 250, 500 and 1200, dilated by 5 of 224 pixels; where the server has no scikit-image
+        segments must be sent (SEGMENTATION_NOT_INSTALLED).
         """
 
     @_builtins.property
     def base_map(self) -> _tensor_pb2.Tensor:
-        """Optional. Base map in place of the server's, a floating-point tensor of the input's shape, or H x W."""
+        """Optional. Base map in place of the server's, a floating-point tensor of the input's shape, or H x W. No gradient is taken
+        then.
+        """
 
     def __init__(
         self,
