@@ -239,3 +239,20 @@ def test_readme_quotes_the_results() -> None:
 
     assert len(lines) > 2
     assert "\n".join(lines) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_maps_of_one_network_agree_with_other_libraries() -> None:
+    pytest.importorskip("captum")
+    from parity import agreements, page, served
+    from references import cases, comparisons
+
+    networks = {"rectifiers": cases()["rectifiers"]}
+    wanted = [own for own in comparisons() if not own.sampled and "rectifiers" in (own.networks or networks)]
+    with served(networks, ("onnx",)) as client:
+        found = list(agreements(client, networks, ("onnx",), wanted))
+
+    assert [own for own in found if not own.as_stated] == []
+    assert len([own for own in found if own.distance is not None]) > 10
+    assert "`integrated_gradients` step_count=20" in page(found)
