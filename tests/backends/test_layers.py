@@ -25,6 +25,8 @@ Load = Callable[[str, str], LoadedModel]
 GUIDED, DECONVNET = GradientRule("guided_backpropagation"), GradientRule("deconvnet")
 RULES = {"standard": STANDARD, "guided": GUIDED, "deconvnet": DECONVNET}
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+
 both_formats = pytest.mark.parametrize("file_format", ["onnx", "pt2"])
 
 

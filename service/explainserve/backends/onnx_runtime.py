@@ -30,6 +30,7 @@ from explainserve.backends.contract import (
     unknown_layer,
 )
 from explainserve.backends.gradient_cache import GradientCache, cache_key
+from explainserve.backends.kept_functions import KeptFunctions
 from explainserve.backends.onnx_batch import with_rows
 from explainserve.backends.onnx_binding import RUNS_UNTIL_REPLAY, BoundPasses
 from explainserve.backends.onnx_blocks import state_block_size
@@ -193,8 +194,8 @@ class OnnxModel:
         self._patterns = patterns
         self._options = options
         self._provider = provider_of(options.device)
-        self._functions: dict[Differentiation, OnnxFunction] = {}
-        self._split_functions: dict[Differentiation, OnnxFunction] = {}
+        self._functions: KeptFunctions[OnnxFunction] = KeptFunctions()
+        self._split_functions: KeptFunctions[OnnxFunction] = KeptFunctions()
         self._interruption = Interruption()
         self._team: Team | None = None
         self._on_one_thread: OnnxModel | None = None
@@ -209,7 +210,7 @@ class OnnxModel:
         """See `contract.LoadedModel`."""
         if self._team is not None:
             return "divided_rows"
-        opened = [function.sessions for function in self._functions.values()]
+        opened = [function.sessions for function in self._functions.all]
         recording = {sessions.records for sessions in opened if isinstance(sessions, BoundPasses)}
         if not recording or not self._provider.captures:
             return ""
@@ -272,7 +273,7 @@ class OnnxModel:
         """The same model, whose sessions have one thread each; to be interrupted with this one."""
         other = copy.copy(self)
         other._options = replace(self._options, thread_count=1)
-        other._functions, other._split_functions, other._session_bytes = {}, {}, 0
+        other._functions, other._split_functions, other._session_bytes = KeptFunctions(), KeptFunctions(), 0
         other._team = other._on_one_thread = None
         return other
 
@@ -297,19 +298,18 @@ class OnnxModel:
         return self._split_function(rows.function) if several else self._function(rows.function)
 
     def _function(self, function: Differentiation) -> OnnxFunction:
-        if function not in self._functions:
-            self._functions[function] = self._gradient(function) if function.wrt else self._forward(function)
-        return self._functions[function]
+        return self._functions.get(function, self._gradient if function.wrt else self._forward)
 
     def _split_function(self, function: Differentiation) -> OnnxFunction:
         """A gradient for rows of several targets: forward and backward apart, or whole where it cannot be parted."""
-        if function not in self._split_functions:
-            try:
-                self._split_functions[function] = self._split_gradient(function)
-            except (ModelRefused, Unsupported, ValueError) as refusal:
-                logger.warning("targets do not share forward passes for %s: %s", function.output, refusal)
-                self._split_functions[function] = self._function(function)
-        return self._split_functions[function]
+        return self._split_functions.get(function, self._split_or_whole)
+
+    def _split_or_whole(self, function: Differentiation) -> OnnxFunction:
+        try:
+            return self._split_gradient(function)
+        except (ModelRefused, Unsupported, ValueError) as refusal:
+            logger.warning("targets do not share forward passes for %s: %s", function.output, refusal)
+            return self._function(function)
 
     @property
     def memory(self) -> Memory:
