@@ -3,6 +3,7 @@ its kin have in common."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
@@ -22,8 +23,8 @@ Weighted = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float
 
 
 @dataclass(frozen=True)
-class ActivationMap(Method):
-    """Options of all methods of this family; how activations and gradients make a map is theirs.
+class LayerMap(Method):
+    """Options of all methods that make a map in the grid of a layer.
 
     Attributes:
         layer: name of the layer; resolved: the one that is used.
@@ -35,14 +36,19 @@ class ActivationMap(Method):
     relu: bool = False
     upsampling: str = "none"
 
+    def resolved(self, subject: Subject) -> Self:
+        """With the layer that is used; see `grids.grid` for the default and for errors."""
+        return replace(self, layer=grid(subject, self.layer).layer)
+
+
+@dataclass(frozen=True)
+class ActivationMap(LayerMap):
+    """A map from one forward and one backward pass; how activations and gradients make it is each method's."""
+
     @property
     def needs(self) -> Needs:
         """Activations and gradients within the model."""
         return Needs(layers=True)
-
-    def resolved(self, subject: Subject) -> Self:
-        """With the layer that is used; see `grids.grid` for the default and for errors."""
-        return replace(self, layer=grid(subject, self.layer).layer)
 
     def cost(self, subject: Subject) -> Cost:
         """One gradient."""
@@ -54,15 +60,15 @@ class ActivationMap(Method):
         function = replace(question.score, wrt=(layer,), taps=(layer,))
         return Plan((point(question, question.instance.moving, function),))
 
-    def attribution(self, question: Question, plan: Plan, evaluation: Evaluation) -> Attribution | Plan:
+    def attribution(self, question: Question, plan: Plan, evaluation: Evaluation) -> Attribution:
         """The map in the layer's grid, or at the size of the input."""
         own = grid(question.subject, self.layer)
         values = self.combined(*activations(evaluation.segments[0], own))
         return finished(values, own, question.subject, relu=self.relu, upsampling=self.upsampling)
 
+    @abstractmethod
     def combined(self, activation: NDArray[np.float64], gradient: NDArray[np.float64]) -> NDArray[np.float64]:
         """The map (rows, columns) of two arrays (channels, rows, columns)."""
-        raise NotImplementedError
 
 
 def activations(evaluated: SegmentEvaluation, own: Grid) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

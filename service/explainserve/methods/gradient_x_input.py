@@ -7,14 +7,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from explainserve.explanation import Attribution, Question, Subject
-from explainserve.methods.contract import Cost, Method, ReadingGuide
-from explainserve.methods.rows import gradients, point
+from explainserve.explanation import Attribution, Question
+from explainserve.methods.contract import ReadingGuide
+from explainserve.methods.instance_gradient import InstanceGradient
+from explainserve.methods.rows import gradients
 from explainserve.plan import Evaluation, Plan
 
 
 @dataclass(frozen=True)
-class GradientXInput(Method):
+class GradientXInput(InstanceGradient):
     """x dF/dx at the instance, in MODEL space: sums to F(x) for networks of rectifiers without biases only."""
 
     reading_guide: ClassVar[ReadingGuide] = ReadingGuide(
@@ -25,14 +26,6 @@ class GradientXInput(Method):
         deterministic=True,
         paper="Shrikumar, Greenside, Shcherbina, Kundaje: Not Just a Black Box, 2016, arXiv:1605.01713",
     )
-
-    def cost(self, subject: Subject) -> Cost:
-        """One gradient."""
-        return Cost.fixed(1)
-
-    def plan(self, question: Question) -> Plan:
-        """The instance."""
-        return Plan((point(question, question.instance.moving, question.gradient),))
 
     def attribution(self, question: Question, plan: Plan, evaluation: Evaluation) -> Attribution:
         """The product, element by element."""

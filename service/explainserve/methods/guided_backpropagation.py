@@ -6,16 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from explainserve.explanation import Attribution, Question, Subject
-from explainserve.methods.contract import Cost, Method, Needs, ReadingGuide
-from explainserve.methods.rows import gradients, point
-from explainserve.plan import Evaluation, GradientRule, Plan
-
-RULE = GradientRule("guided_backpropagation")
+from explainserve.methods.contract import ReadingGuide
+from explainserve.methods.instance_gradient import InstanceGradient
+from explainserve.plan import GradientRule
 
 
 @dataclass(frozen=True)
-class GuidedBackpropagation(Method):
+class GuidedBackpropagation(InstanceGradient):
     """The gradient with only positive values passed back through rectifiers."""
 
     reading_guide: ClassVar[ReadingGuide] = ReadingGuide(
@@ -28,20 +25,4 @@ class GuidedBackpropagation(Method):
         tier="T3",
         fails_randomization=True,
     )
-
-    @property
-    def needs(self) -> Needs:
-        """Its gradient rule."""
-        return Needs(RULE.name)
-
-    def cost(self, subject: Subject) -> Cost:
-        """One gradient."""
-        return Cost.fixed(1)
-
-    def plan(self, question: Question) -> Plan:
-        """The instance."""
-        return Plan((point(question, question.instance.moving, question.gradient_by(RULE)),))
-
-    def attribution(self, question: Question, plan: Plan, evaluation: Evaluation) -> Attribution:
-        """What came back."""
-        return Attribution(gradients(evaluation.segments[0], question), step_count=1).checked()
+    rule: ClassVar[GradientRule] = GradientRule("guided_backpropagation")

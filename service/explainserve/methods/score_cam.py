@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainserve.explanation import Attribution, Instance, Question, StopReason, Subject
-from explainserve.methods.activation_map import ActivationMap, extent, finished
+from explainserve.methods.activation_map import LayerMap, extent, finished
 from explainserve.methods.contract import FLOAT32_BYTES, Cost, Needs, ReadingGuide
 from explainserve.methods.grids import Grid, grid, upsampled
 from explainserve.methods.rows import point
@@ -33,7 +33,7 @@ class MasksPlan(Plan):
 
 
 @dataclass(frozen=True)
-class ScoreCam(ActivationMap):
+class ScoreCam(LayerMap):
     """The sum over channels of activation times the softmax over channels of the score of the instance masked by it."""
 
     reading_guide: ClassVar[ReadingGuide] = ReadingGuide(
