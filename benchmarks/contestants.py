@@ -256,9 +256,9 @@ class InProcess:
 
     def _query(self, ask: Ask) -> Any:
         from explainserve.baselines import BaselineSpec, Given
-        from explainserve.explainer import Query
         from explainserve.explanation import Instance, Subject
         from explainserve.methods import IntegratedGradients
+        from explainserve.query import Query
         from explainserve.signature import MapSpec, Score
         from explainserve.targets import Element, TargetSpec
 

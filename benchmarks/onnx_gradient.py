@@ -45,8 +45,8 @@ from explainserve.backends.resident_memory import resident_bytes
 from explainserve.model_config import ModelConfig
 from explainserve.onnx_vjp import GradientGraph, input_gradient
 from explainserve.onnx_vjp.blocked import keep_in_blocks
+from explainserve.opening import DEFAULT_BATCH_ROWS
 from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector
-from explainserve.repository import DEFAULT_BATCH_ROWS
 from explainserve.signature import ScoreHead
 from machine import Occupation
 

@@ -15,7 +15,7 @@ from explainserve.backends.contract import Collect
 from explainserve.backends.probe import ProbeResult
 from explainserve.model_config import ModelConfig
 from explainserve.plan import STANDARD, Differentiation, Rows, Segment, SegmentEvaluation, Selector
-from explainserve.repository import ServedModel
+from explainserve.served_model import ServedModel
 from explainserve.signature import Axis, InputSpec, Layer, OutputSpec, ScoreHead, Signature
 
 WEIGHTS = np.array([[0.5, -1.0], [1.5, 0.25], [-0.75, 2.0]])

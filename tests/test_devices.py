@@ -16,8 +16,8 @@ from explainserve.engine import Engine
 from explainserve.errors import EvaluationFailed, ExplainServeError, QueueFull
 from explainserve.metrics import Metrics
 from explainserve.plan import Plan
-from explainserve.repository import ServedModel
 from explainserve.scheduling import Request, Scheduler
+from explainserve.served_model import ServedModel
 from explainserve.watchdog import Watchdog
 
 NAMES = ("cpu:0", "cpu:1")

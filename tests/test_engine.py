@@ -27,8 +27,8 @@ from explainserve.errors import (
 )
 from explainserve.metrics import Metrics
 from explainserve.plan import Plan, Rows, Segment, SegmentEvaluation
-from explainserve.repository import ServedModel
 from explainserve.scheduling import Request, Scheduler
+from explainserve.served_model import ServedModel
 from explainserve.watchdog import HANGS, Watchdog
 
 

@@ -20,21 +20,15 @@ from explainserve.baselines import BaselineSpec, Constant, GaussianNoise, Zeros
 from explainserve.devices import Devices
 from explainserve.engine import Engine
 from explainserve.errors import DeadlineExceeded, EvaluationFailed, ExplainServeError, InvalidRequest, LimitExceeded
-from explainserve.explainer import (
-    CONCURRENT_QUESTIONS,
-    FIRST_ROUND_ARRAYS,
-    MAX_SHARING_TARGETS,
-    Answer,
-    Explainer,
-    Query,
-    Round,
-)
+from explainserve.explainer import Answer, Explainer, Round
 from explainserve.explanation import Instance, StopReason, Subject
 from explainserve.methods import IntegratedGradients
 from explainserve.metrics import Metrics
 from explainserve.plan import Differentiation
-from explainserve.repository import ServedModel
+from explainserve.query import CONCURRENT_QUESTIONS, FIRST_ROUND_ARRAYS, Query
+from explainserve.query_cost import MAX_SHARING_TARGETS
 from explainserve.scheduling import Scheduler
+from explainserve.served_model import ServedModel
 from explainserve.signature import MapSpec, Score, ScoreHead
 from explainserve.targets import Argmax, Element, Margin, TargetSpec, TopK, Weights
 

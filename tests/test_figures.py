@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from explainserve.errors import InvalidRequest
-from explainserve.explainer import Answer, Explanation, Place, Usage
+from explainserve.explainer import Answer, Explanation, Usage
 from explainserve.explanation import Attribution, Baseline, Instance, Question, StopReason, Subject, Target
 from explainserve.figures import (
     Entry,
@@ -25,6 +25,7 @@ from explainserve.figures import (
 )
 from explainserve.methods import IntegratedGradients
 from explainserve.plan import Selector as ScoreSelector
+from explainserve.query import Place
 from explainserve.regions import Box
 from explainserve.signature import Axis, InputSpec, OutputSpec, Score, ScoreHead, Signature
 from explainserve.statistics import View

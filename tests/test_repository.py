@@ -17,19 +17,10 @@ from onnx import numpy_helper
 from explainserve import backends
 from explainserve.backends import LoadOptions
 from explainserve.errors import EvaluationFailed, ModelRefused, NotFound, Unsupported
-from explainserve.repository import (
-    DEFAULT_BATCH_ROWS,
-    NO_VERSION,
-    ModelEntry,
-    ModelFolder,
-    ModelState,
-    Repository,
-    ServedModel,
-    digest,
-    discover,
-    model_files,
-    open_model,
-)
+from explainserve.model_folder import NO_VERSION, ModelFolder, discover
+from explainserve.opening import DEFAULT_BATCH_ROWS, digest, model_files, open_model
+from explainserve.repository import ModelEntry, ModelState, Repository
+from explainserve.served_model import ServedModel
 from models import MODELS, write_model
 from onnx_graphs import linear, make_external, model, node, save
 

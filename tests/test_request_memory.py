@@ -17,13 +17,14 @@ from closed_form import WEIGHTS, ClosedForm, served, value
 from explainserve.baselines import BaselineSpec, Constant
 from explainserve.devices import Devices
 from explainserve.engine import Engine
-from explainserve.explainer import CONCURRENT_QUESTIONS, Explainer, Query
+from explainserve.explainer import Explainer
 from explainserve.explanation import Instance, Subject
 from explainserve.methods import IntegratedGradients
 from explainserve.metrics import Metrics
 from explainserve.plan import Segment, SegmentEvaluation
-from explainserve.repository import ServedModel
+from explainserve.query import CONCURRENT_QUESTIONS, Query
 from explainserve.scheduling import Scheduler
+from explainserve.served_model import ServedModel
 from explainserve.signature import Axis, InputSpec, MapSpec, Score, Signature
 from explainserve.targets import Element, TargetSpec
 

@@ -13,8 +13,8 @@ from contextlib import ExitStack, contextmanager
 from explainserve.engine import Engine
 from explainserve.errors import QueueFull
 from explainserve.plan import Evaluation, Plan
-from explainserve.repository import ServedModel
 from explainserve.scheduling import Request
+from explainserve.served_model import ServedModel
 
 
 class Devices:

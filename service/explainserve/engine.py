@@ -23,8 +23,8 @@ from explainserve.errors import EvaluationFailed, ExplainServeError, ShuttingDow
 from explainserve.metrics import Metrics
 from explainserve.plan import Evaluation, Plan, SegmentEvaluation
 from explainserve.process import give_way
-from explainserve.repository import ServedModel
 from explainserve.scheduling import Job, Request, Scheduler
+from explainserve.served_model import ServedModel
 from explainserve.watchdog import Conduct, Run, Watchdog
 
 logger = logging.getLogger(__name__)

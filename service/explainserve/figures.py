@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainserve.errors import InvalidRequest
-from explainserve.explainer import Answer, Explanation, Query
+from explainserve.explainer import Answer, Explanation
 from explainserve.explanation import Attribution, StopReason, Subject, Target
 from explainserve.methods import Method
 from explainserve.normalization import Normalization, normalizations
+from explainserve.query import Query
 from explainserve.regions import Box, RegionSum, check_box, check_mask, region_sums
 from explainserve.signature import InputSpec, MapSpec
 from explainserve.statistics import Range, Statistics, View, joint_range, pooled_statistics, reduce_to_view, statistics

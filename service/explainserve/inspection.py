@@ -14,7 +14,8 @@ from explainserve.backends import LoadOptions, OperatorGap
 from explainserve.backends.trial import FATAL, Trials
 from explainserve.errors import ModelRefused
 from explainserve.model_config import ModelConfig
-from explainserve.repository import FORMATS, digest, model_files
+from explainserve.model_folder import FORMATS
+from explainserve.opening import digest, model_files
 from explainserve.signature import Axis, InputSpec, Layer, OutputKind, OutputSpec, Signature
 
 _CHANNEL_COUNTS = (1, 3, 4)
@@ -32,7 +33,7 @@ class Inspection:
 
     Attributes:
         format: a value of `repository.FORMATS`, or "" where the suffix is none of theirs.
-        sha256: as `repository.digest` gives it; "" where the file was refused before.
+        sha256: as `opening.digest` gives it; "" where the file was refused before.
         signature: inputs and outputs, or None where the file was refused or does not tell them.
         fixed_batch: the file accepts one row at a time only.
         gradient_mode: "gradient_graph", "autograd" or "black_box"; "" where the file was refused.

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from explainserve.backends import Collect
 from explainserve.errors import ExplainServeError
-from explainserve.repository import ServedModel
 from explainserve.scheduling import Batch, RowLimit
+from explainserve.served_model import ServedModel
 
 BATCHES = 20
 """A run that takes as long as so many usual micro-batches of its model is no slow one."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from explainserve.rpc.responses import ReplySize
+from explainserve.rpc.reply_size import ReplySize
 from explainserve.rpc.tensors import encode
 from explainserve.settings import Settings
 from explainserve.v1 import explainer_service_pb2 as pb

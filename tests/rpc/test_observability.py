@@ -21,7 +21,9 @@ from prometheus_client.metrics import MetricWrapperBase
 from explainserve import repository
 from explainserve.errors import NotFound
 from explainserve.metrics import Metrics
+from explainserve.model_folder import ModelFolder
 from explainserve.rpc.tensors import encode
+from explainserve.served_model import ServedModel
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1 import model_pb2
 from rpc.loopback import Loopback, adaptive, element, named, normal, refusal, request, steps, until
@@ -294,7 +296,7 @@ def test_it_answers_while_models_load(
         shutil.copytree(folder / name, tmp_path / name)
     gate, opened = threading.Event(), repository.open_model
 
-    def open_model(found: repository.ModelFolder, *arguments: Any) -> repository.ServedModel:
+    def open_model(found: ModelFolder, *arguments: Any) -> ServedModel:
         assert found.name == "plain" or gate.wait(60)
         return opened(found, *arguments)
 

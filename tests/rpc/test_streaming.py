@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from explainserve.explainer import Observer, Place, Round
+from explainserve.explainer import Observer, Round
+from explainserve.query import Place
 from explainserve.rpc.streaming import NewestRounds, watched, write
 
 Told = list[tuple[int, int]]

@@ -12,7 +12,7 @@ import grpc
 from explainserve import process
 from explainserve.errors import Unsupported
 from explainserve.repository import ModelEntry, Repository
-from explainserve.rpc import requests, responses
+from explainserve.rpc import model_messages, requests
 from explainserve.v1 import model_repository_service_pb2 as pb
 from explainserve.v1.model_pb2 import NamedModel
 from explainserve.v1.model_repository_service_pb2_grpc import ModelRepositoryServiceServicer
@@ -38,17 +38,17 @@ class RepositoryServicer(ModelRepositoryServiceServicer):
         """Every version in the folder and in the server."""
         self._check_enabled()
         entries = await asyncio.to_thread(self._repository.index)
-        return pb.IndexModelsResponse(models=[responses.model_summary(entry) for entry in entries])
+        return pb.IndexModelsResponse(models=[model_messages.model_summary(entry) for entry in entries])
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> pb.LoadModelResponse:
         """Opens a version beside what is served, then serves it."""
         entry = await self._changed(self._repository.load, request.model)
-        return pb.LoadModelResponse(model=responses.model_summary(entry))
+        return pb.LoadModelResponse(model=model_messages.model_summary(entry))
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Context) -> pb.UnloadModelResponse:
         """Serves a version no longer."""
         entry = await self._changed(self._repository.unload, request.model)
-        return pb.UnloadModelResponse(model=responses.model_summary(entry))
+        return pb.UnloadModelResponse(model=model_messages.model_summary(entry))
 
     async def _changed(self, change: Callable[[str, int | None], ModelEntry], model: NamedModel) -> ModelEntry:
         """Once begun it goes on when the caller leaves: half a change would be worse than either."""

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from explainserve import baselines as domain_baselines
 from explainserve import targets as domain_targets
 from explainserve.errors import InvalidRequest, LimitExceeded, Unimplemented, Unsupported
-from explainserve.explainer import Query
 from explainserve.explanation import Instance, Subject
 from explainserve.figures import FigureOptions, Group, Region, Selector, check_regions
 from explainserve.methods import METHODS, Method, name_of
 from explainserve.methods.adaptive import MIN_STEP_COUNT
+from explainserve.query import Query
 from explainserve.regions import Box
-from explainserve.repository import ServedModel
 from explainserve.rpc.methods import read as read_method
 from explainserve.rpc.tensors import decode, decode_floats
 from explainserve.scheduling import Request
+from explainserve.served_model import ServedModel
 from explainserve.settings import Settings
 from explainserve.signature import InputSpec, Layer, MapSpec, Score, Signature
 from explainserve.statistics import View
@@ -83,6 +83,11 @@ class Explain:
     fold_baselines: bool
     options: explainer_service_pb2.ResponseOptions
     out_of_range: tuple[str, ...]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one instance's explained inputs; of layers, the inputs that they are computed from."""
+        return {name: array.shape for name, array in self.query.instances[0].moving.items()}
 
 
 def model_name(reference: model_pb2.ModelRef) -> tuple[str, int | None]:

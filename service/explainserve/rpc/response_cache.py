@@ -20,11 +20,12 @@ from google.protobuf.duration_pb2 import Duration
 
 from explainserve.baselines import BaselineSpec, Zeros, effective
 from explainserve.byte_cache import ByteCache
-from explainserve.explainer import Answer, Query, Usage
+from explainserve.explainer import Answer, Usage
 from explainserve.explanation import StopReason
 from explainserve.fingerprint import fingerprint
 from explainserve.metrics import Metrics
-from explainserve.rpc import responses
+from explainserve.query import Query
+from explainserve.rpc import provenance
 from explainserve.rpc.requests import Explain
 from explainserve.signature import InputSpec
 from explainserve.v1.explainer_service_pb2 import ExplainResponse, ResponseOptions
@@ -99,27 +100,27 @@ def response_key(request: Explain) -> bytes:
         InvalidRequest, NotFound: as `ResponseCache.lookup`.
     """
     query = request.query
-    computed = responses.provenance(query.model, Usage(), query.methods).SerializeToString(deterministic=True)
+    computed = provenance.provenance(query.model, Usage(), query.methods).SerializeToString(deterministic=True)
     return fingerprint((query.model.identity, computed, _options(request)))
 
 
 def _options(request: Explain) -> dict[str, object]:
     """Every option with its default filled in; a field that the request or its query gains is one more of them."""
     query, signature = request.query, request.query.model.signature
-    moving = {name: signature.input(name) for name in responses.shapes(request)}
+    moving = {name: signature.input(name) for name in request.shapes}
     stated = {
         name: value for name, value in (_fields(query) | _fields(request)).items() if name not in _BESIDE_THE_ANSWER
     }
     return stated | {
         "targets": [replace(spec, output=signature.output(spec.output).name) for spec in query.targets],
-        "baselines": [_effective_baseline(spec, moving) for spec in query.baselines],
+        "baselines": [effective_baseline(spec, moving) for spec in query.baselines],
         "views": {name: request.figures.views_of(spec) for name, spec in query.subject.maps.items()},
         "figures": replace(request.figures, views=()),
         "options": _without_views(request.options),
     }
 
 
-def _effective_baseline(spec: BaselineSpec, moving: Mapping[str, InputSpec]) -> BaselineSpec:
+def effective_baseline(spec: BaselineSpec, moving: Mapping[str, InputSpec]) -> BaselineSpec:
     """Every moving input by name; names of others stay, so that the request is refused as it would be."""
     stated = {name: effective(spec.of(name), own) for name, own in moving.items()}
     return replace(spec, every_input=Zeros(), inputs={**spec.inputs, **stated})
@@ -145,5 +146,5 @@ def _read(data: bytes) -> ExplainResponse:
     own.from_cache = True
     own.queue_duration.CopyFrom(Duration())
     own.compute_duration.CopyFrom(Duration())
-    responses.set_serialize_duration(own, time.monotonic() - started)
+    provenance.set_serialize_duration(own, time.monotonic() - started)
     return response

@@ -23,12 +23,13 @@ from explainserve.errors import ExplainServeError
 from explainserve.explainer import Explainer
 from explainserve.memory import Memory
 from explainserve.metrics import Metrics
-from explainserve.repository import ModelEntry, ModelState, Repository, ServedModel
+from explainserve.repository import ModelEntry, ModelState, Repository
 from explainserve.rpc.http import HttpServer
 from explainserve.rpc.interceptor import ObservingInterceptor
 from explainserve.rpc.repository_servicer import RepositoryServicer
 from explainserve.rpc.servicer import Servicer
 from explainserve.scheduling import Scheduler
+from explainserve.served_model import ServedModel
 from explainserve.settings import Settings
 from explainserve.v1 import explainer_service_pb2, model_repository_service_pb2
 from explainserve.v1.explainer_service_pb2_grpc import add_ExplainerServiceServicer_to_server

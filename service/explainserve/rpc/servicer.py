@@ -19,10 +19,11 @@ from explainserve.memory import Memory
 from explainserve.methods import name_of
 from explainserve.metrics import Metrics
 from explainserve.plan import Differentiation
-from explainserve.repository import Repository, ServedModel
-from explainserve.rpc import requests, responses, streaming
+from explainserve.repository import Repository
+from explainserve.rpc import model_messages, provenance, reply_size, requests, responses, streaming
 from explainserve.rpc.response_cache import Lookup, ResponseCache
 from explainserve.scheduling import Request
+from explainserve.served_model import ServedModel
 from explainserve.settings import Settings
 from explainserve.signature import OutputSpec
 from explainserve.v1 import attribution_pb2, model_pb2
@@ -41,7 +42,7 @@ class _Admissible:
     """
 
     prepared: Prepared
-    reply: responses.ReplySize
+    reply: reply_size.ReplySize
     message_memory: int
 
 
@@ -63,7 +64,7 @@ class Servicer(ExplainerServiceServicer):
         checked = await self._checked(request, context)
         lookup = await self._cache.lookup(checked)
         if lookup.response is not None:
-            self._hold(responses.memory_of_messages(0, lookup.byte_count), context)
+            self._hold(reply_size.memory_of_messages(0, lookup.byte_count), context)
             return lookup.response
         admissible = await asyncio.to_thread(self._admissible, checked, request, streamed=False)
         self._hold(admissible.message_memory, context)
@@ -92,7 +93,7 @@ class Servicer(ExplainerServiceServicer):
         functions = [Differentiation(spec.name, spec.score_head(score)) for spec in specs]
         stated = [_stated_shape(spec) for spec in specs]
         replied = self._admit_predictions(specs, stated, len(instances), count, request.include_tensors)
-        self._hold(responses.memory_of_messages(request.ByteSize(), replied), context)
+        self._hold(reply_size.memory_of_messages(request.ByteSize(), replied), context)
         rows = Request(expires_at=self._deadline(context))
         outputs = await self._explainer.outputs(model, instances, functions, rows)
         found = [outputs.scores[function][0].shape for function in functions]  # free axes have an extent only now
@@ -104,12 +105,12 @@ class Servicer(ExplainerServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         """Every model version, those that failed included."""
-        return pb.ListModelsResponse(models=[responses.model_summary(entry) for entry in self._repository.entries])
+        return pb.ListModelsResponse(models=[model_messages.model_summary(entry) for entry in self._repository.entries])
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """All that the server knows of one model."""
         model = self._model(request.model)
-        return pb.GetModelResponse(model=responses.model_message(self._repository.entry(model), model))
+        return pb.GetModelResponse(model=model_messages.model_message(self._repository.entry(model), model))
 
     async def EstimateCost(self, request: pb.EstimateCostRequest, context: Context) -> pb.EstimateCostResponse:
         """What an Explain request would cost."""
@@ -142,7 +143,7 @@ class Servicer(ExplainerServiceServicer):
         """The response of Explain; meanwhile the client is told what becomes of each path."""
         lookup = await self._cache.lookup(checked)
         if lookup.response is not None:
-            self._hold(responses.memory_of_messages(0, lookup.byte_count), context)
+            self._hold(reply_size.memory_of_messages(0, lookup.byte_count), context)
             return lookup.response
         admissible = await asyncio.to_thread(self._admissible, checked, request.explain, streamed=True)
         self._hold(admissible.message_memory, context)
@@ -163,9 +164,9 @@ class Servicer(ExplainerServiceServicer):
     def _admissible(self, checked: requests.Explain, message: pb.ExplainRequest, *, streamed: bool) -> _Admissible:
         """What is to be evaluated, where neither it nor its reply is too large; all of it in one turn of a worker."""
         prepared = self._explainer.prepare(checked.query)
-        reply = responses.reply_size(checked, prepared.cost, self._settings.row_limit)
+        reply = reply_size.reply_size(checked, prepared.cost, self._settings.row_limit)
         self._admit_reply(reply.head_bytes if streamed else reply.total_bytes)
-        memory = responses.memory_of_messages(message.ByteSize(), reply.total_bytes)
+        memory = reply_size.memory_of_messages(message.ByteSize(), reply.total_bytes)
         self._admit_memory(prepared.cost.host_bytes + memory)
         return _Admissible(prepared, reply, memory)
 
@@ -187,7 +188,7 @@ class Servicer(ExplainerServiceServicer):
         started = time.monotonic()
         response = await asyncio.to_thread(responses.explain_response, checked, answer)
         seconds = time.monotonic() - started
-        responses.set_serialize_duration(response.provenance, seconds)
+        provenance.set_serialize_duration(response.provenance, seconds)
         self._metrics.serialize_seconds.labels(checked.query.model.name).observe(seconds)
         self._observe(response, [name_of(method) for method in checked.query.methods])
         await self._cache.keep(lookup, answer, response, admissible.reply.tensor_bytes)
@@ -215,7 +216,7 @@ class Servicer(ExplainerServiceServicer):
     ) -> int:
         """The size of the reply. Shapes are those of one instance, None where a free axis leaves them open."""
         of_one = sum(
-            responses.prediction_bytes(spec, shape, class_count, include_tensor=include_tensors)
+            reply_size.prediction_bytes(spec, shape, class_count, include_tensor=include_tensors)
             for spec, shape in zip(specs, shapes, strict=True)
             if shape is not None
         )

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import grpc
 
 from explainserve.errors import InvalidRequest
-from explainserve.explainer import Observer, Place, Round
+from explainserve.explainer import Observer, Round
+from explainserve.query import Place
 from explainserve.v1 import attribution_pb2, tensor_pb2
 from explainserve.v1 import explainer_service_pb2 as pb
 

@@ -1,0 +1,142 @@
+"""What the server says of its models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from explainserve.methods import METHODS, Method
+from explainserve.repository import ModelEntry
+from explainserve.rpc.provenance import duration, noise_floor
+from explainserve.rpc.tensors import data_type
+from explainserve.served_model import ServedModel
+from explainserve.signature import Activation, Axis, InputSpec, Layer, OutputKind, OutputSpec
+from explainserve.v1 import (
+    model_pb2,
+)
+
+_KINDS = {
+    OutputKind.LOGITS: model_pb2.OUTPUT_KIND_LOGITS,
+    OutputKind.PROBABILITIES: model_pb2.OUTPUT_KIND_PROBABILITIES,
+    OutputKind.VALUES: model_pb2.OUTPUT_KIND_VALUES,
+}
+_ACTIVATIONS = {
+    Activation.SOFTMAX: model_pb2.ACTIVATION_SOFTMAX,
+    Activation.SIGMOID: model_pb2.ACTIVATION_SIGMOID,
+    Activation.NONE: model_pb2.ACTIVATION_NONE,
+}
+_FORMATS = {
+    "onnx": model_pb2.MODEL_FORMAT_ONNX,
+    "torch_export": model_pb2.MODEL_FORMAT_TORCH_EXPORT,
+    "torchscript": model_pb2.MODEL_FORMAT_TORCHSCRIPT,
+}
+
+
+def model_summary(entry: ModelEntry) -> model_pb2.ModelSummary:
+    """One line about a model version."""
+    return model_pb2.ModelSummary(
+        name=entry.name,
+        version=entry.version,
+        state=model_pb2.ModelState.Value(f"MODEL_STATE_{entry.state.name}"),
+        reason=entry.reason,
+        error_reason=entry.error_reason,
+        format=_FORMATS.get(entry.format, model_pb2.MODEL_FORMAT_UNSPECIFIED),
+        devices=[replica.runs_on for replica in entry.replicas],
+    )
+
+
+def model_message(entry: ModelEntry, model: ServedModel) -> model_pb2.Model:
+    """All that the server knows of one model version."""
+    return model_pb2.Model(
+        summary=model_summary(entry),
+        sha256=model.sha256,
+        inputs=[input_spec(spec) for spec in model.signature.inputs],
+        outputs=[_output_spec(spec) for spec in model.signature.outputs],
+        batching=model_pb2.BATCHING_ROW_BY_ROW if model.row_by_row else model_pb2.BATCHING_ROWS,
+        warnings=model.probe.warnings,
+        methods=[_method_support(name, method, model) for name, method in METHODS.items()],
+        gaps=[model_pb2.OperatorGap(**dataclasses.asdict(gap)) for gap in model.loaded.gaps],
+        layers=_layers(model),
+        backend=model.loaded.backend,
+        device=model.runs_on,
+        execution=model.loaded.execution,
+        noise_floor=noise_floor(model),
+        precision=model.precision,
+        precision_map_error=model.probe.precision_map_error,
+        data_baselines=sorted(model.data_baselines),
+        default_target=model.default_target,
+        default_baseline=model.config.default_baseline,
+        differentiable=model.differentiable,
+        memory=_memory(model),
+        max_batch_rows=model.max_batch_rows,
+        row_duration=None if model.seconds_per_row is None else duration(model.seconds_per_row),
+    )
+
+
+def _memory(model: ServedModel) -> model_pb2.Memory | None:
+    memory = model.loaded.memory
+    return None if memory is None else model_pb2.Memory(**dataclasses.asdict(memory))
+
+
+def _layers(model: ServedModel) -> list[model_pb2.Layer]:
+    return [_layer(layer, layer.name in model.config.layers) for layer in model.layers]
+
+
+def _layer(layer: Layer, configured: bool) -> model_pb2.Layer:
+    return model_pb2.Layer(
+        name=layer.name,
+        operator=layer.operator,
+        module=layer.module,
+        axes=[_axis(axis) for axis in layer.axes],
+        bypassing_inputs=layer.bypassing_inputs,
+        configured=configured,
+    )
+
+
+def input_spec(spec: InputSpec) -> model_pb2.InputSpec:
+    """One input."""
+    channel = spec.channel_axis
+    message = model_pb2.InputSpec(
+        name=spec.name,
+        data_type=data_type(spec.dtype),
+        axes=[_axis(axis) for axis in spec.axes],
+        layout=spec.layout,
+        batch_axis=0 if spec.batched else None,
+        channel_axis=None if channel is None else channel + (1 if spec.batched else 0),
+        channel_order=spec.channel_order,
+        differentiable=spec.differentiable,
+    )
+    if spec.value_range is not None:
+        message.value_range.low, message.value_range.high = spec.value_range
+    if spec.mean is not None and spec.std is not None:
+        message.preprocessing.mean.extend(spec.mean)
+        message.preprocessing.std.extend(spec.std)
+    return message
+
+
+def _method_support(name: str, method: type[Method], model: ServedModel) -> model_pb2.MethodSupport:
+    default = method()
+    guide, needs = default.reading_guide, default.needs
+    missing = model.missing(needs.rule, layers=needs.layers)
+    return model_pb2.MethodSupport(
+        method=name,
+        supported=missing is None,
+        reason=missing.reason if missing else "",
+        missing_capability=missing.capability if missing else "",
+        reading_guide=model_pb2.ReadingGuide(**dataclasses.asdict(guide)),
+    )
+
+
+def _output_spec(spec: OutputSpec) -> model_pb2.OutputSpec:
+    return model_pb2.OutputSpec(
+        name=spec.name,
+        data_type=data_type(spec.dtype),
+        axes=[_axis(axis) for axis in spec.axes],
+        kind=_KINDS[spec.kind],
+        activation=_ACTIVATIONS[spec.activation],
+        class_axis=spec.class_axis,
+        labels=spec.labels,
+    )
+
+
+def _axis(axis: Axis) -> model_pb2.Axis:
+    return model_pb2.Axis(name=axis.name, size=axis.size)
