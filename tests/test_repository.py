@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -16,7 +18,7 @@ from onnx import numpy_helper
 
 from explainserve import backends
 from explainserve.backends import LoadOptions
-from explainserve.errors import EvaluationFailed, ModelRefused, NotFound, Unsupported
+from explainserve.errors import EvaluationFailed, ModelRefused, NotFound, NotReady, Unsupported
 from explainserve.model_folder import NO_VERSION, ModelFolder, discover
 from explainserve.opening import DEFAULT_BATCH_ROWS, digest, model_files, open_model
 from explainserve.repository import ModelEntry, ModelState, Repository
@@ -400,13 +402,28 @@ class TestRepository:
 
         def ask(entry: ModelEntry) -> None:
             if entry.state is ModelState.LOADING:
-                with pytest.raises(Unsupported) as caught:
+                with pytest.raises(NotReady) as caught:
                     repository.get("net")
                 reasons.append(caught.value.reason)
 
         repository = Repository(tmp_path, OPTIONS, report=ask)
         repository.load_all()
         assert reasons == ["MODEL_LOADING"]
+
+    @pytest.mark.parametrize(("loading", "told"), [(20.0, 20.0), (1e4, 60.0)])
+    def test_who_waits_for_a_model_is_told_to_wait_as_long_again(
+        self, loading: float, told: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        put(tmp_path)
+        repository = Repository(tmp_path, OPTIONS)
+        repository.find_all()
+        later = SimpleNamespace(monotonic=lambda: time.monotonic() + loading)
+        monkeypatch.setattr("explainserve.repository.time", later)
+
+        with pytest.raises(NotReady) as caught:
+            repository.get("net")
+        assert caught.value.retry_after_seconds is not None
+        assert told <= caught.value.retry_after_seconds < told + 30
 
     def test_what_nobody_expected_fails_that_model_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         put(tmp_path, "first")

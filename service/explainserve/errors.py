@@ -7,6 +7,7 @@
      ├── Unimplemented        the server does not have this yet                        UNIMPLEMENTED
      ├── LimitExceeded        above a cap: it never succeeds                           RESOURCE_EXHAUSTED
      ├── QueueFull            the server has no room now: try again later              RESOURCE_EXHAUSTED
+     ├── NotReady             what is asked for still loads: try again later           UNAVAILABLE
      ├── DeadlineExceeded     time ran out before an answer existed                    DEADLINE_EXCEEDED
      ├── Cancelled            the caller went away                                     CANCELLED
      ├── ShuttingDown         the server no longer admits requests                     UNAVAILABLE
@@ -98,7 +99,19 @@ class QueueFull(ExplainServeError):
 
     def __init__(self, reason: str, message: str, retry_after_seconds: float, **metadata: object) -> None:
         super().__init__(reason, message, **metadata)
-        self.retry_after_seconds = min(max(retry_after_seconds, SHORTEST_RETRY_SECONDS), LONGEST_RETRY_SECONDS)
+        self.retry_after_seconds = _told_delay(retry_after_seconds)
+
+
+class NotReady(ExplainServeError):
+    """What is asked for still loads.
+
+    Args:
+        retry_after_seconds: until it is there, as far as is known; told within bounds.
+    """
+
+    def __init__(self, reason: str, message: str, retry_after_seconds: float, **metadata: object) -> None:
+        super().__init__(reason, message, **metadata)
+        self.retry_after_seconds = _told_delay(retry_after_seconds)
 
 
 class DeadlineExceeded(ExplainServeError):
@@ -126,6 +139,10 @@ class ModelRefused(ExplainServeError):
         refusal = cls(reason, message)
         refusal.metadata.update(metadata)
         return refusal
+
+
+def _told_delay(seconds: float) -> float:
+    return min(max(seconds, SHORTEST_RETRY_SECONDS), LONGEST_RETRY_SECONDS)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

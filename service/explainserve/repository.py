@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import enum
 import logging
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from explainserve import placement
 from explainserve.backends import LoadOptions
 from explainserve.backends.trial import TrialLimits, Trials
 from explainserve.backends.tried import Tried
-from explainserve.errors import ExplainServeError, ModelRefused, NotFound, Unsupported
+from explainserve.errors import ExplainServeError, ModelRefused, NotFound, NotReady, Unsupported
 from explainserve.model_folder import ModelFolder, discover
 from explainserve.opening import DEFAULT_BATCH_ROWS, open_model
 from explainserve.served_model import ServedModel
@@ -39,6 +40,7 @@ class ModelEntry:
         reason: a sentence why it failed; "" otherwise.
         error_reason: the UPPER_SNAKE reason why it failed; "" otherwise.
         replicas: the model on each device that holds it, where READY; in the server's order of devices.
+        since: time of `time.monotonic` at which this became known.
     """
 
     name: str
@@ -48,6 +50,7 @@ class ModelEntry:
     reason: str = ""
     error_reason: str = ""
     replicas: tuple[ServedModel, ...] = ()
+    since: float = field(default_factory=time.monotonic)
 
 
 Report = Callable[[ModelEntry], None]
@@ -187,7 +190,8 @@ class Repository:
         Raises:
             NotFound: UNKNOWN_MODEL or UNKNOWN_VERSION; metadata tell what there is. That version, or all of them, were
                 unloaded (MODEL_UNLOADED).
-            Unsupported: that version, or all of them, failed to load (MODEL_FAILED) or still load (MODEL_LOADING).
+            NotReady: that version, or all of them, still load (MODEL_LOADING).
+            Unsupported: that version, or all of them, failed to load (MODEL_FAILED).
         """
         return _served(self._known(name, version))
 
@@ -294,19 +298,20 @@ def _highest_ready(versions: Mapping[int, ModelEntry]) -> ModelEntry:
 def _served(entry: ModelEntry) -> ServedModel:
     if entry.replicas:
         return entry.replicas[0]
+    name, version = entry.name, entry.version
+    subject = f"model {name!r} version {version}"
     if entry.state is ModelState.UNLOADED:
-        raise NotFound(
-            "MODEL_UNLOADED",
-            f"model {entry.name!r} version {entry.version} was unloaded",
-            model=entry.name,
-            version=entry.version,
+        raise NotFound("MODEL_UNLOADED", f"{subject} was unloaded", model=name, version=version)
+    if entry.state is ModelState.LOADING:
+        as_long_again = time.monotonic() - entry.since  # nothing tells how much of a load is left
+        raise NotReady(
+            "MODEL_LOADING", f"{subject} still loads; try again later", as_long_again, model=name, version=version
         )
-    state = "still loads" if entry.state is ModelState.LOADING else f"failed to load: {entry.reason}"
     raise Unsupported(
-        "MODEL_LOADING" if entry.state is ModelState.LOADING else "MODEL_FAILED",
-        f"model {entry.name!r} version {entry.version} {state}",
-        model=entry.name,
-        version=entry.version,
+        "MODEL_FAILED",
+        f"{subject} failed to load: {entry.reason}",
+        model=name,
+        version=version,
         error_reason=entry.error_reason,
     )
 

@@ -307,7 +307,9 @@ def test_it_answers_while_models_load(
     assert (health_of(own), own.http("/readyz")[0], own.http("/livez")[0]) == ("NOT_SERVING", 503, 200)
     assert own.stub.Explain(PLAIN, timeout=60).attributions
     waits = request("product", {"x": normal(1, 5), "y": normal(1, 5)})
-    assert refusal(lambda: own.stub.Explain(waits, timeout=60)).reason == "MODEL_LOADING"
+    refused = refusal(lambda: own.stub.Explain(waits, timeout=60))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "MODEL_LOADING")
+    assert refused.retry_after_seconds is not None
     gate.set()
     own.loading.result(60)
     assert (health_of(own), own.http("/readyz")[0]) == ("SERVING", 200)

@@ -39,7 +39,7 @@ def rich(error: Exception) -> tuple[status_pb2.Status, error_details_pb2.ErrorIn
 @pytest.mark.parametrize("own", CLASSES)
 def test_every_class_has_a_code(own: type[errors.ExplainServeError]) -> None:
     assert own in status.CODES
-    arguments = [1.0] if own is errors.QueueFull else []
+    arguments = [1.0] if own in (errors.QueueFull, errors.NotReady) else []
     assert status.code(own("REASON", "text", *arguments)) is status.CODES[own]
 
 

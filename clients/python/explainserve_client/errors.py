@@ -72,8 +72,9 @@ class ServerError(ExplainServeError):
         reason: UPPER_SNAKE reason of google.rpc.ErrorInfo, such as "INPUT_SHAPE_MISMATCH"; "" where there is none.
         metadata: names and values of google.rpc.ErrorInfo, such as which input, expected and actual.
         request_id: id of the request, as in the server's logs.
-        retry_after_seconds: when the server expects to have room (google.rpc.RetryInfo); None where trying again is no
-            help. The client never waits and tries again by itself: many that did would come back together.
+        retry_after_seconds: when the server expects to have room, or the model (google.rpc.RetryInfo); None where trying
+            again is no help. The client never waits so long and tries again by itself: many that did would come back
+            together.
     """
 
     def __init__(
@@ -128,7 +129,8 @@ class Unimplemented(ServerError):
 
 
 class Unavailable(ServerError):
-    """The server cannot be reached, also after the retries."""
+    """The server cannot be reached, or stops, or the model still loads (`retry_after_seconds` tells when to try again);
+    also after the retries."""
 
 
 class Internal(ServerError):
