@@ -16,7 +16,7 @@ import time
 import tomllib
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,18 +91,42 @@ def run(*arguments: object) -> Answer:
 def serving(folder: Path, log: Path, *options: str, command: list[str] | None = None) -> Iterator[Running]:
     """Starts a server and reads its two lines; ends it where the test did not."""
     arguments = command or [*COMMAND, "serve", "--models", str(folder), "--port", "0", "--http-port", "0", *options]
-    with log.open("w") as file:
-        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=file, text=True)
-    assert process.stdout is not None
-    try:
+    with starting(arguments, log) as process:
+        assert process.stdout is not None
         addresses = [process.stdout.readline().strip() for _ in range(2)]
         assert addresses[0].startswith("gRPC listening on "), log.read_text()
         assert addresses[1].startswith("HTTP listening on ")
         yield Running(process, addresses[0].rsplit(" ", 1)[1], addresses[1].rsplit(" ", 1)[1], log)
+
+
+@contextmanager
+def starting(command: list[str], log: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process whose standard error goes to a file; ends it where the test did not."""
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True)
+    assert process.stdout is not None
+    try:
+        yield process
     finally:
         process.kill()
         process.wait(SECONDS)
         process.stdout.close()
+
+
+def child_of(process: subprocess.Popen[Any]) -> int | None:
+    """A process that any of its threads has started."""
+    with suppress(OSError):  # a thread, or all of it, has just ended
+        for path in Path(f"/proc/{process.pid}/task").glob("*/children"):
+            if found := path.read_text().split():
+                return int(found[0])
+    return None
+
+
+def runs(process_id: int) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -516,6 +540,25 @@ def test_a_model_that_hangs_does_not_hold_the_process(command: list[str], tmp_pa
         assert running.stop() == 0
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("trial_seconds", [3600, 0], ids=["tried", "loaded"])
+def test_a_load_that_takes_for_ever_does_not_hold_the_process(trial_seconds: int, tmp_path: Path) -> None:
+    """Told to stop while a model is tried in a process of its own, which ends too, or is loaded without a trial."""
+    save(endless(), tmp_path / "endless" / "1")
+    where = ["serve", "--models", str(tmp_path), "--port", "0", "--http-port", "0", "--grace", str(10 * SECONDS)]
+    with starting([*COMMAND, *where, "--trial-seconds", str(trial_seconds)], tmp_path / "log") as process:
+        while '"LOADING"' not in (tmp_path / "log").read_text() or (trial_seconds and child_of(process) is None):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        child = child_of(process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SECONDS) == 0
+        ends = time.monotonic() + SECONDS
+        while child is not None and runs(child):
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+
+
 @pytest.mark.parametrize("option", ["--port", "--http-port"])
 def test_a_taken_port_is_said_on_standard_error_and_exits_with_1(option: str, tmp_path: Path) -> None:
     ports = {"--port": "0", "--http-port": "0"}
@@ -740,12 +783,6 @@ def test_a_server_of_its_own_that_cannot_start_says_why(monkeypatch: pytest.Monk
     assert answer.exit_code == 1
     assert answer.err.startswith("error: the server did not start: ")
     assert "abacus" in answer.err
-
-
-def child_of(process: subprocess.Popen[bytes]) -> int | None:
-    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    found = path.read_text().split() if path.exists() else []
-    return int(found[0]) if found else None
 
 
 HEEDING_INTERRUPTS = (

@@ -26,7 +26,7 @@ START_SECONDS = 120.0
 LONGEST = 10.0
 """How many times its seconds a file may take by the clock, where other processes keep its own from running."""
 
-_MAIN = "from explainserve.backends.trial_main import main; main()"
+_MAIN = "import sys; from explainserve.backends.trial_main import main; main(int(sys.argv[1]))"
 _MAX_ANSWER_BYTES = 1 << 20
 _QUOTED_BYTES = 4096
 _ENVIRONMENT = frozenset(
@@ -66,7 +66,7 @@ class TrialProcess:
         self.read: set[Path] = set()
         self._printed = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `kill`)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _MAIN],
+            [sys.executable, "-P", "-c", _MAIN, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._printed,

@@ -190,8 +190,6 @@ def _settings(flags: dict[str, Any]) -> Settings:
 
 
 async def _run(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
-    from explainserve.rpc.server import Server
-
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
 
     def stop() -> None:
@@ -200,6 +198,8 @@ async def _run(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         stopped.set()
 
     _on_signal(loop, stop)
+    from explainserve.rpc.server import Server  # takes seconds, and a signal may come meanwhile
+
     server = Server(settings, log)
     await server.listen()
     loading, stopping = asyncio.create_task(server.load()), asyncio.create_task(stopped.wait())
