@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 import onnx
 import pytest
 
+from explainserve import repository
 from explainserve.backends.onnx_runtime import OnnxModel
 from explainserve.plan import Rows
 from explainserve.rpc.tensors import encode
+from explainserve.served_model import ServedModel
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1 import model_pb2
 from hostile_graphs import patient
@@ -115,6 +118,33 @@ def test_models_say_where_they_are(server: Loopback) -> None:
     assert {predict(server, "pinned"), explain(server, "pinned").provenance.device} == {"cpu:1"}
     (ready,) = (line for line in server.lines if line.get("name") == "plain" and line["state"] == "READY")
     assert ready["devices"] == list(DEVICES)
+
+
+def test_what_was_found_on_each_device_is_told(
+    serve: Callable[..., Loopback], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a request, which may go to any of them, is told what a micro-batch takes where it is most."""
+    found = {"cpu:0": (4, 0.5, 1000), "cpu:1": (8, 0.25, 3000)}
+    opened = repository.open_model
+
+    def open_model(*arguments: Any) -> ServedModel:
+        model = opened(*arguments)
+        rows, seconds, peak = found[model.device]
+        return replace(model, max_batch_rows=rows, seconds_per_row=seconds, micro_batch_bytes=peak)
+
+    monkeypatch.setattr(repository, "open_model", open_model)
+    write_plain(tmp_path, "plain")
+    server = serve(models=tmp_path, device=DEVICES, warm_up_seconds=0)
+
+    model = server.stub.GetModel(pb.GetModelRequest(model=named("plain")), timeout=PATIENCE).model
+    told = {
+        own.device: (own.max_batch_rows, own.row_duration.ToMilliseconds() / 1000, own.micro_batch_bytes)
+        for own in model.replicas
+    }
+    assert told == found
+    assert (model.device, model.max_batch_rows) == ("cpu:0", 4), "what stands beside them is of the first"
+    asked = pb.EstimateCostRequest(explain=explain_request("plain", {"x": X}, targets=[element(1)]))
+    assert server.stub.EstimateCost(asked, timeout=PATIENCE).micro_batch_bytes == 3000
 
 
 def test_shutdown_finishes_the_requests_of_every_device(

@@ -86,6 +86,7 @@ from explainserve_client.models import (
     OperatorGap,
     OutputSpec,
     Preprocessing,
+    Replica,
     ValueRange,
 )
 from explainserve_client.preprocess import Geometry, Preprocessed
@@ -187,6 +188,7 @@ __all__ = [
     "Provenance",
     "Region",
     "RegionSum",
+    "Replica",
     "RequestTypeError",
     "RequestValueError",
     "ResolvedTarget",

@@ -72,9 +72,9 @@ class ServerError(ExplainServeError):
         reason: UPPER_SNAKE reason of google.rpc.ErrorInfo, such as "INPUT_SHAPE_MISMATCH"; "" where there is none.
         metadata: names and values of google.rpc.ErrorInfo, such as which input, expected and actual.
         request_id: id of the request, as in the server's logs.
-        retry_after_seconds: when the server expects to have room, or the model (google.rpc.RetryInfo); None where trying
-            again is no help. The client never waits so long and tries again by itself: many that did would come back
-            together.
+        retry_after_seconds: when the server expects to have room, or the model (google.rpc.RetryInfo); None where
+            trying again is no help. The client never waits so long and tries again by itself: many that did would
+            come back together.
     """
 
     def __init__(

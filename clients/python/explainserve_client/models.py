@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from explainserve.v1 import model_pb2, tensor_pb2
 from explainserve_client.errors import RequestValueError
@@ -290,6 +291,32 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class Replica:
+    """A model on one of the devices that hold it, and what was found there when it was loaded; see `ModelInfo`.
+
+    Attributes:
+        micro_batch_bytes: most memory that a micro-batch takes there; None where it was not measured.
+    """
+
+    device: str
+    execution: str
+    precision_map_error: float | None
+    noise_floor: float | None
+    memory: Memory | None
+    max_batch_rows: int
+    seconds_per_row: float | None
+    micro_batch_bytes: int | None
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.Replica) -> Replica:
+        """Reads the message."""
+        return cls(
+            micro_batch_bytes=message.micro_batch_bytes if message.HasField("micro_batch_bytes") else None,
+            **_found_at_load(message),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """All that the server knows of one model version.
 
@@ -302,6 +329,7 @@ class ModelInfo:
         methods: by name, such as "integrated_gradients".
         gaps: operators without a gradient, all of them.
         layers: intermediate tensors that can be picked, by name, in the order of the graph.
+        device: the first of those that hold it; what was measured at load is that of this one.
         execution: how the backend runs it where it has a choice, such as "channels_last"; "" where it has none.
         precision_map_error: relative L2 error of whole maps that a reduced precision makes, measured at load; None in
             float32.
@@ -310,6 +338,7 @@ class ModelInfo:
         max_batch_rows: rows that are evaluated together at most, found to be fastest when the model was loaded.
         seconds_per_row: of a micro-batch of that size, with gradients; None where it was not measured.
         default_target: class that is explained when a request names none; None means argmax.
+        replicas: the model on each device that holds it.
     """
 
     summary: ModelSummary
@@ -334,6 +363,7 @@ class ModelInfo:
     memory: Memory | None
     max_batch_rows: int
     seconds_per_row: float | None
+    replicas: tuple[Replica, ...]
 
     @property
     def name(self) -> str:
@@ -363,18 +393,13 @@ class ModelInfo:
             gaps=tuple(OperatorGap(gap.operator, gap.node, gap.reason, gap.remedy) for gap in message.gaps),
             layers=Table("layer", ((layer.name, Layer.from_proto(layer)) for layer in message.layers)),
             backend=message.backend,
-            device=message.device,
-            execution=message.execution,
             precision=message.precision,
-            precision_map_error=message.precision_map_error if message.HasField("precision_map_error") else None,
-            noise_floor=message.noise_floor if message.HasField("noise_floor") else None,
             data_baselines=tuple(message.data_baselines),
             default_target=message.default_target if message.HasField("default_target") else None,
             default_baseline=message.default_baseline,
             differentiable=message.differentiable,
-            memory=Memory.from_proto(message.memory) if message.HasField("memory") else None,
-            max_batch_rows=message.max_batch_rows,
-            seconds_per_row=message.row_duration.ToNanoseconds() / 1e9 if message.HasField("row_duration") else None,
+            replicas=tuple(map(Replica.from_proto, message.replicas)),
+            **_found_at_load(message),
         )
 
     def require_ready(self) -> None:
@@ -382,6 +407,19 @@ class ModelInfo:
         if self.summary.state != "READY":
             reason = self.summary.reason or "no reason given"
             raise RequestValueError(f"model {self.name!r} version {self.version} is {self.summary.state}: {reason}")
+
+
+def _found_at_load(message: model_pb2.Model | model_pb2.Replica) -> dict[str, Any]:
+    """What a model and each of its replicas state alike."""
+    return {
+        "device": message.device,
+        "execution": message.execution,
+        "precision_map_error": message.precision_map_error if message.HasField("precision_map_error") else None,
+        "noise_floor": message.noise_floor if message.HasField("noise_floor") else None,
+        "memory": Memory.from_proto(message.memory) if message.HasField("memory") else None,
+        "max_batch_rows": message.max_batch_rows,
+        "seconds_per_row": message.row_duration.ToNanoseconds() / 1e9 if message.HasField("row_duration") else None,
+    }
 
 
 def _axes(message: model_pb2.InputSpec | model_pb2.OutputSpec | model_pb2.Layer) -> tuple[Axis, ...]:

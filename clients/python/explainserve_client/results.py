@@ -364,7 +364,8 @@ class CostEstimate:
         held_bytes: inputs, baselines and maps, on the host until the answer is complete.
         max_host_bytes: most memory on the host, beside the model and its micro-batches; its limit is that of all
             requests together that are being answered.
-        micro_batch_bytes: most memory of a micro-batch on its device; None where it was not measured.
+        micro_batch_bytes: most memory of a micro-batch on its device, of several on the one where it is most; None
+            where it was not measured.
     """
 
     min_row_count: int

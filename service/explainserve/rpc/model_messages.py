@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from google.protobuf.duration_pb2 import Duration
+
 from explainserve.methods import METHODS, Method
 from explainserve.repository import ModelEntry
 from explainserve.rpc.provenance import duration, noise_floor
@@ -68,8 +70,26 @@ def model_message(entry: ModelEntry, model: ServedModel) -> model_pb2.Model:
         differentiable=model.differentiable,
         memory=_memory(model),
         max_batch_rows=model.max_batch_rows,
-        row_duration=None if model.seconds_per_row is None else duration(model.seconds_per_row),
+        row_duration=_row_duration(model),
+        replicas=[_replica(replica) for replica in entry.replicas],
     )
+
+
+def _replica(model: ServedModel) -> model_pb2.Replica:
+    return model_pb2.Replica(
+        device=model.runs_on,
+        execution=model.loaded.execution,
+        noise_floor=noise_floor(model),
+        precision_map_error=model.probe.precision_map_error,
+        memory=_memory(model),
+        max_batch_rows=model.max_batch_rows,
+        row_duration=_row_duration(model),
+        micro_batch_bytes=model.micro_batch_bytes,
+    )
+
+
+def _row_duration(model: ServedModel) -> Duration | None:
+    return None if model.seconds_per_row is None else duration(model.seconds_per_row)
 
 
 def _memory(model: ServedModel) -> model_pb2.Memory | None:

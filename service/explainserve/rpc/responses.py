@@ -108,11 +108,13 @@ def cost_response(
     held_bytes_limit: int,
     host_bytes_limit: int,
     reply_bytes_limit: int,
+    replicas: Sequence[ServedModel],
 ) -> explainer_service_pb2.EstimateCostResponse:
     """The cost of a request on an idle server.
 
     Args:
         message_bytes: size of the request.
+        replicas: of the model, of which any may evaluate it.
 
     Raises:
         InvalidRequest: as `reply_size`.
@@ -136,9 +138,8 @@ def cost_response(
     }
     # A short message can ask for more than an int64 counts.
     counted = {name: min(n, 2**63 - 1) for name, n in figures.items()}
-    return explainer_service_pb2.EstimateCostResponse(
-        **counted, micro_batch_bytes=request.query.model.micro_batch_bytes
-    )
+    known = [replica.micro_batch_bytes for replica in replicas if replica.micro_batch_bytes is not None]
+    return explainer_service_pb2.EstimateCostResponse(**counted, micro_batch_bytes=max(known, default=None))
 
 
 def predict_response(

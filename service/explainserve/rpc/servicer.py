@@ -125,6 +125,7 @@ class Servicer(ExplainerServiceServicer):
             held_bytes_limit=self._settings.byte_limit,
             host_bytes_limit=self._memory.limit,
             reply_bytes_limit=self._settings.max_message_bytes,
+            replicas=self._repository.replicas(checked.query.model),
         )
 
     async def Compare(  # type: ignore[override]  # a coroutine that writes to the context is a stream too

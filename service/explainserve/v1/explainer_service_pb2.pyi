@@ -1090,7 +1090,8 @@ class EstimateCostResponse(_message.Message):
     """
     micro_batch_bytes: _builtins.int
     """Most memory that a full micro-batch of the model takes on its device while it is evaluated for one target, measured at load;
-    absent where it was not: free axes, no warm-up, or a device that does not tell. It is there once for all requests.
+    of several devices that hold it, on the one where it is most (`Model.replicas` has each). Absent where it was not measured:
+    free axes, no warm-up, or a device that does not tell. It is there once for all requests.
     """
     max_host_bytes_limit: _builtins.int
     """The server's limit of `max_host_bytes`, of all requests together that are being answered."""

@@ -793,6 +793,73 @@ class Memory(_message.Message):
 Global___Memory: _TypeAlias = Memory  # noqa: Y015
 
 @_typing.final
+class Replica(_message.Message):
+    """A model on one of the devices that hold it, and what was found there when it was loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    EXECUTION_FIELD_NUMBER: _builtins.int
+    NOISE_FLOOR_FIELD_NUMBER: _builtins.int
+    PRECISION_MAP_ERROR_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_ROWS_FIELD_NUMBER: _builtins.int
+    ROW_DURATION_FIELD_NUMBER: _builtins.int
+    MICRO_BATCH_BYTES_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """Name of the device, such as "cuda:1"."""
+    execution: _builtins.str
+    """How the backend runs it where it has a choice, as in `Provenance.execution`."""
+    noise_floor: _builtins.float
+    """Relative L2 difference of one input gradient between a batch and a single row; absent where the model has no gradient."""
+    precision_map_error: _builtins.float
+    """Error that a chosen precision makes in whole maps; absent where none was chosen."""
+    max_batch_rows: _builtins.int
+    """Rows that are evaluated together at most, found to be fastest."""
+    micro_batch_bytes: _builtins.int
+    """Most memory that such a micro-batch takes while it is evaluated for one target; absent where it was not measured."""
+    @_builtins.property
+    def memory(self) -> Global___Memory:
+        """What it takes; absent where the backend does not tell."""
+
+    @_builtins.property
+    def row_duration(self) -> _duration_pb2.Duration:
+        """Time of one row in a micro-batch of that size, with its gradient where the model has one; absent where it was not measured:
+        free axes, or no warm-up.
+        """
+
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        execution: _builtins.str = ...,
+        noise_floor: _builtins.float | None = ...,
+        precision_map_error: _builtins.float | None = ...,
+        memory: Global___Memory | None = ...,
+        max_batch_rows: _builtins.int = ...,
+        row_duration: _duration_pb2.Duration | None = ...,
+        micro_batch_bytes: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_micro_batch_bytes", b"_micro_batch_bytes", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "memory", b"memory", "micro_batch_bytes", b"micro_batch_bytes", "noise_floor", b"noise_floor", "precision_map_error", b"precision_map_error", "row_duration", b"row_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_micro_batch_bytes", b"_micro_batch_bytes", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "device", b"device", "execution", b"execution", "max_batch_rows", b"max_batch_rows", "memory", b"memory", "micro_batch_bytes", b"micro_batch_bytes", "noise_floor", b"noise_floor", "precision_map_error", b"precision_map_error", "row_duration", b"row_duration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__micro_batch_bytes: _TypeAlias = _typing.Literal["micro_batch_bytes"]  # noqa: Y015
+    _WhichOneofArgType__micro_batch_bytes: _TypeAlias = _typing.Literal["_micro_batch_bytes", b"_micro_batch_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__noise_floor: _TypeAlias = _typing.Literal["noise_floor"]  # noqa: Y015
+    _WhichOneofArgType__noise_floor: _TypeAlias = _typing.Literal["_noise_floor", b"_noise_floor"]  # noqa: Y015
+    _WhichOneofReturnType__precision_map_error: _TypeAlias = _typing.Literal["precision_map_error"]  # noqa: Y015
+    _WhichOneofArgType__precision_map_error: _TypeAlias = _typing.Literal["_precision_map_error", b"_precision_map_error"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__micro_batch_bytes) -> _WhichOneofReturnType__micro_batch_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_floor) -> _WhichOneofReturnType__noise_floor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__precision_map_error) -> _WhichOneofReturnType__precision_map_error | None: ...
+
+Global___Replica: _TypeAlias = Replica  # noqa: Y015
+
+@_typing.final
 class Model(_message.Message):
     """All that the server knows of one model version."""
 
@@ -820,6 +887,7 @@ class Model(_message.Message):
     EXECUTION_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     PRECISION_MAP_ERROR_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
     sha256: _builtins.str
     """SHA-256 of the model file, lower-case hexadecimal."""
     batching: Global___Batching.ValueType
@@ -827,7 +895,9 @@ class Model(_message.Message):
     backend: _builtins.str
     """Backend that evaluates it, such as "onnxruntime"."""
     device: _builtins.str
-    """First of the devices that evaluate it, such as "cpu". Whatever is measured at load is that of this one."""
+    """First of the devices that evaluate it, such as "cpu". Whatever stands here and was measured at load is that of this one;
+    `replicas` has that of each.
+    """
     noise_floor: _builtins.float
     """Relative L2 difference of one input gradient between a batch and a single row, measured at load; absent where the model
     has no gradient.
@@ -888,6 +958,10 @@ class Model(_message.Message):
         it was not: free axes, or no warm-up.
         """
 
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]:
+        """The model on each device that holds it, in the order of `ModelSummary.devices`."""
+
     def __init__(
         self,
         *,
@@ -913,10 +987,11 @@ class Model(_message.Message):
         execution: _builtins.str = ...,
         precision: _builtins.str = ...,
         precision_map_error: _builtins.float | None = ...,
+        replicas: _abc.Iterable[Global___Replica] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "default_target", b"default_target", "memory", b"memory", "noise_floor", b"noise_floor", "precision_map_error", b"precision_map_error", "row_duration", b"row_duration", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "backend", b"backend", "batching", b"batching", "data_baselines", b"data_baselines", "default_baseline", b"default_baseline", "default_target", b"default_target", "device", b"device", "differentiable", b"differentiable", "execution", b"execution", "gaps", b"gaps", "inputs", b"inputs", "layers", b"layers", "max_batch_rows", b"max_batch_rows", "memory", b"memory", "methods", b"methods", "noise_floor", b"noise_floor", "outputs", b"outputs", "precision", b"precision", "precision_map_error", b"precision_map_error", "row_duration", b"row_duration", "sha256", b"sha256", "summary", b"summary", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "backend", b"backend", "batching", b"batching", "data_baselines", b"data_baselines", "default_baseline", b"default_baseline", "default_target", b"default_target", "device", b"device", "differentiable", b"differentiable", "execution", b"execution", "gaps", b"gaps", "inputs", b"inputs", "layers", b"layers", "max_batch_rows", b"max_batch_rows", "memory", b"memory", "methods", b"methods", "noise_floor", b"noise_floor", "outputs", b"outputs", "precision", b"precision", "precision_map_error", b"precision_map_error", "replicas", b"replicas", "row_duration", b"row_duration", "sha256", b"sha256", "summary", b"summary", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_target: _TypeAlias = _typing.Literal["default_target"]  # noqa: Y015
     _WhichOneofArgType__default_target: _TypeAlias = _typing.Literal["_default_target", b"_default_target"]  # noqa: Y015
