@@ -127,8 +127,11 @@ def _messages(found: Any, alone: Any) -> Iterator[str]:
 
 def _models(found: pb.GetModelResponse, alone: pb.GetModelResponse) -> Iterator[str]:
     """But for what is measured, anew at each load, and memory, which grows when a request opens a session."""
-    for message, name in product((found, alone), ("memory", "max_batch_rows", "row_duration")):
-        message.model.ClearField(name)
+    for model in (found.model, alone.model):
+        for message, name in product((model, *model.replicas), ("memory", "max_batch_rows", "row_duration")):
+            message.ClearField(name)
+        for replica in model.replicas:
+            replica.ClearField("micro_batch_bytes")
     yield from _messages(found, alone)
 
 

@@ -14,6 +14,7 @@ from equality import differences, unequal_maps
 from explainserve.rpc.tensors import encode
 from explainserve.v1 import attribution_pb2, statistics_pb2
 from explainserve.v1 import explainer_service_pb2 as pb
+from holding import Growth, Holding
 from second_look import Ask, doubts
 from slow_reader import reading_slowly
 
@@ -194,6 +195,25 @@ def test_the_work_of_a_row_is_that_of_its_products() -> None:
     assert work.operations == 2 * 2 * weights  # forward and backward
     assert work.elements == 2 * (8 + 16 + 16 + 4 + weights / floor.ROWS)
     assert floor.Peak(100.0, 10.0).seconds(floor.Work(50.0, 10.0), "float16") == (0.5, 2.0)
+
+
+def held(minutes: float, growth_per_minute: float) -> list[Holding]:
+    """1000 MB every half second, a fifth more while the server settles, and maps that come and go within seconds."""
+    times, random = np.arange(0, minutes * 60, 0.5), np.random.default_rng(1)
+    maps = np.repeat(random.exponential(5e7, len(times)), 8)[: len(times)]
+    settling = 2e8 * np.clip(1 - times / 30, 0, 1)
+    grown = 1e9 * (1 + growth_per_minute * times / 60)
+    return [Holding(float(t), int(b), 8, 8) for t, b in zip(times, grown + maps - settling, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("minutes", "growth", "told"),
+    [(5, 0.0, ""), (5, 0.01, ""), (5, 0.03, "memory grows by"), (0.5, 0.0, "soak for longer")],
+)
+def test_a_soak_of_minutes_tells_whether_memory_grows(minutes: float, growth: float, told: str) -> None:
+    failure = Growth.of(held(minutes, growth)).failure
+
+    assert told in failure if told else not failure
 
 
 def test_slow_reader_passes_everything_on_and_vanishes() -> None:
