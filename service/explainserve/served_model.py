@@ -24,7 +24,7 @@ Baselines = Mapping[str, Mapping[str, NDArray[np.float32]]]
 
 @dataclass(frozen=True)
 class MissingCapability:
-    """What a method needs and a model lacks: "gradient", "layers", or "rule:" and the name of a gradient rule."""
+    """What a method needs and a model lacks: "gradient", "layers", "spatial_axes", or "rule:" and the name of one."""
 
     capability: str
     reason: str
@@ -117,12 +117,15 @@ class ServedModel:
         known = {layer.name for layer in self.loaded.layers}
         return (*self.loaded.layers, *(Layer(name) for name in self.config.layers if name not in known))
 
-    def missing(self, rule: str, *, layers: bool, cut: bool = False) -> MissingCapability | None:
+    def missing(
+        self, rule: str, *, layers: bool, spatial_axes: bool = False, cut: bool = False
+    ) -> MissingCapability | None:
         """What keeps methods with these needs from explaining it, or None.
 
         Args:
             rule: name of the gradient rule, or "" for none.
             layers: whether layers are reached.
+            spatial_axes: whether an input that moves must have H and W axes.
             cut: whether layers are explained in the place of inputs, which then need no gradient.
         """
         if rule and not (self.differentiable or cut):
@@ -133,6 +136,8 @@ class ServedModel:
             return MissingCapability(f"rule:{rule}", reason)
         if layers and self.loaded.layers_refusal:
             return MissingCapability("layers", self.loaded.layers_refusal)
+        if spatial_axes and not self.signature.has_spatial_axes:
+            return MissingCapability("spatial_axes", "no floating-point input states a layout with H and W axes")
         return None
 
     def check_supports(self, rule: str, *, layers: bool, cut: bool = False) -> None:

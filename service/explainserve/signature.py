@@ -331,6 +331,11 @@ class Signature:
         raise InvalidRequest("UNKNOWN_OUTPUT", f"no output {name!r}; the model has {names}", output=name, outputs=names)
 
     @property
+    def has_spatial_axes(self) -> bool:
+        """Whether a floating-point input has H and W axes."""
+        return any(spec.spatial_axes is not None for spec in self.inputs if spec.differentiable)
+
+    @property
     def differentiable_inputs(self) -> tuple[str, ...]:
         """Names of the floating-point inputs."""
         return tuple(spec.name for spec in self.inputs if spec.differentiable)

@@ -201,6 +201,14 @@ def test_one_path_yields_integrated_gradients_idgi_and_the_gradient(stub: Explai
     assert attribution_pb2.CAUTION_KIND_BLIND_TO_BASELINE not in kinds[1]
 
 
+def test_methods_that_fail_the_randomization_check_say_so(stub: ExplainerServiceStub) -> None:
+    kind = attribution_pb2.CAUTION_KIND_FAILS_RANDOMIZATION
+    maps = explain(stub, *NAMES).attributions
+    cautioned = {NAMES[own.method_index] for own in maps if kind in [caution.kind for caution in own.cautions]}
+
+    assert cautioned == {"guided_backpropagation", "guided_grad_cam", "deconv_net", "pattern_attribution"}
+
+
 def test_a_method_that_is_not_built_says_so(stub: ExplainerServiceStub) -> None:
     missing = set(method_pb2.MethodSpec.DESCRIPTOR.fields_by_name) - METHODS.keys()
     for name in missing:

@@ -142,6 +142,15 @@ def test_methods_say_how_to_read_them(stub: ExplainerServiceStub) -> None:
         assert own.reading_guide.tier in ("T0", "T1", "T2", "T3")
 
 
+def test_methods_of_images_are_not_supported_without_one(stub: ExplainerServiceStub) -> None:
+    lacking = {own.method for own in model(stub, "plain").methods if own.missing_capability == "spatial_axes"}
+    of_an_image = {own.method for own in model(stub, "image").methods if own.missing_capability == "spatial_axes"}
+
+    cams = {"grad_cam", "grad_cam_plus_plus", "layer_cam", "score_cam"}
+    assert lacking == {"blur_integrated_gradients", "xrai"} | cams
+    assert not of_an_image
+
+
 def test_model_with_a_gap_names_it_and_its_remedy(stub: ExplainerServiceStub) -> None:
     own = model(stub, "gap")
     _, gap = own.gaps

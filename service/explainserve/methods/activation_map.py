@@ -47,8 +47,8 @@ class ActivationMap(LayerMap):
 
     @property
     def needs(self) -> Needs:
-        """Activations and gradients within the model."""
-        return Needs(layers=True)
+        """Activations and gradients within the model, which lie over an image."""
+        return Needs(layers=True, spatial_axes=True)
 
     def cost(self, subject: Subject) -> Cost:
         """One gradient."""

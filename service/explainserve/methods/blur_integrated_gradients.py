@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from explainserve.blur import gaussian_blur
 from explainserve.errors import Unsupported
 from explainserve.explanation import Attribution, Instance, Question, Subject
-from explainserve.methods.contract import FLOAT32_BYTES, WORKING_ARRAYS, Cost, Method, ReadingGuide
+from explainserve.methods.contract import FLOAT32_BYTES, WORKING_ARRAYS, Cost, Method, Needs, ReadingGuide
 from explainserve.methods.quadrature import check_step_count
 from explainserve.methods.rows import gradients, point
 from explainserve.methods.sampling import check_option, round_size
@@ -78,6 +78,11 @@ class BlurIntegratedGradients(Method):
     def __post_init__(self) -> None:
         check_step_count("step_count", self.step_count)
         check_option("max_sigma", self.max_sigma, high=MAX_SIGMA)
+
+    @property
+    def needs(self) -> Needs:
+        """Gradients, and something to blur."""
+        return Needs(spatial_axes=True)
 
     def resolved(self, subject: Subject) -> Self:
         """The same, where every moving input can be blurred.

@@ -55,10 +55,12 @@ class Needs:
     Attributes:
         rule: name of the gradient rule, or "" for a method that takes no gradient.
         layers: whether it reads activations within the model, or differentiates with respect to them.
+        spatial_axes: whether an input that moves must have H and W axes.
     """
 
     rule: str = STANDARD.name
     layers: bool = False
+    spatial_axes: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,5 +22,6 @@ class DeconvNet(InstanceGradient):
         deterministic=True,
         paper="Zeiler, Fergus: Visualizing and Understanding Convolutional Networks, ECCV 2014, arXiv:1311.2901",
         tier="T3",
+        fails_randomization=True,  # Sixt, Granz, Landgraf: When Explanations Lie, ICML 2020
     )
     rule: ClassVar[GradientRule] = GradientRule("deconvnet")

@@ -72,8 +72,8 @@ class GuidedGradCam(Method):
 
     @property
     def needs(self) -> Needs:
-        """Those of the pixel method, and layers."""
-        return replace(self._pixels.needs, layers=True)
+        """Those of the pixel method, and layers, which lie over an image."""
+        return replace(self._pixels.needs, layers=True, spatial_axes=True)
 
     def resolved(self, subject: Subject) -> Self:
         """With the layer that is used, and the pixel method resolved."""

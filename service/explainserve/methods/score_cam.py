@@ -48,8 +48,8 @@ class ScoreCam(LayerMap):
 
     @property
     def needs(self) -> Needs:
-        """Activations; no gradient."""
-        return Needs(rule="", layers=True)
+        """Activations, which lie over an image; no gradient."""
+        return Needs(rule="", layers=True, spatial_axes=True)
 
     def cost(self, subject: Subject) -> Cost:
         """One row for the activations, and one for each channel."""
@@ -105,15 +105,11 @@ class ScoreCam(LayerMap):
 
 
 def _masked(question: Question, own: Grid, activation: NDArray[np.float64], channel: int) -> Instance:
-    """The instance times one channel, scaled to [0, 1] and brought to its size; the same for all targets."""
+    """The instance times one channel, brought to its size and then scaled to [0, 1]; the same for all targets."""
     instance, subject = question.instance, question.subject
 
     def make() -> Instance:
-        cells = activation[channel]
-        contrast = np.ptp(cells)
-        mask = upsampled(
-            (cells - cells.min()) / contrast if contrast else np.zeros_like(cells), extent(subject, own), "bilinear"
-        )
+        mask = _scaled(upsampled(activation[channel], extent(subject, own), "bilinear"))
         x = instance.moving[own.covers]
         axes = subject.maps[own.covers].spatial_axes
         assert axes is not None, "A grid covers an input with H and W axes. This is a bug."
@@ -123,3 +119,9 @@ def _masked(question: Question, own: Grid, activation: NDArray[np.float64], chan
         return Instance({**instance.moving, own.covers: masked}, instance.fixed)
 
     return instance.derived(("score_cam", own.layer, channel), make)
+
+
+def _scaled(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """From 0 to 1; zeros where they are all equal."""
+    contrast = np.ptp(values)
+    return (values - values.min()) / contrast if contrast else np.zeros_like(values)

@@ -98,8 +98,8 @@ class Xrai(Method):
 
     @property
     def needs(self) -> Needs:
-        """Gradients, but for a given base map."""
-        return Needs() if self.base_map is None else Needs(rule="")
+        """An image; gradients, but for a given base map."""
+        return Needs(spatial_axes=True) if self.base_map is None else Needs(rule="", spatial_axes=True)
 
     def resolved(self, subject: Subject) -> Self:
         """The same, where there is one image.

@@ -136,7 +136,7 @@ def input_spec(spec: InputSpec) -> model_pb2.InputSpec:
 def _method_support(name: str, method: type[Method], model: ServedModel) -> model_pb2.MethodSupport:
     default = method()
     guide, needs = default.reading_guide, default.needs
-    missing = model.missing(needs.rule, layers=needs.layers)
+    missing = model.missing(needs.rule, layers=needs.layers, spatial_axes=needs.spatial_axes)
     return model_pb2.MethodSupport(
         method=name,
         supported=missing is None,

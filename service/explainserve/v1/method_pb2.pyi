@@ -776,8 +776,8 @@ Global___LayerCam: _TypeAlias = LayerCam  # noqa: Y015
 @_typing.final
 class ScoreCam(_message.Message):
     """Score-CAM (Wang et al. 2020, arXiv:1910.01279): channels weighted by what is left of the score when the instance is masked
-    with each of them, scaled to [0, 1] and upsampled; weights are the softmax over channels. Takes no gradient, and one forward
-    evaluation per channel.
+    with each of them, upsampled and then scaled to [0, 1]; weights are the softmax over channels. Takes no gradient, and one
+    forward evaluation per channel.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

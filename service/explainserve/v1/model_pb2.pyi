@@ -672,7 +672,9 @@ class MethodSupport(_message.Message):
     reason: _builtins.str
     """The missing capability, in words; empty where supported."""
     missing_capability: _builtins.str
-    """The missing capability by name: "gradient", "layers", or "rule:" and the name of a gradient rule; empty where supported."""
+    """The missing capability by name: "gradient", "layers", "spatial_axes" (no floating-point input has H and W axes), or "rule:"
+    and the name of a gradient rule; empty where supported.
+    """
     @_builtins.property
     def reading_guide(self) -> Global___ReadingGuide:
         """How to read a value."""
