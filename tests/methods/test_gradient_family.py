@@ -149,6 +149,27 @@ def test_bad_options_are_refused(kind: type[Method], options: dict[str, Any], re
     assert refusal.value.reason == reason
 
 
+def test_the_standard_error_of_a_stratified_mean_is_its_scatter_over_seeds() -> None:
+    """Of a curved integrand; as if the samples were independent it would be ten times as large."""
+    cubic = Function(lambda x: (x**4).sum(1), lambda x: 4 * x**3)
+    found = [explain(ExpectedGradients(sample_count=40, seed=seed), cubic) for seed in range(40)]
+    scatter = np.std([one.tensors["x"] for one in found], axis=0, ddof=1)
+    stated = np.sqrt(np.mean([np.square(one.standard_errors["x"]) for one in found], axis=0))
+
+    assert (stated / scatter < 2).all() and (stated / scatter > 0.5).all()
+
+
+def test_expected_gradients_cut_in_time_have_seen_the_whole_path(monkeypatch: Any) -> None:
+    monkeypatch.setattr("explainserve.methods.expected_gradients.round_size", lambda count: 8)
+    saturating = Function(lambda x: np.minimum(x, 0.2).sum(1), lambda x: 1.0 * (x < 0.2))
+    found, _ = rounds(
+        ExpectedGradients(sample_count=64), question(saturating, X, np.zeros(2)), saturating, final_after=1
+    )
+
+    assert found.step_count == 8
+    np.testing.assert_allclose(found.tensors["x"], 0.2, atol=0.1)
+
+
 def test_every_baseline_needs_a_sample() -> None:
     with pytest.raises(InvalidRequest) as refusal:
         explain(ExpectedGradients(sample_count=1), linear(W), X, [0.0, 0.0], [1.0, 0.0])

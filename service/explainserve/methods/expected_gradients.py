@@ -4,6 +4,7 @@ axiomatic attribution priors and expected gradients, 2021, equation 3), which Gr
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import repeat
 from typing import ClassVar
 
@@ -45,7 +46,8 @@ class SamplesPlan(Plan):
 class ExpectedGradients(Method):
     """The mean over baselines x' and alpha of (x - x') times the gradient at x' + alpha (x - x').
 
-    Stratified: every baseline gets its share of the samples, and each of these its own part of [0, 1] for alpha.
+    Stratified: every baseline gets its share of the samples, and each of these its own part of [0, 1] for alpha. The
+    standard errors count what is drawn within the parts.
 
     Attributes:
         sample_count: over all baselines, at least one for each.
@@ -123,11 +125,12 @@ class ExpectedGradients(Method):
         return noisy(instance, self.seed, index, dict.fromkeys(instance.moving, self.noise_std))
 
     def _sample(self, question: Question, index: int, instance: Instance) -> Segment:
-        """Sample k is of baseline k modulo their number: a cut in time leaves all of them about equally many."""
+        """Sample k is of baseline k modulo their number: a cut in time leaves all of them about equally many, in parts
+        of the path that lie all along it."""
         count = len(question.baselines)
-        stratum, baseline = divmod(index, count)
-        strata = len(range(baseline, self.sample_count, count))
-        alpha = (stratum + self._uniform(index)) / strata
+        visit, baseline = divmod(index, count)
+        strata = self._strata(baseline, count)
+        alpha = (strata[visit] + self._uniform(index)) / len(strata)
         return Segment(
             start=question.baselines[baseline].moving,
             end=instance.moving,
@@ -138,15 +141,18 @@ class ExpectedGradients(Method):
             selectors=(question.target.selector,),
         )
 
+    def _strata(self, baseline: int, count: int) -> NDArray[np.int64]:
+        """Parts of the path from one of so many baselines, in the order of their samples."""
+        return spread_order(len(range(baseline, self.sample_count, count)))
+
     def _uniform(self, index: int) -> float:
         sequence = np.random.SeedSequence((self.seed, index, _ALPHAS))
         return float(np.random.Generator(np.random.PCG64(sequence)).random())
 
     def _answer(self, question: Question, done: tuple[Maps, ...]) -> Attribution:
-        """The mean of the means of the baselines; the error as if a baseline's samples were not stratified, which it
-        overstates."""
+        """The mean of the means of the baselines, and its error."""
         count = min(len(question.baselines), len(done))
-        of_baseline = [done[k::count] for k in range(count)]
+        of_baseline = [self._along_the_path(done[k::count], k, len(question.baselines)) for k in range(count)]
         means, errors = {}, {}
         for name in done[0]:
             parts = [np.stack([sample[name] for sample in own]).astype(np.float64) for own in of_baseline]
@@ -156,13 +162,30 @@ class ExpectedGradients(Method):
         single = any(len(own) < 2 for own in of_baseline)
         return replace(answer, map_error=None, standard_errors={}) if single else answer
 
+    def _along_the_path(self, samples: tuple[Maps, ...], baseline: int, count: int) -> list[Maps]:
+        """The samples of a baseline in the order of alpha."""
+        return [samples[visit] for visit in np.argsort(self._strata(baseline, count)[: len(samples)])]
+
+
+@lru_cache(maxsize=64)
+def spread_order(count: int) -> NDArray[np.int64]:
+    """The numbers below `count` in an order of which every beginning lies evenly among them (van der Corput)."""
+    width = max(1, (count - 1).bit_length())
+    reversed_bits = [int(f"{number:0{width}b}"[::-1], 2) for number in range(count)]
+    order = np.argsort(np.argsort(reversed_bits))
+    order.setflags(write=False)
+    return order
+
 
 def _step(segment: Segment, name: str) -> NDArray[np.float32]:
     return segment.end[name].astype(np.float32) - segment.start[name].astype(np.float32)
 
 
 def _squared_error(samples: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of their mean; zero where one sample tells nothing."""
+    """Of their mean; zero where one sample tells nothing. By second differences of neighbours (Wolter 1984, estimator
+    v5), which a trend along the path leaves alone, as it does the mean of one sample per part."""
     if len(samples) < 2:
         return np.zeros(samples.shape[1:])
-    return np.asarray(samples.var(axis=0, ddof=1) / len(samples))
+    order = min(2, len(samples) - 1)
+    share = 6 if order == 2 else 2  # the sum of squares of (1, -2, 1), or of (1, -1)
+    return np.asarray(np.square(np.diff(samples, order, axis=0)).mean(axis=0) / share / len(samples))
