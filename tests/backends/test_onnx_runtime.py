@@ -450,6 +450,17 @@ class TestRows:
         np.testing.assert_allclose(result.scores, [(a * b).sum() * t * t for t in (0.25, 0.75)], rtol=1e-6)
         assert result.scores.dtype == np.float64
 
+    def test_rectifiers_of_float64_have_a_gradient(self, loaded: Callable[..., OnnxModel]) -> None:
+        kind = TensorProto.DOUBLE
+        found = loaded(model([node("Relu", ["x"], ["y"])], [("x", ["batch", 3], kind)], [("y", ["batch", 3], kind)]))
+        x = np.array([-1.0, 0.0, 2.0])
+        segment = along(
+            Differentiation("y", ScoreHead.IDENTITY, ("x",)), {"x": x}, {"x": x}, [1.0], target=selector(0, 1, 2)
+        )
+        (result,) = evaluate(found, segment)
+
+        np.testing.assert_array_equal(result.gradient_sums["x"], [0, 0, 1])
+
     def test_end_points_are_exact(self, loaded: Callable[..., OnnxModel]) -> None:
         found = loaded(model([node("Identity", ["x"], ["y"])], [("x", ["batch", 5])], [("y", ["batch", 5])]))
         random = np.random.default_rng(1)

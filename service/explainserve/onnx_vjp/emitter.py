@@ -243,11 +243,11 @@ class Emitter:
     def step(self, value: str, bound: float = 0.0, *, falling: bool = False) -> str:
         """1 where `value` is above `bound` (below it if `falling`), else 0, in the type of `value`.
 
-        A line steep enough to cross the unit interval between two neighbouring numbers: one operator in place of two,
-        and one that onnxruntime computes in the blocked layout of its convolutions. Numbers below the smallest normal
-        one of float32 count in part, those of float64 too.
+        Of float32 it is a line steep enough to cross the unit interval between two neighbouring numbers: one operator
+        in place of two, and one that onnxruntime computes in the blocked layout of its convolutions. Numbers below the
+        smallest normal one count in part. Of other types onnxruntime has no such operator.
         """
-        if self.graph.dtype(value) not in (TensorProto.FLOAT, TensorProto.DOUBLE):
+        if self.graph.dtype(value) != TensorProto.FLOAT:
             return self.mask(self.Less(value, bound) if falling else self.Greater(value, bound), value)
         _, exponent = frexp(bound)
         slope = ldexp(-1.0 if falling else 1.0, 126 - max(exponent, 0))
