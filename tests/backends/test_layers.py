@@ -171,6 +171,9 @@ def test_a_layer_of_another_output_is_not_on_the_path(tmp_path: Path, file_forma
         name = picked(model, "Sigmoid").name
         evaluated(model, {model.signature.inputs[0].name: np.ones(3, np.float32)}, [name], taps=[name])
     assert refusal.value.reason == "LAYER_NOT_ON_PATH"
+    with pytest.raises(InvalidRequest) as refusal:
+        evaluated(model, {model.signature.inputs[0].name: np.ones(3, np.float32)}, taps=[name])
+    assert refusal.value.reason == "LAYER_NOT_ON_PATH"
 
 
 @both_formats

@@ -128,7 +128,7 @@ class NamedGraph:
         roots = {name: self._layer(name) for name in asked.wrt if name not in self.inputs and name not in cut}
         tapped = {name: cut.get(name) or self._layer(name) for name in asked.taps}
         self._check_cut(cut)
-        for name, node in (*cut.items(), *roots.items()):
+        for name, node in {**cut, **roots, **tapped}.items():
             if output not in dependents(node, without=set(cut.values()) - {node}):
                 raise layer_not_on_path(name, asked.output)
         returned = {**roots, **tapped}

@@ -440,6 +440,7 @@ class OnnxModel:
 
     def _forward(self, function: Differentiation) -> OnnxFunction:
         graph, score = self._with_head(function)
+        self._check_on_path(graph, function, score)
         rows = self._row_graph(graph)
         rows.interpolate(self._moving(function))
         return self._opened(rows, [score, *function.taps], function)
@@ -492,7 +493,7 @@ class OnnxModel:
         if not (self._has_gradient or function.cut):
             raise _not_differentiable(self.gaps, self.signature.undifferentiable_reason)
         graph, score = self._with_head(function)
-        self._check_wrt(graph, function, score)
+        self._check_on_path(graph, function, score)
         rule = self._stated(function.rule)
         key = cache_key(graph, function.wrt, score, function.output, self.fixed_batch, rule)
         result = self._cache.get(key, lambda: self._built(graph, function, score))
@@ -512,9 +513,9 @@ class OnnxModel:
         results = {score: function.output, **{graph.gradients[name]: name for name in function.wrt}}
         return {own for own, name in results.items() if name in self._unbatched}
 
-    def _check_wrt(self, graph: onnx.ModelProto, function: Differentiation, score: str) -> None:
+    def _check_on_path(self, graph: onnx.ModelProto, function: Differentiation, score: str) -> None:
         """Raises InvalidRequest (LAYER_NOT_ON_PATH) for a layer that the score does not depend on."""
-        for name in set(function.wrt) - _input_names(graph):
+        for name in {*function.wrt, *function.taps} - _input_names(graph):
             if score not in dependents(graph.graph.node, name):
                 raise layer_not_on_path(name, function.output)
 
