@@ -134,11 +134,16 @@ class ServedModel:
         reason = self.loaded.gradient_rules.get(rule, unknown) if rule else ""
         if reason:
             return MissingCapability(f"rule:{rule}", reason)
-        if layers and self.loaded.layers_refusal:
-            return MissingCapability("layers", self.loaded.layers_refusal)
+        if layers and self._layers_refusal:
+            return MissingCapability("layers", self._layers_refusal)
         if spatial_axes and not self.signature.has_spatial_axes:
             return MissingCapability("spatial_axes", "no floating-point input states a layout with H and W axes")
         return None
+
+    @property
+    def _layers_refusal(self) -> str:
+        nothing = "" if self.layers else "no floating-point tensor lies between its inputs and outputs"
+        return self.loaded.layers_refusal or nothing
 
     def check_supports(self, rule: str, *, layers: bool, cut: bool = False) -> None:
         """Raises Unsupported where a capability is missing: a gradient (NOT_DIFFERENTIABLE), or a gradient rule or

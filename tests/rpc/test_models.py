@@ -21,7 +21,7 @@ from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
 from hostile_graphs import CRASHERS
 from onnx_graphs import linear, node, quantized_twice, quantized_within, save, scanned_by_lengths
 from rpc.folder import LABELS, MEAN, STD
-from rpc.loopback import Loopback, array, named, refusal, request
+from rpc.loopback import Loopback, array, element, named, refusal, request
 
 READY, FAILED = model_pb2.MODEL_STATE_READY, model_pb2.MODEL_STATE_FAILED
 
@@ -149,6 +149,14 @@ def test_methods_of_images_are_not_supported_without_one(stub: ExplainerServiceS
     cams = {"grad_cam", "grad_cam_plus_plus", "layer_cam", "score_cam"}
     assert lacking == {"blur_integrated_gradients", "xrai"} | cams
     assert not of_an_image
+
+
+def test_methods_of_a_model_of_token_ids_are_those_that_explain_its_layers(stub: ExplainerServiceStub) -> None:
+    methods = {own.method: own for own in model(stub, "words").methods}
+
+    assert all(methods[name].supported for name in ("integrated_gradients", "gradient", "smooth_grad", "kernel_shap"))
+    assert methods["xrai"].missing_capability == methods["grad_cam"].missing_capability == "spatial_axes"
+    assert methods["guided_backpropagation"].missing_capability == "rule:guided_backpropagation"
 
 
 def test_model_with_a_gap_names_it_and_its_remedy(stub: ExplainerServiceStub) -> None:
@@ -304,12 +312,21 @@ def test_model_without_a_floating_point_output_says_why_it_has_no_gradient_as_th
     assert method.reason in refused.message
 
 
-def test_model_without_a_floating_point_input_supports_no_gradient(stub: ExplainerServiceStub) -> None:
+def test_model_without_a_floating_point_input_supports_gradients_at_its_layers(stub: ExplainerServiceStub) -> None:
     own = model(stub, "tokens")
 
-    assert not own.inputs[0].differentiable
-    assert not own.methods[0].supported
-    assert "floating-point" in own.methods[0].reason
+    assert not own.inputs[0].differentiable and not own.differentiable
+    assert own.methods[0].supported
+    ids = np.array([[3, 1, 4, 1, 5]])
+    stub.Explain(request("tokens", {"ids": ids}, targets=[element(1)], layers=[own.layers[0].name]), timeout=60)
+
+
+def test_a_model_without_layers_says_so(stub: ExplainerServiceStub) -> None:
+    own = model(stub, "gap")
+    methods = {method.method: method for method in own.methods}
+
+    assert not own.layers and methods["occlusion"].supported
+    assert methods["score_cam"].missing_capability == "layers" and "between" in methods["score_cam"].reason
 
 
 @pytest.mark.parametrize("name", ["batch_mixing"])

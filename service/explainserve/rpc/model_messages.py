@@ -136,7 +136,10 @@ def input_spec(spec: InputSpec) -> model_pb2.InputSpec:
 def _method_support(name: str, method: type[Method], model: ServedModel) -> model_pb2.MethodSupport:
     default = method()
     guide, needs = default.reading_guide, default.needs
-    missing = model.missing(needs.rule, layers=needs.layers, spatial_axes=needs.spatial_axes)
+    at_layers = not model.signature.differentiable_inputs  # nothing else of the model can be explained
+    missing = model.missing(
+        needs.rule, layers=needs.layers or at_layers, spatial_axes=needs.spatial_axes, cut=at_layers
+    )
     return model_pb2.MethodSupport(
         method=name,
         supported=missing is None,

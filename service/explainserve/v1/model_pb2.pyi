@@ -668,7 +668,9 @@ class MethodSupport(_message.Message):
     method: _builtins.str
     """Name of the field of MethodSpec, such as "integrated_gradients"."""
     supported: _builtins.bool
-    """Whether this model supports it."""
+    """Whether this model supports it. Of a model without a floating-point input: whether it does at layers, which stand in the place
+    of inputs.
+    """
     reason: _builtins.str
     """The missing capability, in words; empty where supported."""
     missing_capability: _builtins.str
