@@ -249,7 +249,7 @@ class Explainer:
             raise LimitExceeded(
                 "REQUEST_ROWS_EXCEEDED",
                 f"the request needs up to {row_count} rows, the limit is {self._max_request_rows}; ask for fewer "
-                "instances, targets, baselines or steps",
+                "instances, targets, baselines, steps or samples",
                 rows=row_count,
                 limit=self._max_request_rows,
             )

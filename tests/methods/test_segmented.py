@@ -261,6 +261,8 @@ def test_a_regression_on_scores_that_do_not_vary_has_no_r_squared() -> None:
         (ShapleyValueSampling, {"sample_count": 0}, 4, "SAMPLE_COUNT_OUT_OF_RANGE"),
         (ShapleyValueSampling, {}, 1, "SEGMENT_COUNT_OUT_OF_RANGE"),
         (Lime, {"sample_count": 1}, 4, "SAMPLE_COUNT_OUT_OF_RANGE"),
+        (Lime, {"sample_count": 65537}, 4, "SAMPLE_COUNT_OUT_OF_RANGE"),
+        (ShapleyValueSampling, {"sample_count": 65537}, 4, "SAMPLE_COUNT_OUT_OF_RANGE"),
         (Lime, {"kernel_width": 0.0}, 4, "OPTION_OUT_OF_RANGE"),
         (Lime, {"ridge": -1.0}, 4, "OPTION_OUT_OF_RANGE"),
         (Lime, {}, 1025, "SEGMENT_COUNT_OUT_OF_RANGE"),

@@ -77,7 +77,7 @@ class KernelShap(Segmented):
     def path_bytes(self, subject: Subject) -> int:
         """The rows of a round, and the regression."""
         count = self.feature_count(subject) or MAX_FEATURES
-        return super().path_bytes(subject) + regression_bytes(self._asked, count)
+        return super().path_bytes(subject) + regression_bytes(2 * self._pair_count(count), count)
 
     def coalitions(self, feature_count: int) -> Packed:
         """Pairs of sets, small and large ones first."""

@@ -14,7 +14,14 @@ from explainserve.methods.contract import Cost, ReadingGuide
 from explainserve.methods.perturbation import Scores
 from explainserve.methods.regression import MAX_FEATURES, regression_bytes, ridge
 from explainserve.methods.sampling import check_option, check_sample_count, check_seed
-from explainserve.methods.segmented import Coalitions, Packed, Segmented, check_segment_count, packed
+from explainserve.methods.segmented import (
+    MAX_SAMPLE_COUNT,
+    Coalitions,
+    Packed,
+    Segmented,
+    check_segment_count,
+    packed,
+)
 
 MIN_FEATURES = 2
 
@@ -27,7 +34,7 @@ class Lime(Segmented):
     sqrt(exp(-d^2 / kernel_width^2)), d its cosine distance to the instance. Equal samples are evaluated once.
 
     Attributes:
-        sample_count: with the instance, at least 2.
+        sample_count: with the instance, from 2 to MAX_SAMPLE_COUNT.
         kernel_width: positive.
         ridge: penalty, at least 0.
         seed: at least 0.
@@ -56,7 +63,7 @@ class Lime(Segmented):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sample_count(self.sample_count, 2)
+        check_sample_count(self.sample_count, 2, MAX_SAMPLE_COUNT)
         check_option("kernel_width", self.kernel_width)
         check_option("ridge", self.ridge, above=False)
         check_seed(self.seed)

@@ -65,14 +65,16 @@ def estimated(
     ).checked()
 
 
-def check_sample_count(count: int, minimum: int) -> None:
-    """Raises InvalidRequest (SAMPLE_COUNT_OUT_OF_RANGE) below the minimum."""
-    if count < minimum:
+def check_sample_count(count: int, minimum: int, maximum: int | None = None) -> None:
+    """Raises InvalidRequest (SAMPLE_COUNT_OUT_OF_RANGE) outside the range."""
+    if count < minimum or (maximum is not None and count > maximum):
         raise InvalidRequest(
             "SAMPLE_COUNT_OUT_OF_RANGE",
-            f"sample_count is {count}; expected at least {minimum}",
+            f"sample_count is {count}; expected at least {minimum}"
+            + ("" if maximum is None else f" and at most {maximum}"),
             sample_count=count,
             min=minimum,
+            max=maximum or "",
         )
 
 
@@ -89,9 +91,10 @@ def check_option(
     `above`) or greater than `high`."""
     inside = (value > low if above else value >= low) and value <= high and np.isfinite(value)
     if not inside:
+        upper = f"at most {high}" if np.isfinite(high) else "finite"
         raise InvalidRequest(
             "OPTION_OUT_OF_RANGE",
-            f"{option} is {value}; expected {'more than' if above else 'at least'} {low} and at most {high}",
+            f"{option} is {value}; expected {'more than' if above else 'at least'} {low} and {upper}",
             option=option,
             value=value,
             min=low,

@@ -29,6 +29,9 @@ from explainserve.methods.perturbation import Perturbation, Perturbations, Score
 Packed = NDArray[np.uint8]
 """Sets of segments, eight segments a byte, shape (sets, bytes)."""
 
+MAX_SAMPLE_COUNT = 65536
+"""Of samples that take no row of their own where they are equal: no limit of rows bounds the time to draw them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Coalitions(Perturbations):
@@ -161,7 +164,8 @@ def check_segment_count(count: int | None, minimum: int, maximum: int | None = N
     raise InvalidRequest(
         "SEGMENT_COUNT_OUT_OF_RANGE",
         f"there are {count} segments; the method needs at least {minimum}"
-        + ("" if maximum is None else f" and at most {maximum}"),
+        + ("" if maximum is None else f" and at most {maximum}")
+        + ": send segments, or choose another recipe",
         count=count,
         min=minimum,
         max=maximum or "",

@@ -16,6 +16,7 @@ from explainserve.methods.contract import FLOAT32_BYTES, Cost, ReadingGuide
 from explainserve.methods.perturbation import Scores
 from explainserve.methods.sampling import check_sample_count, check_seed, estimated
 from explainserve.methods.segmented import (
+    MAX_SAMPLE_COUNT,
     Coalitions,
     Packed,
     Segmented,
@@ -51,7 +52,7 @@ class ShapleyValueSampling(Segmented):
     All orders where there are no more of them than `sample_count`, each once: the values are exact then.
 
     Attributes:
-        sample_count: of orders, at least 1.
+        sample_count: of orders, from 1 to MAX_SAMPLE_COUNT.
         seed: at least 0; order k is drawn by the seed sequence (seed, k).
 
     Raises:
@@ -75,7 +76,7 @@ class ShapleyValueSampling(Segmented):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sample_count(self.sample_count, 1)
+        check_sample_count(self.sample_count, 1, MAX_SAMPLE_COUNT)
         check_seed(self.seed)
 
     def resolved(self, subject: Subject) -> Self:

@@ -1006,8 +1006,8 @@ class Occlusion(_message.Message):
 
     @_builtins.property
     def stride(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Optional. Distance of windows, at least 1 and at most the window's extent. Default: half the window, rounded up. The last
-        window ends with the input.
+        """Optional. Distance of windows, at least 1 and at most the window's extent, only with a `window` of as many extents. Default:
+        half the window, rounded up. The last window ends with the input.
         """
 
     def __init__(
@@ -1120,7 +1120,7 @@ class Lime(_message.Message):
     segment_count: _builtins.int
     """Optional. Number of segments of GRID and SLIC, about; at least 2. Default 50."""
     sample_count: _builtins.int
-    """Optional. Number of samples with the instance, at least 2; equal ones are evaluated once. Default 1000."""
+    """Optional. Number of samples with the instance, from 2 to 65536; equal ones are evaluated once. Default 1000."""
     kernel_width: _builtins.float
     """Optional. Width w of the kernel, positive: a sample at cosine distance d from the instance weighs sqrt(exp(-d^2 / w^2)), as
     in the authors' code. Default 0.25.
@@ -1289,8 +1289,8 @@ class ShapleyValueSampling(_message.Message):
     segment_count: _builtins.int
     """Optional. Number of segments of GRID, about. Default 16."""
     sample_count: _builtins.int
-    """Optional. Number of orders, at least 1; each takes one evaluation per segment, less one. Sets of segments that several
-    orders have in common are evaluated once. Default 25, as in Captum.
+    """Optional. Number of orders, from 1 to 65536; each takes one evaluation per segment, less one. Sets of segments that
+    several orders have in common are evaluated once. Default 25, as in Captum.
     """
     seed: _builtins.int
     """Optional. Seed, at least 0. Default 0."""
