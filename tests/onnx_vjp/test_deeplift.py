@@ -118,6 +118,14 @@ def test_max_pooling_is_complete_where_windows_overlap() -> None:
     check_sum(graph, {"x": (1, 2, 7, 7)}, (1, 2, 3, 3))
 
 
+def test_maxima_of_the_whole_plane_are_complete() -> None:
+    pooled = model([node("GlobalMaxPool", "x", "y")], {"x": ["n", 2, 5, 4]}, ["y"])
+    check_sum(pooled, {"x": (3, 2, 5, 4)}, (3, 2, 1, 1))
+    axes = {"axes": np.array([2, 3])}
+    reduced = model([node("ReduceMax", "x axes", "y", keepdims=0)], {"x": ["n", 2, 5, 4]}, ["y"], axes)
+    check_sum(reduced, {"x": (3, 2, 5, 4)}, (3, 2))
+
+
 def test_equal_inputs_have_the_gradient_as_multiplier() -> None:
     graph = model([node("Sigmoid", "x", "s"), node("Mul", "s s", "y")], {"x": [3]}, ["y"])
     result = input_gradient(graph, ["x"], "y", rules=RESCALE)
@@ -128,10 +136,10 @@ def test_equal_inputs_have_the_gradient_as_multiplier() -> None:
 
 
 def test_what_has_no_rule_is_a_gap_and_not_a_derivative() -> None:
-    graph = model([node("ReduceMax", "x", "y", keepdims=0)], {"x": [3]}, ["y"])
+    graph = model([node("ReduceMin", "x", "y", keepdims=0)], {"x": [3]}, ["y"])
     assert find_gaps(graph, ["x"], "y") == []
     (gap,) = find_gaps(graph, ["x"], "y", rules=RESCALE)
-    assert (gap.operator, "DeepLIFT" in gap.reason) == ("ReduceMax", True)
+    assert (gap.operator, "DeepLIFT" in gap.reason) == ("ReduceMin", True)
 
 
 def test_true_gradients_ask_for_no_baseline() -> None:

@@ -22,7 +22,6 @@ from explainserve.onnx_vjp.registry import (
     Table,
     standard,
 )
-from explainserve.onnx_vjp.rules.pooling import max_pool, unpooled
 
 # Smaller differences have the slope of the tangent: their quotient would be rounding.
 SMALLEST_DIFFERENCE = 1e-7
@@ -158,14 +157,20 @@ def _log_softmax(op: Emitter, node: Node, g: str) -> Gradients:
     return (op.Sub(g, op.Mul(op.ReduceSum(g, [axis], keepdims=1), slope)),)
 
 
-def _max_pool(op: Emitter, node: Node, g: str) -> Gradients:
+def _of_a_maximum(derivative: Formula) -> Formula:
     """What the larger of both maxima exceeds the other by is due to its own position."""
-    x, y = node.inputs[0], node.outputs[0]
-    twin = Node(op.graph.producers[node.twin(y)], frozenset())
-    larger = op.Max(y, node.twin(y))
-    gained = unpooled(op, node, op.Mul(g, op.Sub(larger, node.twin(y))))
-    lost = unpooled(op, twin, op.Mul(g, op.Sub(y, larger)))
-    return (_secant(op, _difference(op, node, x), op.Add(gained, lost), str(max_pool(op, node, g)[0])),)
+
+    def formula(op: Emitter, node: Node, g: str) -> Gradients:
+        x, y = node.inputs[0], node.outputs[0]
+        twin = Node(op.graph.producers[node.twin(y)], frozenset())
+        larger = op.Max(y, node.twin(y))
+        gained = derivative(op, node, op.Mul(g, op.Sub(larger, node.twin(y))))[0]
+        lost = derivative(op, twin, op.Mul(g, op.Sub(y, larger)))[0]
+        tangent = str(derivative(op, node, g)[0])
+        secant = _secant(op, _difference(op, node, x), op.Add(gained, lost), tangent)
+        return [secant, *[None] * (len(node.inputs) - 1)]
+
+    return formula
 
 
 def _where(derivative: Formula) -> Formula:
@@ -177,7 +182,7 @@ def _where(derivative: Formula) -> Formula:
     return formula
 
 
-_RULES: dict[str, Formula] = {"Div": _div, "Softmax": _softmax, "LogSoftmax": _log_softmax, "MaxPool": _max_pool}
+_RULES: dict[str, Formula] = {"Div": _div, "Softmax": _softmax, "LogSoftmax": _log_softmax}
 
 
 def _changed(operator: str, state: Rule) -> State:
@@ -194,6 +199,7 @@ def _changed(operator: str, state: Rule) -> State:
 _WRAPPED = (
     (_at_midpoint, _BILINEAR),
     (_rescaled, _OF_ONE_TENSOR),
+    (_of_a_maximum, frozenset({"GlobalMaxPool", "MaxPool", "ReduceMax"})),
     (_batch_normalization, frozenset({"BatchNormalization"})),
     (_in_evaluation, frozenset({"Dropout"})),
     (_where, frozenset({"Where"})),
