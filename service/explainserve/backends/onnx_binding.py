@@ -3,6 +3,8 @@
 Rows come in a few sizes (`row_feeds.fixed_size`), so that few sets of buffers serve all micro-batches. A recorded run,
 which CUDA calls a graph, is started by one call in place of one for each operator. It reads and writes the very
 addresses that it was recorded with, which is why the buffers stay.
+
+onnxruntime makes the device of a session the current one of the thread at the start of each run, and of an allocation.
 """
 
 from __future__ import annotations

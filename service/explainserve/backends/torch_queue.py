@@ -107,7 +107,10 @@ class CudaQueue:
         self.record: Record | None = _Capture()
 
     def computing(self) -> AbstractContextManager[object]:
-        """After what the caller asked of torch's usual stream, such as to lay out weights."""
+        """After what the caller asked of torch's usual stream, such as to lay out weights.
+
+        With its stream, torch makes the device the current one of the thread: one thread may have several.
+        """
         compute = _STREAMS.of(self.device).compute
         compute.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(compute)

@@ -274,11 +274,14 @@ class Scheduler:
 
 def _shares(line: Line, turn: Turn, key: Hashable, budget: int) -> Iterator[tuple[Request, int]]:
     """How many rows of a key each request brings to a batch of at most `budget` rows; none of those without any."""
-    order = islice(line.order(turn), budget)
-    for _, members in groupby(order, key=lambda request: turn is Turn.LONGEST_WAITING or request.priority):
+
+    def rank(request: Request) -> int:
+        return 0 if turn is Turn.LONGEST_WAITING else request.priority
+
+    for _, members in groupby(islice(line.order(turn), budget), rank):
         equals = list(members)
         wanted = [request.waiting[key].row_count for request in equals]
-        shares = _undivided(equals, wanted, _equal_shares(budget, wanted))
+        shares = _short_ones_undivided(equals, wanted, _equal_shares(budget, wanted))
         budget -= sum(shares)
         yield from ((request, share) for request, share in zip(equals, shares, strict=True) if share)
 
@@ -295,13 +298,13 @@ def _equal_shares(budget: int, wanted: Sequence[int]) -> list[int]:
     return shares
 
 
-def _undivided(requests: Sequence[Request], wanted: Sequence[int], shares: Sequence[int]) -> list[int]:
-    """The same shares, but those of short requests together go to one after another."""
-    left = sum(share for request, share in zip(requests, shares, strict=True) if request.short)
+def _short_ones_undivided(requests: Sequence[Request], wanted: Sequence[int], shares: Sequence[int]) -> list[int]:
+    """The same shares, but what short requests have together goes to one after another: half of one is no answer."""
+    together = sum(share for request, share in zip(requests, shares, strict=True) if request.short)
     dealt = []
     for request, rows, share in zip(requests, wanted, shares, strict=True):
-        own = min(rows, left) if request.short else share
-        left -= own if request.short else 0
+        own = min(rows, together) if request.short else share
+        together -= own if request.short else 0
         dealt.append(own)
     return dealt
 
@@ -313,5 +316,6 @@ def _open_jobs(batch: Batch) -> list[Job]:
 
 
 def _fits_into_one_batch(request: Request) -> bool:
-    limit = min(waiting.first.job.limit.rows for waiting in request.waiting.values())
-    return len(request.waiting) == 1 and sum(waiting.row_count for waiting in request.waiting.values()) <= limit
+    """Whether all rows that wait do: those of several keys go in several."""
+    first, *others = request.waiting.values()
+    return not others and first.row_count <= first.first.job.limit.rows
