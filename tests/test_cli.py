@@ -37,7 +37,17 @@ from explainserve.rpc.tensors import encode
 from explainserve.settings import Settings
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
-from explainserve_client import AttributionSelector, Box, Label, Margin, Progress, TopK
+from explainserve_client import (
+    AttributionSelector,
+    Box,
+    GradientXInput,
+    Label,
+    Margin,
+    Occlusion,
+    Progress,
+    SmoothGrad,
+    TopK,
+)
 from hostile_graphs import CRASHERS, endless, patient
 from models import MODELS, write_model
 from onnx_graphs import model, node, quantized_twice, quantized_within, save
@@ -582,6 +592,15 @@ def test_a_missing_model_folder_is_said_on_standard_error_and_exits_with_1(tmp_p
 
 
 # explain
+
+
+def test_methods_are_spelled_with_lists_and_other_methods() -> None:
+    texts = ["occlusion:window=[8, 4],stride=[2,2],aggregation=sum", "smooth_grad:base=gradient_x_input,seed=7"]
+    occlusion, smooth = Occlusion([8, 4], [2, 2], "sum"), SmoothGrad(base=GradientXInput(), seed=7)
+
+    assert spellings.named_methods(texts) == [occlusion, smooth]
+    with pytest.raises(typer.BadParameter):
+        spellings.named_methods(["smooth_grad:base=tea_leaves"])
 
 
 def test_explain_by_other_methods_writes_a_row_for_each(server: Running, picture: Path, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def regions(texts: Iterable[str]) -> dict[str, Box]:
 
 
 def named_methods(texts: Sequence[str]) -> list[Method]:
-    """Methods as NAME or NAME:OPTION=VALUE,... with values as JSON, else as text."""
+    """Methods as NAME or NAME:OPTION=VALUE,... with values as JSON, such as [8, 8], as NAME of a method, or as text."""
     return [_named_method(text) for text in texts]
 
 
@@ -148,11 +148,15 @@ def _named_method(text: str) -> Method:
     kind = METHODS.get(name)
     if kind is None:
         raise typer.BadParameter(f"no method {name!r}; there are {', '.join(METHODS)}", param_hint="--method")
-    pairs = [part.partition("=") for part in rest.split(",") if part]
-    options: dict[str, Any] = {option: _value(value) for option, _, value in pairs}
-    unknown = options.keys() - {field.name for field in dataclasses.fields(kind)}
+    pairs = [part.partition("=") for part in re.split(r",(?![^\[]*\])", rest) if part]  # not at commas within a list
+    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    unknown = {option for option, _, _ in pairs} - types.keys()
     if unknown:
         raise typer.BadParameter(f"{name} has no option {', '.join(sorted(unknown))}", param_hint="--method")
+    options: dict[str, Any] = {
+        option: _named_method(value) if types[option].startswith("Method") else _value(value)
+        for option, _, value in pairs
+    }
     return kind(**options)
 
 
