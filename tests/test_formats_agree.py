@@ -20,7 +20,6 @@ from explainserve_client import (
     Constant,
     DeconvNet,
     DeepLift,
-    FailedPrecondition,
     GradCam,
     GradCamPlusPlus,
     GuidedBackpropagation,
@@ -128,16 +127,6 @@ def test_deeplift_agrees_through_heads_and_pools(client: Client, score: str, bas
         assert relative(theirs.tensor, ours.tensor) < 1e-4
         gained = theirs.instance_output_value - theirs.baseline_output_value
         assert theirs.tensor.astype(np.float64).sum() == pytest.approx(gained, rel=1e-3, abs=1e-5)
-
-
-@pytest.mark.parametrize("method", WITHIN)
-def test_torchscript_refuses_them_and_says_what_to_export(client: Client, method: str) -> None:
-    support = client.model("conv-pt").methods[method]
-    with pytest.raises(FailedPrecondition) as refusal:
-        client.explain("conv-pt", module_and_input("conv")[1], targets=1, method=WITHIN[method])
-
-    assert not support.supported and "torch.export" in support.reason
-    assert refusal.value.reason == "CAPABILITY_MISSING"
 
 
 # --- deep networks ---------------------------------------------------------------------------------------------------

@@ -176,34 +176,6 @@ def test_a_layer_of_another_output_is_not_on_the_path(tmp_path: Path, file_forma
     assert refusal.value.reason == "LAYER_NOT_ON_PATH"
 
 
-@both_formats
-@pytest.mark.parametrize(
-    ("rule", "expected"),
-    [("standard", [0.4, 0, 0, 0, -1]), ("guided", [0.4, 0, 0, 0, 0]), ("deconvnet", [0.4, 1.1, 0, 0, 0])],
-)
-def test_rectifiers_pass_back_what_the_rule_says(
-    load: Load, file_format: str, rule: str, expected: list[float]
-) -> None:
-    """Molnar, Interpretable Machine Learning, on deconvnets and guided backpropagation: X, and R from above. The model
-    is 1 - relu(1 - x), so both have their signs turned."""
-    model = load("saturated_relu", file_format)
-    values, above = np.array([[1, 0, -1], [-10, 2, 1]], np.float32), [[0.4, 1.1, -0.5], [-0.1, -1, 0]]
-    passed = [
-        -evaluated(
-            model,
-            {"x": 1 - x},
-            ["x"],
-            rule=RULES[rule],
-            selectors=[Selector(np.arange(3), -np.array(r, np.float32))],
-            alphas=[1.0],
-            weights=[1.0],
-        )[0].gradient_sums["x"]
-        for x, r in zip(values, above, strict=True)
-    ]
-
-    np.testing.assert_allclose(np.concatenate(passed)[:5], expected, rtol=1e-6)
-
-
 @pytest.mark.parametrize("name", ["linear", "transformer"])
 @both_formats
 def test_rules_of_rectifiers_are_refused_without_any(load: Load, file_format: str, name: str) -> None:
@@ -434,23 +406,6 @@ def test_deeplift_sees_past_saturation(load: Load, file_format: str) -> None:
     (found, _) = evaluated(model, {"x": x}, ["x"], rule=rescale, selectors=[whole], alphas=[1.0], weights=[1.0])
 
     np.testing.assert_allclose(found.gradient_sums["x"], [0.5, 1, 1], rtol=1e-6)
-
-
-@pytest.mark.parametrize(("nested", "expected"), [(False, [1.5, -0.5]), (True, [2, -1])])
-def test_deeplift_depends_on_how_a_function_is_written(tmp_path: Path, nested: bool, expected: list[float]) -> None:
-    """Two networks of one function (Sundararajan et al. 2017, figure 7), at (3, 1) and zeros."""
-    torch = pytest.importorskip("torch")
-
-    class Pair(torch.nn.Module):  # type: ignore[misc, name-defined]
-        def forward(self, x: Any) -> Any:
-            first, second = torch.relu(x[:, :1] - 1) if nested else torch.relu(x[:, :1]) - 1, torch.relu(x[:, 1:])
-            return torch.relu(first - second)
-
-    model, x = loaded(Pair(), (torch.zeros(2, 2),), tmp_path), np.array([3, 1], np.float32)
-    rescale = GradientRule("deeplift_rescale")
-    (found, _) = evaluated(model, {"x": x}, ["x"], rule=rescale, alphas=[1.0], weights=[1.0])
-
-    np.testing.assert_allclose(x * found.gradient_sums["x"], expected, rtol=1e-6)
 
 
 def test_deeplift_refuses_what_it_has_no_rule_for_by_name(load: Load) -> None:

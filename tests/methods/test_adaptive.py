@@ -120,19 +120,6 @@ def test_steep_transitions_are_found(k, center):
         assert abs(attribution.tensors["x"][0] / expected - 1) < tolerance
 
 
-def test_known_limit_a_bump_between_the_nodes_that_cancels_stays_unseen():
-    """Gradient and score are the same as without it wherever anybody looks: the true map is (2, -1)."""
-    center, width = 0.3, 1e-3
-
-    def bump(alpha):
-        return np.where(np.abs(alpha - center) < width / 2, 1 / width, 0)
-
-    function = Function(lambda x: x[:, 0], lambda x: np.stack([1 + bump(x[:, 0]), -bump(x[:, 0])], 1))
-    attribution = explain(function, [1.0, 1.0], [0.0, 0.0])
-    np.testing.assert_allclose(attribution.tensors["x"], [1, 0])
-    assert attribution.map_error == 0 and attribution.step_count == 16
-
-
 # --- stop reasons ----------------------------------------------------------------------------------------------------
 
 

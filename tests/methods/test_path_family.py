@@ -180,17 +180,6 @@ def test_bad_options_of_blur_are_refused(options: dict[str, Any], reason: str) -
     assert refusal.value.reason == reason
 
 
-@pytest.mark.parametrize("rule", ["left", "right", "midpoint", "trapezoid", "gauss_legendre"])
-def test_idgi_shares_the_change_of_a_linear_function_by_squared_weights(rule: str) -> None:
-    """Golden case: (.8, 3.2), where Integrated Gradients says (2, 2)."""
-    function = linear([1.0, 2.0])
-    asked = ask(function, [2.0, 1.0], [0.0, 0.0], layout="")
-    found, _ = rounds(Idgi(straight(4, rule)), asked, function)
-
-    np.testing.assert_allclose(found.tensors["x"], [0.8, 3.2], rtol=1e-6)
-    np.testing.assert_allclose(rounds(straight(4, rule), asked, function)[0].tensors["x"], [2, 2], rtol=1e-6)
-
-
 @pytest.mark.parametrize("path", PATHS)
 def test_idgi_is_complete_whatever_the_steps(path: Method) -> None:
     """Golden case: with two steps already, where the left rule is not."""

@@ -25,7 +25,7 @@ SMALLEST_DIFFERENCE = 1e-7
 _LINEAR = frozenset(
     """
     view reshape flatten unflatten transpose permute t squeeze unsqueeze expand slice select narrow split chunk cat
-    stack clone contiguous to _to_copy dropout pad constant_pad_nd add sub neg mean sum avg_pool1d avg_pool2d
+    stack clone contiguous to _to_copy dropout pad constant_pad_nd add sub rsub neg mean sum avg_pool1d avg_pool2d
     avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest2d upsample_bilinear2d
     batch_norm _native_batch_norm_legit_no_training alias _unsafe_view embedding
     """.split()  # noqa: SIM905 (a list of words is read more easily than one of strings)
