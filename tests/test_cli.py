@@ -51,6 +51,7 @@ from explainserve_client import (
 from hostile_graphs import CRASHERS, endless, patient
 from models import MODELS, write_model
 from onnx_graphs import model, node, quantized_twice, quantized_within, save
+from rpc.output_models import write_detector
 
 pytest.importorskip("onnxruntime")
 
@@ -892,6 +893,17 @@ def test_models_names_every_gap_of_one_and_what_to_do(tmp_path: Path) -> None:
     for name in ("first_gap", "second_gap"):
         (line,) = [line for line in lines if f" QuantizeLinear in {name}: " in line]
         assert re.match(r"no gradient +\w+ in \w+: .+; .+", line)
+
+
+def test_models_and_inspect_name_the_outputs_of_a_detector_that_are_left_out(tmp_path: Path) -> None:
+    write_detector(tmp_path, "detector")
+    described = call("models", "detector", "--models", tmp_path)
+    starter = call("inspect", tmp_path / "detector" / "1" / "model.onnx")
+
+    for name in ("selected", "kept", "count"):
+        assert re.search(f"^left out +output '{name}' lies behind .*'suppression'", described.out, re.MULTILINE)
+        assert re.search(f"^# left out: output '{name}' lies behind .*'suppression'", starter.out, re.MULTILINE)
+    assert [table["name"] for table in tomllib.loads(starter.out)["outputs"]] == ["boxes", "scores"]
 
 
 def test_health_is_0_where_it_serves_and_1_elsewhere(server: Running) -> None:

@@ -37,8 +37,8 @@ def write_models(root: Path) -> Path:
     _two_heads(root)
     _segmentation(root)
     for name, rows in {"detector": "batch", "detector-of-one": 1}.items():
-        _detector(root, name, rows, ("boxes", "scores", "selected", "kept", "count"))
-    _detector(root, "suppressed", "batch", ("selected", "kept"))
+        write_detector(root, name, rows)
+    write_detector(root, "suppressed", outputs=("selected", "kept"))
     return root
 
 
@@ -125,7 +125,12 @@ def _segmentation(root: Path) -> None:
     _write(root, "segmentation", nodes, x, y, {"kernel": WEIGHTS["kernel"]}, toml)
 
 
-def _detector(root: Path, name: str, rows: int | str, outputs: Sequence[str]) -> None:
+def write_detector(
+    root: Path,
+    name: str,
+    rows: int | str = "batch",
+    outputs: Sequence[str] = ("boxes", "scores", "selected", "kept", "count"),
+) -> None:
     """Boxes and their scores before suppression, and what is behind it: positions, scores and their number."""
     nodes = [
         helper.make_node("Flatten", ["image"], ["flat"], axis=1),

@@ -169,11 +169,17 @@ def test_targets_behind_suppression_are_refused_with_the_reason(
     assert "which boxes it keeps" in refused.message
 
 
-def test_a_detector_serves_what_lies_before_suppression(outputs: ExplainerServiceStub) -> None:
+def test_a_detector_serves_what_lies_before_suppression_and_names_the_rest(outputs: ExplainerServiceStub) -> None:
     model = outputs.GetModel(pb.GetModelRequest(model=named("detector"))).model
     shapes = {own.name: [axis.size for axis in own.axes][1:] for own in model.outputs}
 
     assert shapes == {"boxes": [BOXES, 4], "scores": [OBJECTS, BOXES]}
+    assert [(own.name, own.node) for own in model.suppressed_outputs] == [
+        (name, "suppression") for name in ("selected", "kept", "count")
+    ]
+    for own in model.suppressed_outputs:
+        asked = {"targets": [element(0, output=own.name)], "methods": GRADIENT}
+        assert own.reason in refusal(lambda a=asked: explain(outputs, "detector", {"image": PICTURES}, **a)).message
 
 
 def test_a_detector_with_nothing_before_suppression_is_not_served(outputs: ExplainerServiceStub) -> None:

@@ -87,6 +87,7 @@ from explainserve_client.models import (
     OutputSpec,
     Preprocessing,
     Replica,
+    SuppressedOutput,
     ValueRange,
 )
 from explainserve_client.preprocess import Geometry, Preprocessed
@@ -201,6 +202,7 @@ __all__ = [
     "SmoothGrad",
     "SmoothGradSquared",
     "Statistics",
+    "SuppressedOutput",
     "Table",
     "Target",
     "TensorBaseline",

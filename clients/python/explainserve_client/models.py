@@ -243,6 +243,17 @@ class OperatorGap:
 
 
 @dataclass(frozen=True, slots=True)
+class SuppressedOutput:
+    """An output of the model file that is not served: it lies behind the NonMaxSuppression `node`. `reason` says why,
+    and what the model's owner can do.
+    """
+
+    name: str
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """A floating-point tensor between inputs and outputs that a person can pick.
 
@@ -324,6 +335,7 @@ class ModelInfo:
         summary: name, version, state and format.
         sha256: of the model file, lower-case hexadecimal.
         inputs, outputs: by name, in the order of the model file.
+        suppressed_outputs: outputs of the file that are not served, by name.
         batching: "ROWS", or "ROW_BY_ROW" where rows depend on each other.
         warnings: what the check at load found.
         methods: by name, such as "integrated_gradients".
@@ -345,6 +357,7 @@ class ModelInfo:
     sha256: str
     inputs: Table[InputSpec]
     outputs: Table[OutputSpec]
+    suppressed_outputs: Table[SuppressedOutput]
     batching: str
     warnings: tuple[str, ...]
     methods: Table[MethodSupport]
@@ -387,6 +400,10 @@ class ModelInfo:
             sha256=message.sha256,
             inputs=Table("input", ((spec.name, InputSpec.from_proto(spec)) for spec in message.inputs)),
             outputs=Table("output", ((spec.name, OutputSpec.from_proto(spec)) for spec in message.outputs)),
+            suppressed_outputs=Table(
+                "suppressed output",
+                ((own.name, SuppressedOutput(own.name, own.node, own.reason)) for own in message.suppressed_outputs),
+            ),
             batching=short_name(model_pb2.Batching, message.batching),
             warnings=tuple(message.warnings),
             methods=Table("method", ((line.method, MethodSupport.from_proto(line)) for line in message.methods)),

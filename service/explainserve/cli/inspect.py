@@ -70,5 +70,6 @@ def _comments(found: Inspection) -> list[str]:
         "refused": "" if found.refusal is None else f"{found.refusal.reason}: {found.refusal.message}",
     }
     lines = [f"# {name}: {' '.join(text.split())}" for name, text in facts.items() if text]
+    lines += [f"# left out: {own}" for own in (found.signature.suppressed if found.signature else ())]
     lines += [f"# layer: {text}" for text in layer_lines(found.layers)]
     return [*lines, *(f"# no gradient: {gap_line(gap)}" for gap in found.gaps)]

@@ -88,6 +88,7 @@ def model(info: ModelInfo) -> str:
             )
             for spec in info.outputs.values()
         ),
+        *(("left out", own.reason) for own in info.suppressed_outputs.values()),
         *(
             ("method", f"{line.method}: {'supported' if line.supported else line.reason}")
             for line in info.methods.values()

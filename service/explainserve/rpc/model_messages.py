@@ -11,7 +11,7 @@ from explainserve.repository import ModelEntry
 from explainserve.rpc.provenance import duration, noise_floor
 from explainserve.rpc.tensors import data_type
 from explainserve.served_model import ServedModel
-from explainserve.signature import Activation, Axis, InputSpec, Layer, OutputKind, OutputSpec
+from explainserve.signature import Activation, Axis, InputSpec, Layer, OutputKind, OutputSpec, SuppressedOutput
 from explainserve.v1 import (
     model_pb2,
 )
@@ -53,6 +53,7 @@ def model_message(entry: ModelEntry, model: ServedModel) -> model_pb2.Model:
         sha256=model.sha256,
         inputs=[input_spec(spec) for spec in model.signature.inputs],
         outputs=[_output_spec(spec) for spec in model.signature.outputs],
+        suppressed_outputs=[_suppressed_output(own) for own in model.signature.suppressed],
         batching=model_pb2.BATCHING_ROW_BY_ROW if model.row_by_row else model_pb2.BATCHING_ROWS,
         warnings=model.probe.warnings,
         methods=[_method_support(name, method, model) for name, method in METHODS.items()],
@@ -159,6 +160,10 @@ def _output_spec(spec: OutputSpec) -> model_pb2.OutputSpec:
         class_axis=spec.class_axis,
         labels=spec.labels,
     )
+
+
+def _suppressed_output(own: SuppressedOutput) -> model_pb2.SuppressedOutput:
+    return model_pb2.SuppressedOutput(name=own.name, node=own.node, reason=str(own))
 
 
 def _axis(axis: Axis) -> model_pb2.Axis:

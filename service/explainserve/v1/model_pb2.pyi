@@ -607,6 +607,36 @@ class OperatorGap(_message.Message):
 Global___OperatorGap: _TypeAlias = OperatorGap  # noqa: Y015
 
 @_typing.final
+class SuppressedOutput(_message.Message):
+    """An output of the model file that is not served, neither for explanations nor for predictions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the output in the model file."""
+    node: _builtins.str
+    """Name of the NonMaxSuppression that it lies behind."""
+    reason: _builtins.str
+    """Why it is left out, and what the model's owner can do."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        node: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "node", b"node", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SuppressedOutput: _TypeAlias = SuppressedOutput  # noqa: Y015
+
+@_typing.final
 class Layer(_message.Message):
     """A floating-point tensor between inputs and outputs that a person can pick for layer methods, or for a path over it."""
 
@@ -892,6 +922,7 @@ class Model(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     PRECISION_MAP_ERROR_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
+    SUPPRESSED_OUTPUTS_FIELD_NUMBER: _builtins.int
     sha256: _builtins.str
     """SHA-256 of the model file, lower-case hexadecimal."""
     batching: Global___Batching.ValueType
@@ -930,7 +961,7 @@ class Model(_message.Message):
 
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutputSpec]:
-        """Outputs in the order of the model file."""
+        """Outputs in the order of the model file, without those of `suppressed_outputs`."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -966,6 +997,10 @@ class Model(_message.Message):
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]:
         """The model on each device that holds it, in the order of `ModelSummary.devices`."""
 
+    @_builtins.property
+    def suppressed_outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SuppressedOutput]:
+        """Outputs of the file that lie behind a non-maximum suppression. A target that names one is refused (OUTPUT_SUPPRESSED)."""
+
     def __init__(
         self,
         *,
@@ -992,10 +1027,11 @@ class Model(_message.Message):
         precision: _builtins.str = ...,
         precision_map_error: _builtins.float | None = ...,
         replicas: _abc.Iterable[Global___Replica] | None = ...,
+        suppressed_outputs: _abc.Iterable[Global___SuppressedOutput] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "default_target", b"default_target", "memory", b"memory", "noise_floor", b"noise_floor", "precision_map_error", b"precision_map_error", "row_duration", b"row_duration", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "backend", b"backend", "batching", b"batching", "data_baselines", b"data_baselines", "default_baseline", b"default_baseline", "default_target", b"default_target", "device", b"device", "differentiable", b"differentiable", "execution", b"execution", "gaps", b"gaps", "inputs", b"inputs", "layers", b"layers", "max_batch_rows", b"max_batch_rows", "memory", b"memory", "methods", b"methods", "noise_floor", b"noise_floor", "outputs", b"outputs", "precision", b"precision", "precision_map_error", b"precision_map_error", "replicas", b"replicas", "row_duration", b"row_duration", "sha256", b"sha256", "summary", b"summary", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "backend", b"backend", "batching", b"batching", "data_baselines", b"data_baselines", "default_baseline", b"default_baseline", "default_target", b"default_target", "device", b"device", "differentiable", b"differentiable", "execution", b"execution", "gaps", b"gaps", "inputs", b"inputs", "layers", b"layers", "max_batch_rows", b"max_batch_rows", "memory", b"memory", "methods", b"methods", "noise_floor", b"noise_floor", "outputs", b"outputs", "precision", b"precision", "precision_map_error", b"precision_map_error", "replicas", b"replicas", "row_duration", b"row_duration", "sha256", b"sha256", "summary", b"summary", "suppressed_outputs", b"suppressed_outputs", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_target: _TypeAlias = _typing.Literal["default_target"]  # noqa: Y015
     _WhichOneofArgType__default_target: _TypeAlias = _typing.Literal["_default_target", b"_default_target"]  # noqa: Y015
