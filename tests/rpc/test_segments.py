@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pydoc
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from explainserve.rpc.tensors import encode
 from explainserve.v1 import attribution_pb2, tensor_pb2
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
-from rpc.loopback import array, element, normal, refusal, request
+from rpc.loopback import PATIENCE, array, element, normal, refusal, request
 
 X = normal(1, 3, 6, 8)
 IDS = np.array([[3, 1, 4, 1, 5, 0], [2, 6, 5, 3, 5, 1]])
@@ -67,6 +69,46 @@ def test_segments_that_the_server_finds_come_back(stub: ExplainerServiceStub, re
     np.testing.assert_array_equal(first, second)
     assert first.shape == (1, 6, 8)
     assert all(one.HasField("r_squared") and one.HasField("intercept") for one in response.attributions)
+
+
+@pytest.mark.parametrize(
+    ("method", "heavy"),
+    [
+        (
+            {"lime": {"segmentation": "SEGMENTATION_FELZENSZWALB", "sample_count": 10}},
+            "skimage.segmentation.felzenszwalb",
+        ),
+        ({"xrai": {"step_count": 2}}, "skimage.segmentation.felzenszwalb"),
+        ({"xrai": {"step_count": 2}}, "explainserve.methods.xrai.regions"),
+    ],
+)
+def test_other_requests_are_answered_while_segments_are_found(
+    stub: ExplainerServiceStub, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any], heavy: str
+) -> None:
+    """Neither the thread of the device nor that of the server waits for them."""
+    pytest.importorskip("skimage")
+    entered, gate, find = threading.Event(), threading.Event(), pydoc.locate(heavy)
+
+    def held(*values: Any, **options: Any) -> Any:
+        entered.set()
+        assert gate.wait(PATIENCE), "nobody opened the gate"
+        return find(*values, **options)
+
+    monkeypatch.setattr(heavy, held)
+    stripes = np.where(np.arange(8) < 4, np.zeros_like(X), 1)
+    slow = stub.Explain.future(
+        request("image", {"image": stripes}, targets=[element(1)], methods=[method]), timeout=PATIENCE
+    )
+    try:
+        assert entered.wait(PATIENCE)
+        quick = stub.Explain(
+            request("image", {"image": X}, targets=[element(1)], methods=[{"gradient": {}}]), timeout=20
+        )
+        assert quick.provenance.backward_count == 1
+        assert not slow.done()
+    finally:
+        gate.set()
+    assert len(slow.result().attributions) == 1
 
 
 def test_tokens_are_segments_of_their_embedding(stub: ExplainerServiceStub) -> None:
