@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from explainserve.blur import gaussian_blur
 from explainserve.errors import InvalidRequest, NotFound, Unsupported
-from explainserve.explanation import Baseline, Instance
-from explainserve.signature import InputSpec, Signature
+from explainserve.explanation import Baseline, Instance, Subject
+from explainserve.plan import Tensors
+from explainserve.signature import Axis, InputSpec, Signature
 
 DataBaselines = Mapping[str, Mapping[str, NDArray[np.generic]]]
 """Configured data baselines of a model: name -> input -> values of one instance."""
@@ -48,8 +49,8 @@ class Site:
         if axis is None or per_channel.size != channels:
             raise InvalidRequest(
                 "BASELINE_CHANNEL_MISMATCH",
-                f"baseline of input {self.spec.name!r} has {per_channel.size} values; one, or one per channel "
-                f"({channels if channels is not None else 'the input states no channel axis'}), are accepted",
+                f"baseline of {self.spec.name!r} has {per_channel.size} values; one, or one per channel "
+                f"({channels if channels is not None else 'it states no channel axis'}), are accepted",
                 input=self.spec.name,
                 expected=channels,
                 actual=per_channel.size,
@@ -127,7 +128,7 @@ class Given:
             return self.tensor[site.instance_index : site.instance_index + 1].reshape(shape)
         raise InvalidRequest(
             "BASELINE_SHAPE_MISMATCH",
-            f"baseline of input {site.spec.name!r} has shape {list(self.tensor.shape)}, expected {list(shape)}, "
+            f"baseline of {site.spec.name!r} has shape {list(self.tensor.shape)}, expected {list(shape)}, "
             f"with an optional leading axis of 1 or {site.instance_count}",
             input=site.spec.name,
             expected=list(shape),
@@ -248,18 +249,24 @@ NAMED: dict[str, InputBaseline] = {"zeros": Zeros(), "black": Tone(0.0), "gray":
 """Baselines that need no parameters, by the name that model.toml uses."""
 
 
+LAYER_KINDS = (Zeros, Constant, Given)
+"""Kinds that need to know nothing of a layer but its shape."""
+
+
 @dataclass(frozen=True, eq=False)
 class BaselineSpec:
     """A baseline as requested.
 
     Attributes:
         every_input: of moving inputs that `inputs` does not name.
+        layers: of layers that are explained in the place of inputs.
         instance_index: the instance it belongs to, or None for every instance.
         request_index: its position in the request.
     """
 
     every_input: InputBaseline = field(default_factory=Zeros)
     inputs: Mapping[str, InputBaseline] = field(default_factory=dict)
+    layers: Mapping[str, InputBaseline] = field(default_factory=dict)
     instance_index: int | None = None
     request_index: int = 0
 
@@ -321,21 +328,65 @@ class BaselineSpec:
             if spec.name in instance.moving
         }
         return [
-            Baseline({name: self._values(site, draw) for name, site in sites.items()}, self.request_index, draw)
+            Baseline(
+                {name: _values(self.of(name), site, draw) for name, site in sites.items()}, self.request_index, draw
+            )
             for draw in range(self.baseline_count(tuple(instance.moving)))
         ]
 
-    def _values(self, site: Site, draw: int) -> NDArray[np.generic]:
-        with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused below
-            # not ascontiguousarray, which makes one axis of none
-            values = self.of(site.spec.name).values(site, draw).astype(site.spec.dtype, order="C")
-        if not np.isfinite(values).all():
+    def at_layers(self, subject: Subject, instance_index: int, instance_count: int) -> Tensors:
+        """Stated values of layers at the baselines of one instance, float32.
+
+        Raises:
+            InvalidRequest: shape or channel mismatch, or a value that is not finite.
+        """
+        sites = {name: _layer_site(subject, name, instance_index, instance_count) for name in self.layers}
+        return {name: _values(self.layers[name], site, 0) for name, site in sites.items()}
+
+
+def check_layers(layers: Mapping[str, InputBaseline], subject: Subject) -> None:
+    """Refuses baselines of layers that are not explained, and kinds that need to know more of a layer than its shape.
+
+    Raises:
+        InvalidRequest: LAYER_NOT_EXPLAINED, LAYER_BASELINE_UNSUITABLE.
+    """
+    explained = ", ".join(subject.cut)
+    for name, kind in layers.items():
+        if name not in subject.cut:
             raise InvalidRequest(
-                "BASELINE_NOT_FINITE",
-                f"baseline of input {site.spec.name!r} has values that are NaN, infinite, or too large for its type",
-                input=site.spec.name,
+                "LAYER_NOT_EXPLAINED",
+                f"baseline for layer {name!r}, which is not explained; layers of the request: {explained or 'none'}",
+                layer=name,
+                layers=explained,
             )
-        return values
+        if not isinstance(kind, LAYER_KINDS) or getattr(kind, "pixel_space", False):
+            raise InvalidRequest(
+                "LAYER_BASELINE_UNSUITABLE",
+                f"the baseline of layer {name!r} is zeros, a constant or a tensor in the layer's own numbers; other "
+                "kinds are of inputs",
+                layer=name,
+            )
+
+
+def _layer_site(subject: Subject, name: str, instance_index: int, instance_count: int) -> Site:
+    """Where the baseline of a layer is wanted. Its value at the instance is not known yet, and no kind asks for it."""
+    shape, layout = subject.shapes[name], subject.maps[name].layout
+    axes = (Axis("batch"), *(Axis("", extent) for extent in shape))
+    spec = InputSpec(name, np.dtype(np.float32), axes, layout=f"N{layout}" if layout else "")
+    return Site(spec, np.zeros(shape), 0, instance_index, instance_count, {})
+
+
+def _values(kind: InputBaseline, site: Site, draw: int) -> NDArray[np.generic]:
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused below
+        # not ascontiguousarray, which makes one axis of none
+        values = kind.values(site, draw).astype(site.spec.dtype, order="C")
+    if not np.isfinite(values).all():
+        raise InvalidRequest(
+            "BASELINE_NOT_FINITE",
+            f"baseline of {site.spec.name!r} has values that are NaN, infinite, or too large for its type",
+            input=site.spec.name,
+        )
+    return values
 
 
 def effective(kind: InputBaseline, spec: InputSpec) -> InputBaseline:

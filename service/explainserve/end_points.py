@@ -32,7 +32,10 @@ def first_rows(query: Query, baselines: Baselines) -> int:
     if not query.subject.cut:
         return distinct_end_points(query, baselines).plan.row_count
     behind = replace(query, instances=tuple(map(_kept_beside_layers, query.instances)))
-    return distinct_taps(query, baselines).plan.row_count + distinct_end_points(behind, baselines).plan.row_count
+    stated = tuple(
+        tuple(replace(one, moving={**one.moving, **one.layers}) for one in of_instance) for of_instance in baselines
+    )
+    return distinct_taps(query, baselines).plan.row_count + distinct_end_points(behind, stated).plan.row_count
 
 
 def _kept_beside_layers(instance: Instance) -> Instance:

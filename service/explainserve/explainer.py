@@ -278,7 +278,7 @@ class Explainer:
 
         instances = tuple(Instance(at(i, None), {**one.fixed, **one.moving}) for i, one in enumerate(query.instances))
         own = tuple(
-            tuple(replace(one, moving=at(i, b)) for b, one in enumerate(of_instance))
+            tuple(replace(one, moving=one.at_layers(at(i, b))) for b, one in enumerate(of_instance))
             for i, of_instance in enumerate(baselines)
         )
         asked = replace(query, instances=instances)

@@ -97,6 +97,7 @@ class Baseline:
     """Where a path starts: values of the moving inputs, in MODEL space.
 
     Attributes:
+        layers: stated values of layers that are explained in the place of inputs; others have theirs at `moving`.
         request_index: position of the request's baseline it came from.
         draw_index: draw number of a noise baseline.
     """
@@ -104,6 +105,13 @@ class Baseline:
     moving: Tensors
     request_index: int = 0
     draw_index: int = 0
+    layers: Tensors = field(default_factory=dict)
+
+    def at_layers(self, values: Tensors) -> Tensors:
+        """The values of layers at `moving`, but for those that are stated."""
+        return {
+            name: self.layers[name].astype(own.dtype) if name in self.layers else own for name, own in values.items()
+        }
 
 
 @dataclass(frozen=True, eq=False)

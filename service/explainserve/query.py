@@ -84,16 +84,12 @@ class Query:
 
     def baselines_of(self, instance_index: int) -> list[Baseline]:
         """The same, made, noise counts expanded."""
+        instance, count = self.instances[instance_index], len(self.instances)
+        signature, data = self.model.signature, self.model.data_baselines
         return [
-            baseline
+            replace(baseline, layers=spec.at_layers(self.subject, instance_index, count))
             for spec in self.baseline_specs_of(instance_index)
-            for baseline in spec.baselines(
-                self.model.signature,
-                self.instances[instance_index],
-                instance_index,
-                len(self.instances),
-                self.model.data_baselines,
-            )
+            for baseline in spec.baselines(signature, instance, instance_index, count, data)
         ]
 
     def target_count(self, instance_index: int) -> int:

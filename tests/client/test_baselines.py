@@ -98,6 +98,15 @@ def test_a_typed_baseline_may_belong_to_one_instance(several_inputs: ModelInfo) 
     ]
 
 
+def test_a_typed_baseline_may_state_values_of_layers(info: ModelInfo) -> None:
+    values = np.zeros((6, 4))
+    (message,) = baseline_messages(Baseline(layers={"embedding": values, "bent": "zeros"}), info, ())
+
+    assert message.layers["embedding"].tensor == tensor(values.astype(np.float32))
+    assert message.layers["bent"].WhichOneof("kind") == "zeros"
+    assert not message.inputs
+
+
 def test_an_array_for_several_moving_inputs_needs_a_name(several_inputs: ModelInfo) -> None:
     with pytest.raises(RequestValueError, match=r"needs the name of its input.*image, mask"):
         baseline_messages(VALUES, several_inputs, ())

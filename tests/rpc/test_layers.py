@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from explainserve.rpc.tensors import encode
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1 import statistics_pb2
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
@@ -77,6 +78,55 @@ def test_a_layer_of_an_image_network_is_explained_like_an_input(stub: ExplainerS
     for own in stub.Explain(asked, timeout=60).attributions:
         assert array(own.inputs[0].tensor).shape == (5, 3, 4)
         assert own.attribution_sum == pytest.approx(own.instance_output_value - own.baseline_output_value, rel=1e-4)
+
+
+def test_a_path_over_an_embedding_starts_where_the_request_states(
+    stub: ExplainerServiceStub, weights: dict[str, Any]
+) -> None:
+    """Zeros, a constant and a tensor of the layer itself; the response tells which."""
+    values = normal(IDS.shape[1], 4)
+    stated: list[dict[str, Any]] = [{"zeros": {}}, {"constant": {"values": [0.5]}}, {"tensor": encode(values)}]
+    baselines = [{"layers": {"embedding": own}} for own in stated]
+    response = explain(
+        stub, methods=steps(64), baselines=baselines, response_options={"include_baseline_tensors": True}
+    )
+    starts = [np.zeros_like(values), np.full_like(values, 0.5), values]
+
+    for own in response.attributions:
+        hidden = np.tanh(np.tanh(starts[own.baseline_index].astype(np.float64)).mean(axis=0) @ weights["w"])
+        assert own.baseline_output_value == pytest.approx(hidden @ weights["v"][:, 2], rel=1e-5, abs=1e-6)
+        assert own.attribution_sum == pytest.approx(own.instance_output_value - own.baseline_output_value, abs=1e-3)
+    for used in response.baselines:
+        (line,) = used.layers
+        assert (line.input, line.effective.WhichOneof("kind")) == ("embedding", next(iter(stated[used.baseline_index])))
+        np.testing.assert_array_equal(array(line.tensor), starts[used.baseline_index])
+
+
+def test_rows_of_stated_layers_are_what_was_estimated(stub: ExplainerServiceStub) -> None:
+    baselines = [{"layers": {"embedding": own}} for own in ({"zeros": {}}, {"constant": {"values": [0.5]}})]
+    asked = request(
+        "words", {"ids": IDS}, targets=[element(2)], layers=["embedding"], methods=steps(5), baselines=baselines
+    )
+    cost = stub.EstimateCost(pb.EstimateCostRequest(explain=asked))
+
+    assert cost.min_row_count == cost.max_row_count == stub.Explain(asked, timeout=60).provenance.row_count
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind", "reason"),
+    [
+        ("bent", {"zeros": {}}, "LAYER_NOT_EXPLAINED"),
+        ("embedding", {"blur": {"sigma": 1.0}}, "LAYER_BASELINE_UNSUITABLE"),
+        ("embedding", {"zeros": {}, "space": "SPACE_PIXEL"}, "LAYER_BASELINE_UNSUITABLE"),
+        ("embedding", {"constant": {"values": [1.0, 2.0, 3.0]}}, "BASELINE_CHANNEL_MISMATCH"),
+        ("embedding", {"tensor": encode(np.zeros((5, 4), np.float32))}, "BASELINE_SHAPE_MISMATCH"),
+    ],
+)
+def test_baselines_that_do_not_fit_a_layer_are_refused(
+    stub: ExplainerServiceStub, layer: str, kind: dict[str, Any], reason: str
+) -> None:
+    refused = refusal(lambda: explain(stub, methods=steps(4), baselines=[{"layers": {layer: kind}}]))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, reason)
 
 
 @pytest.mark.parametrize(

@@ -98,16 +98,19 @@ class Baseline:
         every_input: of each moving input that `inputs` does not name; None means zeros.
         inputs: by input name.
         instance_index: the instance it belongs to; None is every one.
+        layers: of layers that are explained in the place of inputs, by name: "zeros", Constant or an array. A layer
+            that is not named has its value at the baseline of the inputs.
     """
 
     every_input: Any = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
     instance_index: int | None = None
+    layers: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UsedInputBaseline:
-    """A baseline of one input as it was used.
+    """A baseline of one input, or of one layer, as it was used.
 
     Attributes:
         kind: such as "gray" or "uniform_noise".
@@ -153,12 +156,14 @@ class UsedBaseline:
         baseline_index: position among the instance's baselines, after noise counts were expanded.
         request_baseline_index: position of the request's baseline this came from.
         inputs: per moving input.
+        layers: per layer whose baseline was stated.
     """
 
     instance_index: int
     baseline_index: int
     request_baseline_index: int
     inputs: tuple[UsedInputBaseline, ...]
+    layers: tuple[UsedInputBaseline, ...] = ()
 
     @classmethod
     def from_proto(cls, message: baseline_pb2.UsedBaseline) -> UsedBaseline:
@@ -168,6 +173,7 @@ class UsedBaseline:
             baseline_index=message.baseline_index,
             request_baseline_index=message.request_baseline_index,
             inputs=tuple(UsedInputBaseline.from_proto(line) for line in message.inputs),
+            layers=tuple(UsedInputBaseline.from_proto(line) for line in message.layers),
         )
 
 
@@ -188,7 +194,8 @@ def _baseline_message(baseline: Any, info: ModelInfo, fixed_inputs: Sequence[str
     elif not isinstance(baseline, Baseline):
         stated = Baseline(every_input=baseline)
     inputs = {name: _input_message(kind, _spec(info, name)) for name, kind in stated.inputs.items()}
-    message = baseline_pb2.Baseline(inputs=inputs, instance_index=stated.instance_index)
+    layers = {name: _input_message(kind, None) for name, kind in stated.layers.items()}
+    message = baseline_pb2.Baseline(inputs=inputs, instance_index=stated.instance_index, layers=layers)
     if stated.every_input is not None:
         rest = [spec for spec in _moving(info, fixed_inputs) if spec.name not in inputs]
         message.every_input.CopyFrom(_every_input_message(stated.every_input, rest))

@@ -32,6 +32,10 @@ def used_baselines(answer: Answer, *, include_tensors: bool) -> list[baseline_pb
                         )
                         for name, values in baseline.moving.items()
                     ],
+                    layers=[
+                        _used_input(name, spec.layers[name], baseline, values, include_tensors)
+                        for name, values in baseline.layers.items()
+                    ],
                 )
             )
     return used

@@ -144,7 +144,7 @@ def explain(
         model=model,
         instances=given,
         targets=_targets(message.targets, model),
-        baselines=_baselines(message.baselines, model),
+        baselines=_baselines(message.baselines, model, subject),
         methods=methods(message.methods, model, subject, settings),
         subject=subject,
         request=Request(priority=_priority(message.priority), expires_at=deadline),
@@ -503,20 +503,25 @@ def _element(message: target_pb2.Element) -> domain_targets.Element:
 
 
 def _baselines(
-    messages: Sequence[baseline_pb2.Baseline], model: ServedModel
+    messages: Sequence[baseline_pb2.Baseline], model: ServedModel, subject: Subject
 ) -> tuple[domain_baselines.BaselineSpec, ...]:
     if not messages:
         return (domain_baselines.BaselineSpec(model.default_baseline),)
-    return tuple(_baseline(message, model, position) for position, message in enumerate(messages))
+    return tuple(_baseline(message, model, subject, position) for position, message in enumerate(messages))
 
 
-def _baseline(message: baseline_pb2.Baseline, model: ServedModel, position: int) -> domain_baselines.BaselineSpec:
+def _baseline(
+    message: baseline_pb2.Baseline, model: ServedModel, subject: Subject, position: int
+) -> domain_baselines.BaselineSpec:
     for name in message.inputs:
         model.signature.input(name)
+    layers = {name: _input_baseline(own) for name, own in message.layers.items()}
+    domain_baselines.check_layers(layers, subject)
     every = _input_baseline(message.every_input) if message.HasField("every_input") else domain_baselines.Zeros()
     return domain_baselines.BaselineSpec(
         every_input=every,
         inputs={name: _input_baseline(own) for name, own in message.inputs.items()},
+        layers=layers,
         instance_index=message.instance_index if message.HasField("instance_index") else None,
         request_index=position,
     )

@@ -387,9 +387,31 @@ class Baseline(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class LayersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___InputBaseline: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___InputBaseline | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     EVERY_INPUT_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
     INSTANCE_INDEX_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
     instance_index: _builtins.int
     """Optional. The instance this baseline belongs to, in [0, instances). Default: every instance."""
     @_builtins.property
@@ -400,16 +422,24 @@ class Baseline(_message.Message):
     def inputs(self) -> _containers.MessageMap[_builtins.str, Global___InputBaseline]:
         """Optional. Baselines by input name."""
 
+    @_builtins.property
+    def layers(self) -> _containers.MessageMap[_builtins.str, Global___InputBaseline]:
+        """Optional. Baselines of layers that are explained in the place of the inputs, by name of the layer, in its own numbers: zeros,
+        a constant or a tensor (other kinds: LAYER_BASELINE_UNSUITABLE). Default: the value of the layer at the baseline of the
+        inputs, such as the embedding of pad token ids.
+        """
+
     def __init__(
         self,
         *,
         every_input: Global___InputBaseline | None = ...,
         inputs: _abc.Mapping[_builtins.str, Global___InputBaseline] | None = ...,
         instance_index: _builtins.int | None = ...,
+        layers: _abc.Mapping[_builtins.str, Global___InputBaseline] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_instance_index", b"_instance_index", "every_input", b"every_input", "instance_index", b"instance_index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_instance_index", b"_instance_index", "every_input", b"every_input", "inputs", b"inputs", "instance_index", b"instance_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_instance_index", b"_instance_index", "every_input", b"every_input", "inputs", b"inputs", "instance_index", b"instance_index", "layers", b"layers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__instance_index: _TypeAlias = _typing.Literal["instance_index"]  # noqa: Y015
     _WhichOneofArgType__instance_index: _TypeAlias = _typing.Literal["_instance_index", b"_instance_index"]  # noqa: Y015
@@ -419,7 +449,7 @@ Global___Baseline: _TypeAlias = Baseline  # noqa: Y015
 
 @_typing.final
 class UsedInputBaseline(_message.Message):
-    """A baseline of one input as it was used."""
+    """A baseline of one input, or of one layer, as it was used."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -429,7 +459,7 @@ class UsedInputBaseline(_message.Message):
     TENSOR_FIELD_NUMBER: _builtins.int
     DRAW_INDEX_FIELD_NUMBER: _builtins.int
     input: _builtins.str
-    """Name of the input."""
+    """Name of the input or layer."""
     sha256: _builtins.str
     """SHA-256 of the float32 values (little-endian, row-major), lower-case hexadecimal."""
     draw_index: _builtins.int
@@ -442,7 +472,7 @@ class UsedInputBaseline(_message.Message):
 
     @_builtins.property
     def tensor(self) -> _tensor_pb2.Tensor:
-        """The values in MODEL space, one instance's shape; only where the response options ask for it."""
+        """The values in MODEL space, or in a layer's own numbers, one instance's shape; only where the response options ask for it."""
 
     def __init__(
         self,
@@ -471,6 +501,7 @@ class UsedBaseline(_message.Message):
     BASELINE_INDEX_FIELD_NUMBER: _builtins.int
     REQUEST_BASELINE_INDEX_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
     instance_index: _builtins.int
     """Instance it was used for."""
     baseline_index: _builtins.int
@@ -481,6 +512,10 @@ class UsedBaseline(_message.Message):
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsedInputBaseline]:
         """Per moving input."""
 
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsedInputBaseline]:
+        """Per layer whose baseline the request states; others have their value at the baseline of the inputs."""
+
     def __init__(
         self,
         *,
@@ -488,10 +523,11 @@ class UsedBaseline(_message.Message):
         baseline_index: _builtins.int = ...,
         request_baseline_index: _builtins.int = ...,
         inputs: _abc.Iterable[Global___UsedInputBaseline] | None = ...,
+        layers: _abc.Iterable[Global___UsedInputBaseline] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_index", b"baseline_index", "inputs", b"inputs", "instance_index", b"instance_index", "request_baseline_index", b"request_baseline_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_index", b"baseline_index", "inputs", b"inputs", "instance_index", b"instance_index", "layers", b"layers", "request_baseline_index", b"request_baseline_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

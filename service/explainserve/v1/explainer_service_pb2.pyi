@@ -182,7 +182,8 @@ class ExplainRequest(_message.Message):
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Optional. Layers, of `Model.layers`, that are explained in the place of the inputs: their values at the instance and at the
         baselines of the inputs are computed first, and paths run over them; the inputs keep the instance's values wherever they
-        reach the output by another route. Baselines may name integer inputs then, such as pad token ids. Every map is of a layer.
+        reach the output by another route. Baselines may name integer inputs then, such as pad token ids, or state values of the
+        layers themselves (`Baseline.layers`). Every map is of a layer.
         """
 
     def __init__(
