@@ -45,6 +45,7 @@ from explainserve.backends.resident_memory import resident_bytes
 from explainserve.model_config import ModelConfig
 from explainserve.onnx_vjp import GradientGraph, input_gradient
 from explainserve.onnx_vjp.blocked import keep_in_blocks
+from explainserve.onnx_vjp.disjoint_windows import unpool_disjoint_windows
 from explainserve.opening import DEFAULT_BATCH_ROWS
 from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector
 from explainserve.signature import ScoreHead
@@ -108,6 +109,7 @@ class Network:
         """The gradient graph as the service builds it."""
         forward = self.forward
         result = input_gradient(forward, ["image"], "logits", weights=self.weights.of(forward))
+        unpool_disjoint_windows(result.model)
         keep_in_blocks(result.model)
         self.weights.take(result.model)
         onnx_graph.with_outputs(result.model, ["logits", result.gradients["image"]])
@@ -236,6 +238,7 @@ class Timing:
         read_seconds: how long reading them takes here.
         distance: relative L2 distance of our gradient to torch's.
         others_share: of the processor, that other processes took meanwhile.
+        execution: how loading chose to run our micro-batches; "" with all threads at each operator.
     """
 
     network: str
@@ -246,6 +249,7 @@ class Timing:
     read_seconds: float
     distance: float
     others_share: float
+    execution: str = ""
 
     def least(self, contestant: str) -> float:
         """The fastest run."""
@@ -288,6 +292,7 @@ def timing(network: Network, rows: int, seconds: float, rate: float) -> Timing:
         saved / rate,
         float(np.linalg.norm(found - expected) / np.linalg.norm(expected)),
         Occupation.now().others_share(started),
+        network.loaded.execution,
     )
 
 
@@ -405,8 +410,9 @@ def _introduction(threads: int, timings: list[Timing]) -> Iterator[str]:
     yield ""
     yield "Written by `benchmarks/onnx_gradient.py`. Random weights, 224x224, gradient of one class logit with respect"
     yield "to the image, contestants in turn. Ours, forward and gradient: the model as the service loads and evaluates"
-    yield "it, in micro-batches of the size that it finds fastest. torch: eager, frozen parameters, the fastest of its"
-    yield "two memory formats, with all rows at once or in our micro-batches. Floor: twice the forward pass, plus"
+    yield "it, in micro-batches of the size that it finds fastest, with all threads at each operator or (divided_rows)"
+    yield "with some of the rows on each. torch: eager, frozen parameters, all threads at each operator, the fastest of"
+    yield "its two memory formats, with all rows at once or in our micro-batches. Floor: twice the forward pass, plus"
     yield "reading once what the gradient needs of the forward activations. Ratios are of the fastest runs. Distance:"
     yield "relative L2, to torch's gradient in float32, which is no nearer to the exact one."
     yield ""
@@ -429,7 +435,7 @@ def _timing_table(timings: list[Timing]) -> Iterator[str]:
         cells = [
             t.network,
             t.rows,
-            min(t.rows, t.rows_at_once),
+            _at_once(t),
             _milliseconds(t, "forward"),
             f"{1e3 * t.floor:.0f}",
             f"{1e3 * t.read_seconds:.0f}",
@@ -437,6 +443,11 @@ def _timing_table(timings: list[Timing]) -> Iterator[str]:
         cells += [_milliseconds(t, "gradient"), _milliseconds(t, t.peer) + t.peer.removeprefix("torch")]
         cells += [f"{ours / t.floor:.2f}", AIMS[t.network], f"{ours / t.least(t.peer):.2f}", f"{t.distance:.0e}"]
         yield "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _at_once(timing: Timing) -> str:
+    """Rows of our micro-batches, and how they are run."""
+    return ", ".join(filter(None, [str(min(timing.rows, timing.rows_at_once)), timing.execution]))
 
 
 def _milliseconds(timing: Timing, contestant: str) -> str:

@@ -83,6 +83,7 @@ from explainserve.onnx_vjp import (
     split,
 )
 from explainserve.onnx_vjp.blocked import keep_in_blocks
+from explainserve.onnx_vjp.disjoint_windows import unpool_disjoint_windows
 from explainserve.onnx_vjp.opset import OLDEST as OLDEST_OPSET
 from explainserve.onnx_vjp.routes import dependents
 from explainserve.plan import STANDARD, Differentiation, GradientRule, Rows, SegmentEvaluation
@@ -447,7 +448,7 @@ class OnnxModel:
 
     def _gradient(self, function: Differentiation) -> OnnxFunction:
         graph, score = self._gradient_graph(function)
-        self._keep_in_blocks(graph.model)
+        self._suit_processor(graph.model)
         rows = self._row_graph(graph.model, self._bare_results(graph, function, score))
         rows.interpolate(self._moving(function) | set(graph.baselines.values()))
         _select_and_reduce(rows, graph, function, score)
@@ -469,7 +470,7 @@ class OnnxModel:
             flush_subnormals(graph.model, self._weights.of(graph.model))  # of what one part hands to the other, too
         prefix, parts = unused_prefix(graph.model.graph), split(graph)
         for part in (parts.forward, parts.backward):
-            self._keep_in_blocks(part)
+            self._suit_processor(part)
         if score not in parts.residuals:
             parts.backward.graph.input.extend(value for value in graph.model.graph.output if value.name == score)
         forward = self._row_graph(parts.forward, prefix=prefix)
@@ -500,8 +501,12 @@ class OnnxModel:
         self._weights.take(result.model)
         return result, score
 
-    def _keep_in_blocks(self, graph: onnx.ModelProto) -> None:
-        if self.device == "cpu" and not self._options.share_weights:
+    def _suit_processor(self, graph: onnx.ModelProto) -> None:
+        """Writes a gradient graph as the CPU provider computes it fastest."""
+        if self.device != "cpu":
+            return
+        unpool_disjoint_windows(graph)
+        if not self._options.share_weights:
             keep_in_blocks(graph)
             self._weights.take(graph)
 

@@ -371,3 +371,16 @@ def _kept(state: TensorType, before: Shape | None, after: Shape | None) -> Tenso
 def consumed(node: NodeProto) -> list[str]:
     """Every outer tensor that a node reads, those captured by its subgraphs included."""
     return [*(name for name in node.input if name), *captured(node)]
+
+
+def without_unread(nodes: Sequence[NodeProto], outputs: Iterable[str], replaced: Iterable[str]) -> list[NodeProto]:
+    """Nodes in their order, less those that computed what was replaced, and in turn what only they read."""
+    read, doubtful = set(outputs), set(replaced)
+    kept = []
+    for node in reversed(nodes):
+        if doubtful.issuperset(node.output) and read.isdisjoint(node.output):
+            doubtful.update(consumed(node))
+        else:
+            kept.append(node)
+            read.update(consumed(node))
+    return kept[::-1]
