@@ -28,6 +28,7 @@ from explainserve_client import (
     Idgi,
     IntegratedGradients,
     LayerCam,
+    Lrp,
     ScoreCam,
 )
 from three_formats import FORMATS, WRITERS, Array, module_and_input, relative, serving
@@ -98,6 +99,7 @@ WITHIN = {
     "guided_grad_cam": GuidedGradCam(),
     "guided_backpropagation": GuidedBackpropagation(),
     "deconv_net": DeconvNet(),
+    "lrp": Lrp(),
 }
 
 

@@ -74,8 +74,7 @@ ROUNDING = 5e-6
 
 CARRIED: Mapping[type[Method], tuple[str, ...]] = {
     **dict.fromkeys((GradCam, GradCamPlusPlus, LayerCam, ScoreCam, GuidedGradCam), ("onnx", "pt2")),
-    **dict.fromkeys((GuidedBackpropagation, DeconvNet, DeepLift), ("onnx", "pt2")),
-    Lrp: ("onnx",),
+    **dict.fromkeys((GuidedBackpropagation, DeconvNet, DeepLift, Lrp), ("onnx", "pt2")),
 }
 """Formats that carry a method, where not all do."""
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainserve import backends
-from explainserve.backends import LoadedModel, LoadOptions, batch_size, precision, probe
+from explainserve.backends import LoadedModel, LoadOptions, batch_size, pattern_file, precision, probe
 from explainserve.backends.batch_size import BatchSize
 from explainserve.backends.probe import ProbeResult
 from explainserve.backends.trial import Trials
@@ -94,6 +94,8 @@ def model_files(path: Path, trials: Trials | None = None) -> tuple[Path, ...]:
         ModelRefused: the file is not readable (MODEL_FILE_UNREADABLE) or not as its suffix says, or its backend is not
             installed.
     """
+    if path.suffix == ".pt2":
+        return (path, *pattern_file.beside(path))
     if path.suffix != ".onnx":
         return (path,)
     backends.loader(path.suffix)  # says what to install where onnx is missing

@@ -125,9 +125,8 @@ def _image(root: Path, name: str, toml: str) -> None:
     _write(root, name, nodes, image, {"logits": ["batch", 4]}, weights, toml)
 
 
-def _rectified(root: Path) -> None:
-    """A small network of convolutions and rectifiers, with what every method needs: channels over a grid, a bias, a
-    pool, patterns; its layer before the pool has a grid of 3 by 4 cells."""
+def rectified_arrays() -> tuple[dict[str, Array], dict[str, Array]]:
+    """The weights of `rectified`, and its patterns by layer."""
     random = np.random.default_rng(6)
     weights = {
         "k": random.standard_normal((6, 3, 3, 3)) / 4,
@@ -135,6 +134,17 @@ def _rectified(root: Path) -> None:
         "l": random.standard_normal((5, 6, 3, 3)) / 6,
         "v": random.standard_normal((5, 4)),
     }
+    patterns = {layer: random.standard_normal(weights[name].shape) for layer, name in RECTIFIED_LAYERS.items()}
+    return {name: value.astype(np.float32) for name, value in weights.items()}, patterns
+
+
+RECTIFIED_TOML = '[[inputs]]\nname = "image"\nlayout = "NCHW"\n\n[[outputs]]\nname = "logits"\nkind = "logits"\n'
+
+
+def _rectified(root: Path) -> None:
+    """A small network of convolutions and rectifiers, with what every method needs: channels over a grid, a bias, a
+    pool, patterns; its layer before the pool has a grid of 3 by 4 cells."""
+    weights, patterns = rectified_arrays()
     nodes = [
         helper.make_node("Conv", ["image", "k", "b"], ["c"], pads=[1, 1, 1, 1]),
         helper.make_node("Relu", ["c"], ["d"]),
@@ -145,10 +155,7 @@ def _rectified(root: Path) -> None:
         helper.make_node("MatMul", ["h", "v"], ["logits"]),
     ]
     image = {"image": (TensorProto.FLOAT, ["batch", 3, 6, 8])}
-    toml = '[[inputs]]\nname = "image"\nlayout = "NCHW"\n\n[[outputs]]\nname = "logits"\nkind = "logits"\n'
-    arrays = {name: value.astype(np.float32) for name, value in weights.items()}
-    path = _write(root, "rectified", nodes, image, {"logits": ["batch", 4]}, arrays, toml)
-    patterns = {layer: random.standard_normal(weights[name].shape) for layer, name in RECTIFIED_LAYERS.items()}
+    path = _write(root, "rectified", nodes, image, {"logits": ["batch", 4]}, weights, RECTIFIED_TOML)
     np.savez(path.with_name("patterns.npz"), **patterns)
 
 

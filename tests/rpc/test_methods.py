@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,13 @@ import pytest
 
 from explainserve.methods import METHODS, Needs
 from explainserve.rpc.methods import read, write
+from explainserve.settings import Settings
 from explainserve.v1 import attribution_pb2, method_pb2
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
-from rpc.loopback import Array, array, element, every, normal, refusal, relative_distance, request
+from rpc.conftest import LIMITS
+from rpc.folder import RECTIFIED_TOML, rectified_arrays
+from rpc.loopback import Array, Loopback, array, element, every, normal, refusal, relative_distance, request
 
 X = normal(2, 3, 6, 8)
 
@@ -167,6 +172,54 @@ def test_a_method_without_gradients_explains_a_model_without_them(stub: Explaine
     assert response.provenance.backward_count == 0
     assert response.provenance.gradient_rule == ""
     assert support.supported and support.reading_guide.tier == "T0"
+
+
+def write_rectified_pt2(root: Path) -> None:
+    """`rectified` as torch exports it, whose nodes name the patterns."""
+    import torch
+
+    weights, patterns = rectified_arrays()
+    kernel, bias, second, last = (torch.from_numpy(weights[name]) for name in "kblv")
+
+    class Rectified(torch.nn.Module):
+        def forward(self, image: Any) -> Any:
+            hidden = torch.nn.functional.conv2d(image, kernel, bias, padding=1).relu()
+            grid = torch.nn.functional.conv2d(hidden, second, padding=1, stride=2).relu()
+            return torch.nn.functional.adaptive_avg_pool2d(grid, 1).flatten(1) @ last
+
+    folder, axes = root / "exported" / "1", ({0: torch.export.Dim("batch")},)
+    folder.mkdir(parents=True)
+    program = torch.export.export(Rectified(), (torch.zeros(2, 3, 6, 8),), dynamic_shapes=axes)
+    torch.export.save(program, folder / "model.pt2")
+    (root / "exported" / "model.toml").write_text(RECTIFIED_TOML, encoding="utf-8")
+    layers = zip(("conv2d", "conv2d_1", "matmul"), patterns.values(), strict=True)
+    np.savez(folder / "patterns.npz", **dict(layers))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExplainerServiceStub]:
+    """A server of `rectified` as a `.pt2` file."""
+    pytest.importorskip("torch")
+    root = tmp_path_factory.mktemp("exported")
+    write_rectified_pt2(root)
+    server = Loopback(Settings(models=root, **LIMITS))
+    yield server.stub
+    server.stop()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_gives_the_same_maps_of_a_pt2_file(
+    stub: ExplainerServiceStub, exported: ExplainerServiceStub, name: str
+) -> None:
+    usual = {"targets": [element(1), element(3)], "baselines": BASELINES, "methods": [spec(name)]}
+    response = exported.Explain(request("exported", {"image": X}, **usual), timeout=120)
+    named = pb.GetModelRequest(model={"named": {"name": "exported"}})
+    supported = [m.supported for m in exported.GetModel(named).model.methods if m.method == name]
+
+    assert supported == [True]
+    for own, other in zip(tensors(response, 0), tensors(explain(stub, name), 0), strict=True):
+        assert relative_distance(own, other) < 1e-4 if other.any() else not own.any()
 
 
 def test_methods_share_what_they_evaluate(stub: ExplainerServiceStub) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import Node
 
 
@@ -34,6 +36,21 @@ def arguments(node: Node) -> dict[str, Any]:
         **{argument.name: value for argument, value in zip(stated, node.args, strict=False)},
         **node.kwargs,
     }
+
+
+def called(target: Any, given: Mapping[str, Any]) -> Any:
+    """What an ATen operator returns for arguments by name."""
+    stated = target._schema.arguments
+    positional = [given[argument.name] for argument in stated if not argument.kwarg_only]
+    return target(*positional, **{argument.name: given[argument.name] for argument in stated if argument.kwarg_only})
+
+
+def stored(node: Node, module: nn.Module) -> torch.Tensor | None:
+    """The tensor of the module that a node stands for; None for what is computed."""
+    while operator(node) in ("lift_fresh_copy", "clone", "detach"):
+        node = node.all_input_nodes[0]
+    found = functools.reduce(getattr, str(node.target).split("."), module) if node.op == "get_attr" else None
+    return found if isinstance(found, torch.Tensor) else None
 
 
 def mutates(node: Node) -> bool:

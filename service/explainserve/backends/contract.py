@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from explainserve.errors import InvalidRequest
+from explainserve.errors import InvalidRequest, Unsupported
 from explainserve.model_config import ModelConfig, Precision
 from explainserve.plan import Rows, SegmentEvaluation
 from explainserve.signature import Layer, Signature
@@ -75,6 +75,23 @@ class Memory:
 
 NO_RECTIFIERS = "the network has no rectifiers, on which it is defined"
 """Why a model cannot follow a rule for rectifiers."""
+
+
+NAMED_GAPS = 3
+"""Gaps that an error lists; the model's metadata has all of them."""
+
+
+def no_value_range(signature: Signature) -> str:
+    """Why rules that take the bounds of inputs do not get them, or ""."""
+    without = [name for name in signature.differentiable_inputs if signature.input(name).bounds is None]
+    return f"input {without[0]!r} states no value range; state its value_range in model.toml" if without else ""
+
+
+def not_differentiable(gaps: Sequence[OperatorGap], reason: str = "") -> Unsupported:
+    """NOT_DIFFERENTIABLE, with the first gaps or what else keeps a gradient from being there."""
+    first = "; ".join(map(str, gaps[:NAMED_GAPS]))
+    text = f"the model has no gradient: {first or reason}"
+    return Unsupported("NOT_DIFFERENTIABLE", text, gaps=first, gap_count=len(gaps))
 
 
 def unknown_layer(name: str) -> InvalidRequest:

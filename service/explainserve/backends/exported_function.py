@@ -5,7 +5,7 @@ nodes that they need and the same weights.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,22 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
-from explainserve.backends import exported_layers, torch_deeplift, torch_rules
+from explainserve.backends import exported_layers, pattern_file, torch_deeplift, torch_rules
 from explainserve.backends.aten import dependents, mutates, tensor_of
-from explainserve.backends.contract import layer_not_on_path, unknown_layer
-from explainserve.backends.torch_rules import RULES, rectified
+from explainserve.backends.contract import (
+    OperatorGap,
+    layer_not_on_path,
+    no_value_range,
+    not_differentiable,
+    unknown_layer,
+)
+from explainserve.backends.exported_relevance import explained
+from explainserve.backends.exported_rule import Copies, NoRule, Route, Stated
+from explainserve.backends.exported_rules import HANDED_DOWN, PATTERN_RULES, copy_by
+from explainserve.backends.torch_lrp import BOX_RULES, LRP_RULES
 from explainserve.errors import InvalidRequest
-from explainserve.plan import Differentiation
-from explainserve.signature import Layer, Signature
+from explainserve.plan import Differentiation, GradientRule
+from explainserve.signature import Layer, ScoreHead, Signature
 
 _MOST_FUNCTIONS = 64
 """Graphs of one model that are kept; the oldest goes first."""
@@ -53,23 +62,31 @@ class NamedGraph:
         inputs: by the names of the signature.
         constants: of other placeholders.
         outputs: by the names of the signature.
+        stated: what rules take that the file does not hold.
     """
 
     module: GraphModule
     inputs: Mapping[str, Node]
     constants: Mapping[Node, Any]
     outputs: Mapping[str, Node]
+    stated: Stated
     _functions: dict[Differentiation, GraphFunction] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(
-        cls, program: ExportedProgram, signature: Signature, leaves: Sequence[Any], kept: Sequence[int]
+        cls,
+        program: ExportedProgram,
+        signature: Signature,
+        leaves: Sequence[Any],
+        kept: Sequence[int],
+        patterns: Mapping[str, Tensor],
     ) -> NamedGraph:
         """The graph of a program, whose weights it shares.
 
         Args:
             leaves: of a call's arguments: None for a tensor, else the constant that was exported.
             kept: positions of the outputs that are tensors.
+            patterns: see `Stated`.
         """
         if any(map(mutates, _nodes_within(program.graph_module))):
             program = program.run_decompositions({torch.ops.aten.copy.default: copied})
@@ -84,6 +101,7 @@ class NamedGraph:
             {spec.name: node for spec, node in zip(signature.inputs, tensors, strict=True)},
             constants,
             {spec.name: results[position] for spec, position in zip(signature.outputs, kept, strict=True)},
+            Stated({spec.name: spec.bounds for spec in signature.inputs if spec.bounds is not None}, patterns),
         )
 
     def with_weights(self, module: nn.Module) -> NamedGraph:
@@ -96,6 +114,7 @@ class NamedGraph:
             {name: twins[node] for name, node in self.inputs.items()},
             {twins[node]: leaf for node, leaf in self.constants.items()},
             {name: twins[node] for name, node in self.outputs.items()},
+            self.stated,
         )
 
     def layers(self, signature: Signature) -> tuple[Layer, ...]:
@@ -103,11 +122,29 @@ class NamedGraph:
         nodes = list(self.module.graph.nodes)
         return exported_layers.layers(nodes, self.inputs, set(self.outputs.values()), signature)
 
-    def gradient_rules(self) -> dict[str, str]:
+    def gradient_rules(self, signature: Signature) -> dict[str, str]:
         """Every rule, and why the graph cannot follow it: "" where it can."""
         varying = set().union(*map(dependents, self.inputs.values()))
-        of_deeplift = torch_deeplift.refusal(self.module.graph.nodes, varying)
-        return {**torch_rules.gradient_rules(self.module), torch_deeplift.RULE: of_deeplift}
+        of_lrp = self._first_gap("lrp_epsilon", signature)
+        of_patterns = self._first_gap("pattern_net", signature) if self.stated.patterns else pattern_file.MISSING
+        return {
+            **torch_rules.gradient_rules(self.module),
+            torch_deeplift.RULE: torch_deeplift.refusal(self.module.graph.nodes, varying),
+            **dict.fromkeys(LRP_RULES, of_lrp),
+            **dict.fromkeys(BOX_RULES, of_lrp or no_value_range(signature)),
+            **dict.fromkeys(PATTERN_RULES, of_patterns),
+        }
+
+    def _first_gap(self, rule: str, signature: Signature) -> str:
+        """Of a rule that not every operator has, or ""; known between inputs and outputs only."""
+        if signature.undifferentiable_reason:
+            return ""
+        output, wrt = signature.differentiable_outputs[0], signature.differentiable_inputs
+        try:
+            self._built(Differentiation(output, ScoreHead.IDENTITY, wrt, GradientRule(rule)))
+        except NoRule as refusal:
+            return str(refusal)
+        return ""
 
     def function(self, asked: Differentiation) -> GraphFunction:
         """The function of an output that taps, cuts and differentiates layers, and follows a rule.
@@ -115,11 +152,18 @@ class NamedGraph:
         Raises:
             InvalidRequest: a layer does not exist (UNKNOWN_LAYER), the output does not depend on it
                 (LAYER_NOT_ON_PATH), or on another layer that is cut as well (LAYERS_NOT_CUT).
+            Unsupported: an operator, or the head of the score, does not have the rule (NOT_DIFFERENTIABLE).
         """
+        if asked.rule.name in HANDED_DOWN and asked.head is not ScoreHead.IDENTITY:
+            raise not_differentiable([_head_gap(asked)])
+        asked = replace(asked, head=ScoreHead.IDENTITY)
         if asked not in self._functions:
             if len(self._functions) >= _MOST_FUNCTIONS:
                 del self._functions[next(iter(self._functions))]
-            self._functions[asked] = self._built(asked)
+            try:
+                self._functions[asked] = self._built(asked)
+            except NoRule as refusal:
+                raise not_differentiable([refusal.gap]) from refusal
         return self._functions[asked]
 
     def _built(self, asked: Differentiation) -> GraphFunction:
@@ -135,8 +179,18 @@ class NamedGraph:
         given = {**cut, **{name: node for name, node in self.inputs.items() if node not in cut.values()}}
         needed = _needed([output, *returned.values()], set(cut.values()))
         given = {name: node for name, node in given.items() if node in needed}
-        graph = self._copied(needed, given, set(roots.values()), asked.rule.name, [output, *returned.values()])
+        route = self._route(asked, [*cut.values(), *roots.values()], _needed([output], set(cut.values())))
+        graph = self._copied(needed, given, set(roots.values()), asked.rule, route, [output, *returned.values()])
         return GraphFunction(GraphModule(self.module, graph), _types(given), _types(returned))
+
+    def _route(self, asked: Differentiation, layers: Sequence[Node], needed: Collection[Node]) -> Route:
+        """The route of what is asked, of whose nodes `needed` compute the output; `layers` are cut or explained."""
+        named = {**self.inputs, **{node.name: node for node in layers}}
+        explained = frozenset(named[name] for name in asked.wrt)
+        sources = explained if explained.issubset(self.inputs.values()) else frozenset(self.inputs.values())
+        without = [node for node in needed if (value := tensor_of(node)) is not None and not value.is_floating_point()]
+        varying = frozenset().union(*(dependents(node, without) for node in explained)).intersection(needed)
+        return Route(self.module, self.inputs, sources, explained, varying, frozenset(layers))
 
     def _layer(self, name: str) -> Node:
         found: Node | None = next((node for node in self.module.graph.nodes if node.name == name), None)
@@ -157,7 +211,8 @@ class NamedGraph:
         needed: Collection[Node],
         given: Mapping[str, Node],
         roots: Collection[Node],
-        rule: str,
+        rule: GradientRule,
+        route: Route,
         results: Sequence[Node],
     ) -> Graph:
         """A graph from `given` to the first of `results` and a tuple of the others.
@@ -165,27 +220,35 @@ class NamedGraph:
         Args:
             needed: nodes that are copied.
             roots: nodes from whose values gradients are taken.
-            rule: by which the graph passes backward.
+            rule: by which the graph passes backward on the route.
         """
         graph, copies = Graph(), dict(self.constants)
+        by_rule = copy_by(rule, route, self.stated)
         for node in given.values():
             copies[node] = graph.placeholder(node.name)
         for node in self.module.graph.nodes:
             if node in needed and node not in copies:
-                copies[node] = self._copy(node, graph, copies, rule)
+                copy = by_rule if route.passes(node) else _plain_copy
+                copies[node] = copy(graph, node, copies)
             if node in roots:
                 copies[node] = graph.call_function(with_history, (copies[node],))
         output, *others = (copies[node] for node in results)
+        if rule.name in HANDED_DOWN:
+            output = graph.call_function(explained, (output,))
         graph.output((output, tuple(others)))
+        graph.eliminate_dead_code()  # layers that were merged with what is behind them
         return graph
 
-    def _copy(self, node: Node, graph: Graph, copies: Mapping[Node, Any], rule: str) -> Node:
-        if rule == torch_deeplift.RULE:
-            return torch_deeplift.copied(graph, node, copies)
-        source = rectified(node, self.module) if rule in RULES else None
-        if source is None:
-            return graph.node_copy(node, copies.__getitem__)
-        return RULES[rule](graph, node, source, copies)
+
+def _plain_copy(graph: Graph, node: Node, copies: Copies) -> Node:
+    return graph.node_copy(node, copies.__getitem__)
+
+
+def _head_gap(asked: Differentiation) -> OperatorGap:
+    """That of a score head, which hands nothing down."""
+    name = asked.head.value.title().replace("_", "")
+    reason = f"the rule {asked.rule.name!r} starts from the output itself"
+    return OperatorGap(name, asked.output, reason, "explain the output as it is: its logits")
 
 
 def with_history(value: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 
-from explainserve.backends import onnx_patterns
+from explainserve.backends import pattern_file
 from explainserve.backends.onnx_weights import Weights, byte_count, is_reference
 from explainserve.containment import inside
 from explainserve.errors import ModelRefused
@@ -58,12 +58,11 @@ def read(path: Path, weights: Weights) -> onnx.ModelProto:
 
 def files(path: Path) -> tuple[Path, ...]:
     """The model file, then the files of its external data in the order of their names, and the patterns beside it.
-    Raises what `read` raises, and `onnx_patterns.location`.
+    Raises what `read` raises, and `pattern_file.beside`.
     """
     model = _parsed(path)
     external = {_located(tensor, path.parent)[0] for tensor in _tensors(model) if _is_external(tensor)}
-    patterns = onnx_patterns.location(path)
-    return (path, *sorted(external), *([patterns] if patterns else []))
+    return (path, *sorted(external), *pattern_file.beside(path))
 
 
 def _parsed(path: Path) -> onnx.ModelProto:

@@ -18,7 +18,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from explainserve.backends import onnx_file, onnx_graph, onnx_patterns
+from explainserve.backends import onnx_file, onnx_graph, pattern_file
 from explainserve.backends.contract import (
     NO_RECTIFIERS,
     Collect,
@@ -27,6 +27,8 @@ from explainserve.backends.contract import (
     Memory,
     OperatorGap,
     layer_not_on_path,
+    no_value_range,
+    not_differentiable,
     unknown_layer,
 )
 from explainserve.backends.gradient_cache import GradientCache, cache_key
@@ -66,6 +68,7 @@ from explainserve.errors import EvaluationFailed, InvalidRequest, ModelRefused, 
 from explainserve.model_config import ModelConfig, Precision
 from explainserve.onnx_vjp import (
     BOX_RULES,
+    FIRST_LAYER_RULES,
     GRADIENT_RULES,
     LRP_RULES,
     PATTERN_RULES,
@@ -75,6 +78,7 @@ from explainserve.onnx_vjp import (
     Table,
     UnsupportedOperators,
     append_score_head,
+    behind_layers,
     cut,
     find_gaps,
     has_rectifiers,
@@ -92,9 +96,6 @@ from explainserve.signature import Axis, InputSpec, Layer, ScoreHead, Signature
 logger = logging.getLogger(__name__)
 
 Array = NDArray[np.generic]
-NAMED_GAPS = 3
-"""Gaps that an error lists; the model's metadata has all of them."""
-
 ROWS_PER_THREAD = (2, 4, 8, 16, 32)
 """Numbers of rows for each thread that are timed, in order: rows are divided from the first on that is faster so."""
 
@@ -105,17 +106,12 @@ FASTER = 0.95
 LARGEST_TWICE_PACKED = 32 << 20
 """Bytes of weights up to which sessions are opened for single threads too, which pack the weights once more."""
 
-NO_PATTERNS = (
-    f"no {onnx_patterns.NAME} lies beside the model file; it holds the pattern of each Conv, ConvTranspose, Gemm and "
-    "MatMul under the name of its output, in the shape of its weights"
-)
-
 
 def load(path: Path, config: ModelConfig, options: LoadOptions) -> OnnxModel:
     """Reads an .onnx file.
 
     Raises:
-        ModelRefused: see `onnx_file.read`, `onnx_patterns.read` and `onnx_graph.signature`; also where onnxruntime
+        ModelRefused: see `onnx_file.read`, `pattern_file.read` and `onnx_graph.signature`; also where onnxruntime
             cannot build the graph (MODEL_NOT_RUNNABLE, OPSET_TOO_OLD), the configuration contradicts it
             (CONFIG_MISMATCH), or the device is missing (DEVICE_UNAVAILABLE) or lacks the precision
             (PRECISION_UNAVAILABLE).
@@ -139,7 +135,7 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> OnnxModel:
     if config.precision is Precision.FLOAT16:
         model, weights = _converted(model, weights, signature)
     fixed = bool(unbatched) or not free
-    patterns = onnx_patterns.read(path)
+    patterns = pattern_file.read(path)
     loaded = OnnxModel(model, weights, signature, frozenset(unbatched), fixed, options, layers, patterns)
     loaded.verify()
     loaded.choose_division()
@@ -391,7 +387,7 @@ class OnnxModel:
         if self._options.precision is Precision.FLOAT16:
             return {STANDARD.name: ""}
         unrectified = "" if has_rectifiers(self._graph) else NO_RECTIFIERS
-        unbounded = self._unbounded()
+        unbounded = no_value_range(self.signature)
         of_lrp = self._first_gap("lrp_epsilon")
         return {
             STANDARD.name: "",
@@ -399,13 +395,8 @@ class OnnxModel:
             **dict.fromkeys(RECTIFIER_RULES, unrectified),
             **dict.fromkeys(LRP_RULES, of_lrp),
             **dict.fromkeys(BOX_RULES, of_lrp or unbounded),
-            **dict.fromkeys(PATTERN_RULES, self._first_gap("pattern_net") if self._patterns else NO_PATTERNS),
+            **dict.fromkeys(PATTERN_RULES, self._first_gap("pattern_net") if self._patterns else pattern_file.MISSING),
         }
-
-    def _unbounded(self) -> str:
-        """Why rules that take bounds of inputs do not get them, or ""."""
-        without = [name for name in self.signature.differentiable_inputs if self.signature.input(name).bounds is None]
-        return f"input {without[0]!r} states no value range; state its value_range in model.toml" if without else ""
 
     def _first_gap(self, rule: str) -> str:
         """Of a rule that not every operator has, or ""; known between inputs and outputs only."""
@@ -414,30 +405,40 @@ class OnnxModel:
         wrt, weights = self.signature.differentiable_inputs, self._weights.of(self._graph)
         output = self.signature.differentiable_outputs[0]
         try:
-            gaps = find_gaps(self._graph, wrt, output, rules=self._table(GradientRule(rule)), weights=weights)
+            gaps = find_gaps(self._graph, wrt, output, rules=self._table(GradientRule(rule), wrt), weights=weights)
         except ValueError as error:
             return str(error)
         return str(_operator_gaps(gaps[:1])[0]) if gaps else ""
 
-    def _rule_options(self, rule: GradientRule) -> dict[str, Any]:
-        """What the table of a rule is made by: its own options, and what the model's owner states."""
+    def _rule_options(self, rule: GradientRule, wrt: Sequence[str]) -> dict[str, Any]:
+        """What the table of a rule is made by: its own options, what the model's owner states, what is explained."""
         options: dict[str, Any] = dict(rule.options)
         if rule.name in BOX_RULES:
             stated = {name: self.signature.input(name).bounds for name in self.signature.differentiable_inputs}
             options["bounds"] = {name: [end.tolist() for end in ends] for name, ends in stated.items() if ends}
+        if rule.name in FIRST_LAYER_RULES:
+            options["hidden"] = self._hidden(wrt)
         if rule.name in PATTERN_RULES:
             options["patterns"] = self._patterns
         return options
 
-    def _stated(self, rule: GradientRule) -> tuple[str, dict[str, Any]]:
+    def _hidden(self, wrt: Sequence[str]) -> list[str]:
+        """Those among layers that are explained which are behind other ones."""
+        inputs = _input_names(self._graph)
+        if inputs.issuperset(wrt):
+            return []
+        behind = behind_layers(self._graph.graph.node, inputs)
+        return [name for name in wrt if name in behind]
+
+    def _stated(self, rule: GradientRule, wrt: Sequence[str]) -> tuple[str, dict[str, Any]]:
         """A rule and all that its table is made by, patterns by their digest."""
-        options = self._rule_options(rule)
+        options = self._rule_options(rule, wrt)
         if rule.name in PATTERN_RULES:
-            options["patterns"] = onnx_patterns.digest(self._patterns)
+            options["patterns"] = pattern_file.digest(self._patterns)
         return rule.name, options
 
-    def _table(self, rule: GradientRule) -> Table:
-        return GRADIENT_RULES[rule.name](**self._rule_options(rule))
+    def _table(self, rule: GradientRule, wrt: Sequence[str]) -> Table:
+        return GRADIENT_RULES[rule.name](**self._rule_options(rule, wrt))
 
     def _forward(self, function: Differentiation) -> OnnxFunction:
         graph, score = self._with_head(function)
@@ -492,10 +493,10 @@ class OnnxModel:
     def _gradient_graph(self, function: Differentiation) -> tuple[GradientGraph, str]:
         """The graph, which refers to its weights, and the name of the scores in it."""
         if not (self._has_gradient or function.cut):
-            raise _not_differentiable(self.gaps, self.signature.undifferentiable_reason)
+            raise not_differentiable(self.gaps, self.signature.undifferentiable_reason)
         graph, score = self._with_head(function)
         self._check_on_path(graph, function, score)
-        rule = self._stated(function.rule)
+        rule = self._stated(function.rule, function.wrt)
         key = cache_key(graph, function.wrt, score, function.output, self.fixed_batch, rule)
         result = self._cache.get(key, lambda: self._built(graph, function, score))
         self._weights.take(result.model)
@@ -574,9 +575,9 @@ class OnnxModel:
         try:
             if self._options.precision is Precision.FLOAT16:
                 return scaled_gradient(graph, wrt, score, function.output, single=self.fixed_batch, weights=weights)
-            return input_gradient(graph, wrt, score, rules=self._table(function.rule), weights=weights)
+            return input_gradient(graph, wrt, score, rules=self._table(function.rule, wrt), weights=weights)
         except UnsupportedOperators as error:
-            raise _not_differentiable(_operator_gaps(error.gaps)) from error
+            raise not_differentiable(_operator_gaps(error.gaps)) from error
         except ValueError as error:
             raise Unsupported("NOT_DIFFERENTIABLE", str(error)) from error
 
@@ -705,16 +706,6 @@ def _operator_gaps(gaps: Iterable[Gap]) -> tuple[OperatorGap, ...]:
     return tuple(
         OperatorGap(f"{gap.domain}.{gap.operator}" if gap.domain else gap.operator, gap.node, gap.reason, gap.remedy)
         for gap in gaps
-    )
-
-
-def _not_differentiable(gaps: tuple[OperatorGap, ...], reason: str = "") -> Unsupported:
-    first = "; ".join(map(str, gaps[:NAMED_GAPS]))
-    return Unsupported(
-        "NOT_DIFFERENTIABLE",
-        f"the model has no gradient: {first or reason}",
-        gaps=first,
-        gap_count=len(gaps),
     )
 
 

@@ -23,6 +23,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
+from explainserve.backends import pattern_file
 from explainserve.backends.contract import LoadedModel, LoadOptions
 from explainserve.backends.exported_function import NamedGraph
 from explainserve.backends.exported_layers import axes
@@ -51,7 +52,8 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> LoadedModel:
         ModelRefused: the file is damaged or unsafe (see `torch_archive`), does not fit model.toml (CONFIG_MISMATCH),
             holds what is not served (UNSUPPORTED_INPUT, UNSUPPORTED_DTYPE), has a static batch of more than one row
             or no batch axis (STATIC_BATCH), was exported in training mode (TRAINING_MODE) or without gradients
-            (NO_GRADIENT), or its device or precision is missing (DEVICE_UNAVAILABLE, PRECISION_UNAVAILABLE).
+            (NO_GRADIENT), or its device or precision is missing (DEVICE_UNAVAILABLE, PRECISION_UNAVAILABLE); see
+            `pattern_file.read` too.
     """
     device = resolve_device(options)
     require_exported_program(path)
@@ -64,7 +66,8 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> LoadedModel:
     if device.type != "cpu":
         program = move_to_device_pass(program, device)
     forward = _Forward.of(program)
-    named = NamedGraph.of(program, signature, forward.leaves, forward.kept)
+    patterns = {name: torch.from_numpy(array).to(device) for name, array in pattern_file.read(path).items()}
+    named = NamedGraph.of(program, signature, forward.leaves, forward.kept, patterns)
     arithmetic = Arithmetic.of(config.precision, device, signature)
     weight_bytes = sum(weights.nbytes for weights in program.state_dict.values())
     model = TorchModel(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from explainserve.backends import torch_deeplift
 from explainserve.backends.contract import Collect, LoadOptions, Memory, OperatorGap
 from explainserve.backends.exported_function import GraphFunction, NamedGraph
+from explainserve.backends.exported_rules import HANDED_DOWN
 from explainserve.backends.resident_memory import peak_growth
 from explainserve.backends.row_feeds import joined, single_rows
 from explainserve.backends.torch_batch import ArrivingScores, ArrivingSums, DeviceRows, torch_dtype
@@ -37,6 +38,8 @@ Forward = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 _UNNAMED = (
     "a TorchScript file does not name its tensors for others to reach; export the model with torch.export, or to ONNX"
 )
+
+_NARROW = "the model is evaluated in sixteen bits; serve it in float32"
 
 _AT_START = " at the start"
 """Marks what an input or layer is at the start of the path."""
@@ -99,11 +102,11 @@ class TorchModel:
 
     def _rules(self, named: NamedGraph) -> dict[str, str]:
         """Every rule of the graph, and why the model cannot follow it."""
-        rules = named.gradient_rules()
+        rules = named.gradient_rules(self.signature)
+        if self._arithmetic.is_narrow:
+            rules |= dict.fromkeys({torch_deeplift.RULE, *HANDED_DOWN}, _NARROW)
         if self.fixed_batch:
             rules[torch_deeplift.RULE] = "the file takes one row at a time, and the rule compares two at once"
-        elif self._arithmetic.is_narrow:
-            rules[torch_deeplift.RULE] = "the model is evaluated in sixteen bits; serve it in float32"
         return rules
 
     def _new_graphs(self) -> Graphs | None:
@@ -263,7 +266,7 @@ class TorchModel:
 
     def _of_graph(self, function: Differentiation) -> GraphFunction:
         assert self._named is not None, "A capability that the model lacks was asked of it. This is a bug."
-        return self._named.function(replace(function, head=ScoreHead.IDENTITY))
+        return self._named.function(function)
 
     def _as_taken(self, points: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The points of one row where an input has no batch axis."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from explainserve.backends.aten import arguments, operator
+from explainserve.backends.aten import arguments, operator, stored
 from explainserve.backends.contract import NO_RECTIFIERS
 from explainserve.plan import STANDARD
 
@@ -58,20 +58,8 @@ def _rectifies(module: nn.Module) -> bool:
 
 def _is_zero(value: Any, module: nn.Module) -> bool:
     """Whether a bound is the constant zero: a number, or a tensor that the graph holds."""
-    while isinstance(value, Node) and operator(value) in ("lift_fresh_copy", "clone", "detach"):
-        value = value.args[0]
-    if isinstance(value, Node) and value.op == "get_attr":
-        value = module.get_buffer(str(value.target)) if _has_buffer(module, value) else None
-        return value is not None and not value.any()
-    return isinstance(value, (int, float)) and value == 0
-
-
-def _has_buffer(module: nn.Module, node: Node) -> bool:
-    try:
-        module.get_buffer(str(node.target))
-    except AttributeError:
-        return False
-    return True
+    held = stored(value, module) if isinstance(value, Node) else value
+    return not held.any() if isinstance(held, Tensor) else isinstance(held, (int, float)) and held == 0
 
 
 def _guided(graph: Graph, node: Node, source: Node, copies: Copies) -> Node:

@@ -9,6 +9,7 @@ from explainserve.onnx_vjp.gaps import Gap, UnsupportedOperators
 from explainserve.onnx_vjp.gradient import GradientGraph, find_gaps, input_gradient
 from explainserve.onnx_vjp.heads import HEADS, append_score_head
 from explainserve.onnx_vjp.layers import Layer, layers
+from explainserve.onnx_vjp.lrp import behind_layers
 from explainserve.onnx_vjp.registry import (
     Composition,
     Refused,
@@ -29,6 +30,7 @@ from explainserve.onnx_vjp.shapes import Shape
 from explainserve.onnx_vjp.split import SplitGradient, split
 from explainserve.onnx_vjp.tables import (
     BOX_RULES,
+    FIRST_LAYER_RULES,
     GRADIENT_RULES,
     LRP_RULES,
     PATTERN_RULES,
@@ -38,6 +40,7 @@ from explainserve.onnx_vjp.tables import (
 
 __all__ = [
     "BOX_RULES",
+    "FIRST_LAYER_RULES",
     "GRADIENT_RULES",
     "HEADS",
     "LRP_RULES",
@@ -58,6 +61,7 @@ __all__ = [
     "UnsupportedOperators",
     "ZeroGradient",
     "append_score_head",
+    "behind_layers",
     "composition",
     "cut",
     "find_gaps",

@@ -23,7 +23,7 @@ with (canonical.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -35,6 +35,7 @@ from explainserve.onnx_vjp import rules as _rules  # noqa: F401  (fills the regi
 from explainserve.onnx_vjp.canonical import merge_affine
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Formula, Gradients, Key, Refusal, Refused, Rule, State, Table, standard
+from explainserve.onnx_vjp.routes import values_read
 from explainserve.onnx_vjp.twin import add_twin
 
 Bounds = Mapping[str, Sequence[ArrayLike]]
@@ -220,7 +221,8 @@ def _at_bound(layer: Layer, values: Mapping[str, ArrayLike]) -> str:
     }
     if not given:
         raise Refusal(
-            "the box rule needs the value range of the layer's input", "state value_range in the configuration"
+            "the box rule needs the value range of what is in front of the layer",
+            "state value_range in the configuration, and explain inputs",
         )
     return add_twin(op.graph, behind, given)[layer.a]
 
@@ -237,18 +239,37 @@ def _in_front(layer: Layer) -> Iterator[NodeProto]:
 
 @dataclass(frozen=True)
 class _Rules:
-    """How relevance is distributed: in convolutions, in dense layers, and in those that no other is in front of."""
+    """How relevance is distributed: in convolutions, in dense layers, and in those that no other is in front of.
+
+    `hidden` names tensors that are explained, and that other layers of the network are in front of.
+    """
 
     dense: Distribution
     convolution: Distribution
     first: Distribution | None = None
+    hidden: Collection[str] = ()
 
 
-def _is_behind_layer(op: Emitter, node: Node, value: str) -> bool:
-    """Whether a tensor depends on a linear layer that is explained through."""
+def behind_layers(nodes: Iterable[NodeProto], inputs: Iterable[str]) -> set[str]:
+    """The tensors of a graph that depend on its inputs through a linear layer."""
+    reached, behind = set(inputs), set[str]()
+    for node in nodes:
+        read = reached.intersection(values_read(node))
+        if read:
+            reached.update(node.output)
+        if (read and node.op_type in CONVOLUTIONS | DENSE) or not behind.isdisjoint(read):
+            behind.update(node.output)
+    return behind
+
+
+def _is_behind_layer(op: Emitter, node: Node, value: str, hidden: Collection[str]) -> bool:
+    """Whether a tensor depends on a linear layer that is explained through, or on a tensor that is `hidden`."""
     pending, seen = [value], set[str]()
     while pending:
-        producer = op.graph.producers.get(name := pending.pop())
+        name = pending.pop()
+        if name in hidden:
+            return True
+        producer = op.graph.producers.get(name)
         if name in seen or producer is None:
             continue
         seen.add(name)
@@ -263,7 +284,7 @@ def _linear(rules: _Rules, derivative: Formula) -> Formula:
     def formula(op: Emitter, node: Node, relevance: str) -> Gradients:
         layer = Layer(op, node, derivative)
         distribution = rules.convolution if node.proto.op_type in CONVOLUTIONS else rules.dense
-        if rules.first is not None and not _is_behind_layer(op, node, layer.a):
+        if rules.first is not None and not _is_behind_layer(op, node, layer.a, rules.hidden):
             distribution = rules.first
         shares = distribution(layer, relevance)
         return [shares if index == layer.position else None for index in range(len(node.inputs))]
@@ -279,7 +300,7 @@ def _summing(rules: _Rules, epsilon: float, derivative: Formula, every_output: b
     def formula(op: Emitter, node: Node, relevance: str) -> Gradients:
         live = _live(node)
         shifts = node.proto.op_type in _SHIFTING and len(live) == 1
-        if shifts and rules.first is not None and not _is_behind_layer(op, node, node.inputs[live[0]]):
+        if shifts and rules.first is not None and not _is_behind_layer(op, node, node.inputs[live[0]], rules.hidden):
             return _to_only(op, node, relevance)
         s = op.Div(relevance, _stabilized(op, node.outputs[0], epsilon))
         slopes = derivative(op, node, [s] if every_output else s)
@@ -393,16 +414,19 @@ def lrp_alpha_beta(epsilon: float = EPSILON, alpha: float = ALPHA) -> Table:
     return _table(_Rules(_alpha_beta(alpha, epsilon), _alpha_beta(alpha, epsilon)), epsilon)
 
 
-def lrp_composite(epsilon: float = EPSILON) -> Table:
+def lrp_composite(epsilon: float = EPSILON, hidden: Collection[str] = ()) -> Table:
     """Epsilon in dense layers, z+ in convolutions, flat in first layers: EpsilonPlusFlat of zennit."""
-    return _table(_Rules(_epsilon(epsilon), _alpha_beta(1, epsilon), _flat(epsilon)), epsilon)
+    return _table(_Rules(_epsilon(epsilon), _alpha_beta(1, epsilon), _flat(epsilon), hidden), epsilon)
 
 
-def lrp_epsilon_gamma_box(bounds: Bounds, epsilon: float = EPSILON, gamma: float = GAMMA) -> Table:
+def lrp_epsilon_gamma_box(
+    bounds: Bounds, epsilon: float = EPSILON, gamma: float = GAMMA, hidden: Collection[str] = ()
+) -> Table:
     """Epsilon in dense layers, gamma in convolutions, box in first layers: EpsilonGammaBox of zennit."""
-    return _table(_Rules(_epsilon(epsilon), _gamma(gamma, epsilon), _box(bounds, epsilon)), epsilon)
+    return _table(_Rules(_epsilon(epsilon), _gamma(gamma, epsilon), _box(bounds, epsilon), hidden), epsilon)
 
 
-def lrp_deep_taylor(bounds: Bounds, epsilon: float = EPSILON) -> Table:
+def lrp_deep_taylor(bounds: Bounds, epsilon: float = EPSILON, hidden: Collection[str] = ()) -> Table:
     """Deep Taylor decomposition (Montavon et al. 2017): z+ within, the box rule in first layers."""
-    return _table(_Rules(_alpha_beta(1, epsilon), _alpha_beta(1, epsilon), _box(bounds, epsilon)), epsilon)
+    inner = _alpha_beta(1, epsilon)
+    return _table(_Rules(inner, inner, _box(bounds, epsilon), hidden), epsilon)

@@ -112,6 +112,9 @@ LRP_RULES = frozenset(_OF_LRP)
 BOX_RULES = frozenset({"lrp_deep_taylor", "lrp_epsilon_gamma_box"})
 """Those among them that take the `bounds` of all inputs."""
 
+FIRST_LAYER_RULES = BOX_RULES | {"lrp_composite"}
+"""Those with a rule for first layers, which take the names of `hidden` tensors: what is explained is no input there."""
+
 PATTERN_RULES = frozenset({"pattern_attribution", "pattern_net"})
 """Rules that take the `patterns` of all linear layers, and refuse the same operators."""
 

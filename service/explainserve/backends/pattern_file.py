@@ -16,9 +16,15 @@ from explainserve.errors import ModelRefused
 
 NAME = "patterns.npz"
 
+MISSING = (
+    f"no {NAME} lies beside the model file; it holds the pattern of each Conv, ConvTranspose, Gemm and MatMul under "
+    "the name of its output, in the shape of its weights"
+)
+"""Why a model cannot follow the rules of patterns."""
 
-def location(path: Path) -> Path | None:
-    """The archive beside a model file, or None where there is none.
+
+def beside(path: Path) -> tuple[Path, ...]:
+    """The archive beside a model file, if there is one.
 
     Raises:
         ModelRefused: it is a link that leads out of the folder (PATTERNS_ESCAPE).
@@ -26,18 +32,19 @@ def location(path: Path) -> Path | None:
     file = inside(path.parent, NAME)
     if file is None:
         raise ModelRefused("PATTERNS_ESCAPE", f"{NAME} leads out of the folder of {path.name}", file=NAME)
-    return file if file.is_file() else None
+    return (file,) if file.is_file() else ()
 
 
 def read(path: Path) -> dict[str, NDArray[np.float32]]:
     """Patterns by the name of the layer, none where there is no archive; nothing in it is unpickled.
 
     Raises:
-        ModelRefused: see `location`; it is no archive of finite numbers (PATTERNS_UNREADABLE).
+        ModelRefused: see `beside`; it is no archive of finite numbers (PATTERNS_UNREADABLE).
     """
-    file = location(path)
-    if file is None:
+    files = beside(path)
+    if not files:
         return {}
+    (file,) = files
     try:
         with file.open("rb") as data, np.load(data, allow_pickle=False) as archive:
             found = {name: np.asarray(archive[name], np.float32, order="C") for name in archive.files}

@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from explainserve.backends import onnx_patterns
+from explainserve.backends import pattern_file
 from explainserve.errors import ModelRefused
 
 
 def test_patterns_are_read_by_layer(tmp_path: Path) -> None:
     np.savez(tmp_path / "patterns.npz", hidden=np.arange(6.0).reshape(2, 3))
-    found = onnx_patterns.read(tmp_path / "model.onnx")
+    found = pattern_file.read(tmp_path / "model.onnx")
     assert found.keys() == {"hidden"} and found["hidden"].dtype == np.float32
     np.testing.assert_array_equal(found["hidden"], [[0, 1, 2], [3, 4, 5]])
 
 
 def test_a_model_without_an_archive_has_none(tmp_path: Path) -> None:
-    assert onnx_patterns.read(tmp_path / "model.onnx") == {}
+    assert pattern_file.read(tmp_path / "model.onnx") == {}
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "others.npz", hidden=np.ones(3))
     (folder / "patterns.npz").symlink_to(tmp_path / "others.npz")
     with pytest.raises(ModelRefused) as refused:
-        onnx_patterns.read(folder / "model.onnx")
+        pattern_file.read(folder / "model.onnx")
     assert refused.value.reason == "PATTERNS_ESCAPE"
 
 
@@ -42,5 +42,5 @@ def test_what_is_no_archive_of_finite_numbers_is_refused(tmp_path: Path, values:
     else:
         np.savez(file, hidden=values)
     with pytest.raises(ModelRefused) as refused:
-        onnx_patterns.read(tmp_path / "model.onnx")
+        pattern_file.read(tmp_path / "model.onnx")
     assert refused.value.reason == "PATTERNS_UNREADABLE"
