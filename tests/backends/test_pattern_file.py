@@ -9,6 +9,7 @@ import pytest
 
 from explainserve.backends import pattern_file
 from explainserve.errors import ModelRefused
+from explainserve.opening import model_files
 
 
 def test_patterns_are_read_by_layer(tmp_path: Path) -> None:
@@ -44,3 +45,12 @@ def test_what_is_no_archive_of_finite_numbers_is_refused(tmp_path: Path, values:
     with pytest.raises(ModelRefused) as refused:
         pattern_file.read(tmp_path / "model.onnx")
     assert refused.value.reason == "PATTERNS_UNREADABLE"
+
+
+def test_the_patterns_beside_a_pt2_file_belong_to_the_model(tmp_path: Path) -> None:
+    """Its sha256 covers them."""
+    path, patterns = tmp_path / "model.pt2", tmp_path / "patterns.npz"
+    assert model_files(path) == (path,)
+
+    np.savez(patterns, hidden=np.ones(3))
+    assert model_files(path) == (path, patterns)
