@@ -45,6 +45,17 @@ def test_segments_of_a_client_are_followed_and_come_back(stub: ExplainerServiceS
             assert len(np.unique(values[:, LABELS[0] == label])) == 1
 
 
+@pytest.mark.parametrize("name", ["kernel_shap", "shapley_value_sampling", "lime"])
+def test_sampled_segments_have_standard_errors(stub: ExplainerServiceStub, name: str) -> None:
+    method = {name: {"segmentation": "SEGMENTATION_GRID", "segment_count": 12, "sample_count": 60}}
+    response = stub.Explain(asked(method, response_options={"include_standard_errors": True}), timeout=60)
+
+    for own in response.attributions:
+        values, errors = array(own.inputs[0].tensor), array(own.inputs[0].standard_error)
+        assert (errors > 0).all()
+        assert own.map_error == pytest.approx(np.linalg.norm(errors) / np.linalg.norm(values), rel=1e-4)
+
+
 def test_methods_over_equal_segments_share_rows(stub: ExplainerServiceStub) -> None:
     """All 14 sets of four segments hold those of ablation, and those of every order."""
     segments = {"segments": {"image": encode(LABELS)}}

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from explainserve.explanation import Attribution, Subject
 from explainserve.methods.contract import Cost, ReadingGuide
 from explainserve.methods.perturbation import Scores
-from explainserve.methods.regression import MAX_FEATURES, held_to_sum, regression_bytes
+from explainserve.methods.regression import MAX_FEATURES, Values, held_to_sum, regression_bytes
 from explainserve.methods.sampling import check_sample_count, check_seed
-from explainserve.methods.segmented import Coalitions, Packed, Segmented, check_segment_count, packed
+from explainserve.methods.segmented import Coalitions, Packed, Segmented, check_segment_count, estimated_from, packed
 
 MIN_FEATURES = 2
 EXTRA_SAMPLES = 2048
@@ -93,10 +93,10 @@ class KernelShap(Segmented):
         samples = np.bincount(sizes, minlength=count + 1)[sizes]
         weights = (count - 1) / (sizes * (count - sizes)) / samples
         empty = question.start_output_value
-        values, fit = held_to_sum(present, scores - empty, weights, question.output_change)
-        return Attribution(
-            coalitions.features.shared_out(values), step_count=len(scores), fit=replace(fit, intercept=empty)
-        )
+        found = held_to_sum(present, scores - empty, weights, question.output_change)
+        errors = _standard_errors(found.influences, np.minimum(sizes, count - sizes))
+        answer = estimated_from(coalitions.features.shared_out, found.values, errors, len(scores))
+        return replace(answer, fit=replace(found.fit, intercept=empty))
 
     @property
     def _asked(self) -> int:
@@ -161,6 +161,34 @@ def _drawn_sets(generator: np.random.Generator, feature_count: int, size: int, c
             one = ~own if 2 * size == feature_count and not own[0] else own
             found.setdefault(one.tobytes(), one)
     return np.array(list(found.values())[:count])
+
+
+def _standard_errors(influences: Values, sizes: NDArray[np.int64]) -> Values | None:
+    """Of the values, over seeds, by linearization (Binder 1983): pairs are drawn without replacement from those of
+    their size, so a size that is covered adds nothing. None where a size has no pair, or pairs are fewer than values.
+
+    Args:
+        influences: of the sets of each pair in turn, shape (sets, segments).
+        sizes: of the smaller set of each pair, shape (sets,).
+    """
+    count = influences.shape[1]
+    starts = np.arange(0, len(sizes), 2)
+    pairs, sizes = np.add.reduceat(influences, starts), sizes[starts]
+    strata = [(pairs[sizes == size], pairs_of(count, size)) for size in range(1, count // 2 + 1)]
+    if all(len(own) == population for own, population in strata):
+        return np.zeros(count)
+    if len(pairs) < count or not all(len(own) for own, _ in strata):
+        return None
+    variance = sum(((1 - len(own) / population) * _scatter(own) for own, population in strata), np.zeros(count))
+    return np.asarray(np.sqrt(variance * len(pairs) / (len(pairs) - count + 1)))
+
+
+def _scatter(influences: Values) -> Values:
+    """Variance of the sum of those drawn; a single one counts with its square."""
+    count = len(influences)
+    if count == 1:
+        return np.asarray(np.square(influences[0]))
+    return np.asarray(influences.var(axis=0, ddof=1) * count)
 
 
 def _as_sets(members: NDArray[np.int64], feature_count: int) -> NDArray[np.bool_]:

@@ -3,7 +3,7 @@ kernel and regression."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from explainserve.explanation import Attribution, Subject
 from explainserve.methods.contract import Cost, ReadingGuide
 from explainserve.methods.perturbation import Scores
-from explainserve.methods.regression import MAX_FEATURES, regression_bytes, ridge
+from explainserve.methods.regression import MAX_FEATURES, Values, regression_bytes, ridge
 from explainserve.methods.sampling import check_option, check_sample_count, check_seed
 from explainserve.methods.segmented import (
     MAX_SAMPLE_COUNT,
@@ -20,6 +20,7 @@ from explainserve.methods.segmented import (
     Packed,
     Segmented,
     check_segment_count,
+    estimated_from,
     packed,
 )
 
@@ -98,8 +99,10 @@ class Lime(Segmented):
         repeats = np.concatenate([[full_count], counts[: len(scores)]])
         distance = 1 - np.sqrt(present.mean(axis=1))
         weights = repeats * np.sqrt(np.exp(-np.square(distance / self.kernel_width)))
-        coefficients, fit = ridge(present, values, weights, self.ridge)
-        return Attribution(coalitions.features.spread(coefficients), step_count=len(scores), fit=fit)
+        found = ridge(present, values, weights, self.ridge)
+        errors = _standard_errors(found.influences, repeats)
+        answer = estimated_from(coalitions.features.spread, found.values, errors, len(scores))
+        return replace(answer, fit=found.fit)
 
     def _samples(self, feature_count: int) -> tuple[NDArray[np.bool_], NDArray[np.int64], int]:
         """Distinct sets of segments in the order in which they are drawn, how often each is, and how often the full
@@ -113,3 +116,18 @@ class Lime(Segmented):
         _, first, counts = np.unique(packed(partial), axis=0, return_index=True, return_counts=True)
         order = np.argsort(first)
         return partial[first[order]], counts[order], 1 + int(full.sum())
+
+
+def _standard_errors(influences: Values, repeats: Values) -> Values | None:
+    """Of the coefficients, over seeds: HC1 (White 1980; MacKinnon, White 1985), which does not take the regression for
+    a true model of the score. None with no more samples than coefficients.
+
+    Args:
+        influences: of all repeats of each distinct sample, shape (samples, segments).
+        repeats: shape (samples,).
+    """
+    count, parameter_count = repeats.sum(), 1 + influences.shape[1]
+    if count <= parameter_count:
+        return None
+    squares = (np.square(influences) / repeats[:, None]).sum(axis=0)
+    return np.asarray(np.sqrt(squares * count / (count - parameter_count)))

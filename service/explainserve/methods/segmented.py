@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
@@ -25,6 +25,9 @@ from explainserve.methods.features import (
     place_count,
 )
 from explainserve.methods.perturbation import Perturbation, Perturbations, Scores
+from explainserve.methods.regression import Values
+from explainserve.methods.sampling import estimated
+from explainserve.plan import Tensors
 
 Packed = NDArray[np.uint8]
 """Sets of segments, eight segments a byte, shape (sets, bytes)."""
@@ -184,6 +187,22 @@ def refuse_found(method: Segmented) -> None:
             method=kind,
             segmentation=method.segmentation,
         )
+
+
+def estimated_from(
+    place: Callable[[Values], Tensors], values: Values, errors: Values | None, step_count: int
+) -> Attribution:
+    """The map of segments' values, with their standard errors; None where the samples tell none.
+
+    Args:
+        place: values of segments to a map.
+    """
+    means, spreads = (
+        {name: part.astype(np.float64) for name, part in place(own).items()}
+        for own in (values, np.zeros_like(values) if errors is None else errors)
+    )
+    answer = estimated(means, spreads, step_count)
+    return replace(answer, map_error=None, standard_errors={}) if errors is None else answer
 
 
 def packed(present: NDArray[np.bool_]) -> Packed:

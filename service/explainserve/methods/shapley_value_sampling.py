@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import permutations
 from math import factorial
 from typing import ClassVar, Self, TypeVar
@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from explainserve.explanation import Attribution, Subject
 from explainserve.methods.contract import FLOAT32_BYTES, Cost, ReadingGuide
 from explainserve.methods.perturbation import Scores
-from explainserve.methods.sampling import check_sample_count, check_seed, estimated
+from explainserve.methods.sampling import check_sample_count, check_seed
 from explainserve.methods.segmented import (
     MAX_SAMPLE_COUNT,
     Coalitions,
     Packed,
     Segmented,
     check_segment_count,
+    estimated_from,
     packed,
     refuse_found,
 )
@@ -114,21 +115,17 @@ class ShapleyValueSampling(Segmented):
         path = np.pad(known[walks.steps], ((0, 0), (1, 1)), constant_values=((0, 0), ends))
         gains = _by_segment(walks.orders, np.diff(path, axis=1))
         reached = _by_segment(walks.orders, done[:, 1:] & done[:, :-1])
-        answer = self._estimated(coalitions, gains, reached, len(scores))
-        single = bool((reached.sum(axis=0) < 2).any()) and not self._covers_all(features.count)
-        return replace(answer, map_error=None, standard_errors={}) if single else answer
-
-    def _estimated(
-        self, coalitions: Coalitions, gains: Scores, reached: NDArray[np.bool_], step_count: int
-    ) -> Attribution:
         count = np.maximum(1, reached.sum(axis=0))
         mean = np.where(reached, gains, 0).sum(axis=0) / count
         squares = np.where(reached, np.square(gains - mean), 0).sum(axis=0)
-        exact = self._covers_all(coalitions.features.count)
-        errors = np.zeros_like(mean) if exact else np.sqrt(squares / np.maximum(1, count - 1) / count)
-        shares = [coalitions.features.shared_out(values) for values in (mean, errors)]
-        means, spreads = ({name: part.astype(np.float64) for name, part in own.items()} for own in shares)
-        return estimated(means, spreads, step_count)
+        return estimated_from(features.shared_out, mean, self._errors(squares, reached), len(scores))
+
+    def _errors(self, squares: Scores, reached: NDArray[np.bool_]) -> Scores | None:
+        """Of the mean gains, by the sums of squared distances from them; None where a segment has one gain or none."""
+        if self._covers_all(len(squares)):
+            return np.zeros_like(squares)
+        count = reached.sum(axis=0)
+        return None if (count < 2).any() else np.asarray(np.sqrt(squares / (count - 1) / count))
 
     def _walks(self, feature_count: int) -> Walks:
         orders = np.array(list(self._orders(feature_count)), np.int64)

@@ -267,7 +267,9 @@ class InputAttribution(_message.Message):
 
     @_builtins.property
     def standard_error(self) -> _tensor_pb2.Tensor:
-        """Standard error of each value, FLOAT32, same shape; of sampled methods, where the response options ask for it."""
+        """Standard error of each value, FLOAT32, same shape; of sampled methods, where the response options ask for it. Over what else
+        the seed could have drawn: it says nothing of how well a method's own model, such as LIME's regression, suits the score.
+        """
 
     @_builtins.property
     def segments(self) -> _tensor_pb2.Tensor:

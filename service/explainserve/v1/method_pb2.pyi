@@ -1082,7 +1082,10 @@ Global___Rise: _TypeAlias = Rise  # noqa: Y015
 @_typing.final
 class Lime(_message.Message):
     """LIME for images and tables (Ribeiro, Singh, Guestrin 2016, arXiv:1602.04938): a ridge regression of the score on which
-    segments are present, near the instance. Each element gets the coefficient of its segment.
+    segments are present, near the instance. Each element gets the coefficient of its segment. The standard error of a coefficient,
+    over seeds, is HC1 (White 1980; MacKinnon, White 1985): the square root of the diagonal of n / (n - M - 1) A^-1 (sum of
+    w^2 e^2 x x^T over the n samples) A^-1, with the presence x of the M segments less its weighted mean, the weight w, the residual
+    e, and A = (sum of w x x^T) + ridge I. Absent unless n > M + 1.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1177,7 +1180,12 @@ Global___Lime: _TypeAlias = Lime  # noqa: Y015
 @_typing.final
 class KernelShap(_message.Message):
     """KernelSHAP (Lundberg, Lee 2017, arXiv:1705.07874): Shapley values of segments by weighted regression, with the sum held to
-    F(x) - F(x'). Exact where the samples cover all subsets. Each element gets an equal share of its segment's value.
+    F(x) - F(x'). Exact where the samples cover all subsets. Each element gets an equal share of its segment's value, and of its
+    standard error over seeds. That is 0 where the samples cover all subsets, and otherwise by linearization (Binder 1983): the square
+    root of P / (P - M + 1) times the sum over sizes s of (1 - p_s / N_s) p_s v_s, with P pairs in all, p_s of the N_s pairs whose
+    smaller subset has s of the M segments, and v_s their sample variance (the square of a single one) of the pair's sum of
+    A^-1 x w e: x is the presence of the segments less its mean over segments, w the weight, e the residual and A the sum of
+    w x x^T over all samples, inverted where sums are zero. Absent unless P >= M and each size has a pair.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
