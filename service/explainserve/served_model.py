@@ -24,7 +24,8 @@ Baselines = Mapping[str, Mapping[str, NDArray[np.float32]]]
 
 @dataclass(frozen=True)
 class MissingCapability:
-    """What a method needs and a model lacks: "gradient", "layers", "spatial_axes", or "rule:" and the name of one."""
+    """What a method needs and a model, or its server, lacks: "gradient", "layers", "spatial_axes", "rule:" and the name
+    of a gradient rule, or "segmentation"."""
 
     capability: str
     reason: str

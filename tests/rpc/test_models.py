@@ -159,6 +159,17 @@ def test_methods_of_a_model_of_token_ids_are_those_that_explain_its_layers(stub:
     assert methods["guided_backpropagation"].missing_capability == "rule:guided_backpropagation"
 
 
+def test_methods_that_have_segments_found_name_what_finds_them(
+    stub: ExplainerServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("explainserve.methods.superpixels.find_spec", lambda name: None)
+    lacking = [own for own in model(stub, "image").methods if own.missing_capability == "segmentation"]
+
+    assert [own.method for own in lacking] == ["lime", "xrai"]
+    assert not any(own.supported for own in lacking) and all("scikit-image" in own.reason for own in lacking)
+    assert {own.method: own.supported for own in model(stub, "plain").methods}["lime"]  # no picture, none to find
+
+
 def test_model_with_a_gap_names_it_and_its_remedy(stub: ExplainerServiceStub) -> None:
     own = model(stub, "gap")
     _, gap = own.gaps

@@ -192,7 +192,7 @@ class MethodSupport:
         fails_randomization: whether its maps hardly change when the weights of a model are randomized.
         pools_baselines: whether all baselines of an instance make one map.
         complete_by_construction: whether they sum to that whatever the number of steps.
-        missing_capability: "gradient", "layers", "spatial_axes" or "rule:<name>"; "" where supported.
+        missing_capability: "gradient", "layers", "spatial_axes", "rule:<name>" or "segmentation"; "" where supported.
     """
 
     method: str

@@ -56,11 +56,13 @@ class Needs:
         rule: name of the gradient rule, or "" for a method that takes no gradient.
         layers: whether it reads activations within the model, or differentiates with respect to them.
         spatial_axes: whether an input that moves must have H and W axes.
+        segmentation: whether it has segments found in inputs that have H and W axes, which takes scikit-image.
     """
 
     rule: str = STANDARD.name
     layers: bool = False
     spatial_axes: bool = False
+    segmentation: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from explainserve.errors import InvalidRequest
 from explainserve.explanation import Attribution, Instance, Question, Subject
+from explainserve.methods.contract import Needs
 from explainserve.methods.features import (
     COUNTED,
     GRID,
@@ -97,6 +98,12 @@ class Segmented(Perturbation):
     def __post_init__(self) -> None:
         if self.segments and (self.segmentation or self.segment_count is not None):
             self._conflict("given segments take no recipe")
+
+    @property
+    def needs(self) -> Needs:
+        """Values alone, and what its recipe needs."""
+        recipe = self.segmentation or self.default_segmentation
+        return Needs(rule="", segmentation=not self.segments and is_found_in_the_instance(recipe))
 
     def resolved(self, subject: Subject) -> Self:
         """With the recipe, its number of segments, and the segments checked."""

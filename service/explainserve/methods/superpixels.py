@@ -46,6 +46,11 @@ FINDERS: Mapping[str, Callable[[Picture, int], NDArray[np.int64]]] = {
 the number of segments that is asked for, which only SLIC heeds."""
 
 
+NOT_INSTALLED = (
+    "it is not installed on this server (the extra named segmentation brings it); choose a grid where the method takes "
+    "one, or send segments"
+)
+
 XRAI_SCALES = (50, 100, 150, 250, 500, 1200)
 _XRAI_SIDE = 224
 
@@ -67,13 +72,17 @@ def dilated_segments(picture: Picture) -> Iterator[NDArray[np.bool_]]:
             yield np.asarray(grown)
 
 
+def is_installed() -> bool:
+    """Whether scikit-image is."""
+    return find_spec("skimage") is not None
+
+
 def check_installed(recipe: str) -> None:
     """Raises Unsupported (SEGMENTATION_NOT_INSTALLED) without scikit-image."""
-    if find_spec("skimage") is None:
+    if not is_installed():
         raise Unsupported(
             "SEGMENTATION_NOT_INSTALLED",
-            f"segmentation {recipe!r} needs scikit-image, which is not installed on this server (the extra named "
-            "segmentation brings it); choose a grid, or send segments",
+            f"segmentation {recipe!r} needs scikit-image: {NOT_INSTALLED}",
             segmentation=recipe,
             library="scikit-image",
         )

@@ -17,7 +17,7 @@ from explainserve.methods.features import picture
 from explainserve.methods.quadrature import RULES, check_step_count
 from explainserve.methods.rows import point
 from explainserve.methods.superpixels import XRAI_SCALES, check_installed, dilated_segments
-from explainserve.plan import Evaluation, Plan, Segment
+from explainserve.plan import STANDARD, Evaluation, Plan, Segment
 from explainserve.signature import MapSpec
 
 SHARE_OF_NEW = 0.001
@@ -98,8 +98,9 @@ class Xrai(Method):
 
     @property
     def needs(self) -> Needs:
-        """An image; gradients, but for a given base map."""
-        return Needs(spatial_axes=True) if self.base_map is None else Needs(rule="", spatial_axes=True)
+        """An image; gradients, but for a given base map; and what finds segments, but for given ones."""
+        rule = STANDARD.name if self.base_map is None else ""
+        return Needs(rule, spatial_axes=True, segmentation=self.segments is None)
 
     def resolved(self, subject: Subject) -> Self:
         """The same, where there is one image.

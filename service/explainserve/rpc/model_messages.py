@@ -6,12 +6,22 @@ import dataclasses
 
 from google.protobuf.duration_pb2 import Duration
 
-from explainserve.methods import METHODS, Method
+from explainserve.methods import METHODS, Method, superpixels
+from explainserve.methods.contract import Needs
 from explainserve.repository import ModelEntry
 from explainserve.rpc.provenance import duration, noise_floor
 from explainserve.rpc.tensors import data_type
-from explainserve.served_model import ServedModel
-from explainserve.signature import Activation, Axis, InputSpec, Layer, OutputKind, OutputSpec, SuppressedOutput
+from explainserve.served_model import MissingCapability, ServedModel
+from explainserve.signature import (
+    Activation,
+    Axis,
+    InputSpec,
+    Layer,
+    OutputKind,
+    OutputSpec,
+    Signature,
+    SuppressedOutput,
+)
 from explainserve.v1 import (
     model_pb2,
 )
@@ -140,7 +150,7 @@ def _method_support(name: str, method: type[Method], model: ServedModel) -> mode
     at_layers = not model.signature.differentiable_inputs  # nothing else of the model can be explained
     missing = model.missing(
         needs.rule, layers=needs.layers or at_layers, spatial_axes=needs.spatial_axes, cut=at_layers
-    )
+    ) or _missing_segmentation(needs, model.signature)
     return model_pb2.MethodSupport(
         method=name,
         supported=missing is None,
@@ -148,6 +158,14 @@ def _method_support(name: str, method: type[Method], model: ServedModel) -> mode
         missing_capability=missing.capability if missing else "",
         reading_guide=model_pb2.ReadingGuide(**dataclasses.asdict(guide)),
     )
+
+
+def _missing_segmentation(needs: Needs, signature: Signature) -> MissingCapability | None:
+    """Of methods whose defaults have segments found; inputs without H and W axes have none to find."""
+    pictures = any(spec.differentiable and spec.spatial_axes is not None for spec in signature.inputs)
+    if needs.segmentation and pictures and not superpixels.is_installed():
+        return MissingCapability("segmentation", f"it needs scikit-image: {superpixels.NOT_INSTALLED}")
+    return None
 
 
 def _output_spec(spec: OutputSpec) -> model_pb2.OutputSpec:

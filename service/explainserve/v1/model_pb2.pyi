@@ -698,14 +698,14 @@ class MethodSupport(_message.Message):
     method: _builtins.str
     """Name of the field of MethodSpec, such as "integrated_gradients"."""
     supported: _builtins.bool
-    """Whether this model supports it. Of a model without a floating-point input: whether it does at layers, which stand in the place
-    of inputs.
+    """Whether this model supports it with its default options; others may need less, such as LIME on a grid. Of a model without a
+    floating-point input: whether it does at layers, which stand in the place of inputs.
     """
     reason: _builtins.str
     """The missing capability, in words; empty where supported."""
     missing_capability: _builtins.str
-    """The missing capability by name: "gradient", "layers", "spatial_axes" (no floating-point input has H and W axes), or "rule:"
-    and the name of a gradient rule; empty where supported.
+    """The missing capability by name: "gradient", "layers", "spatial_axes" (no floating-point input has H and W axes), "rule:" and
+    the name of a gradient rule, or "segmentation" (the server lacks scikit-image, which finds segments); empty where supported.
     """
     @_builtins.property
     def reading_guide(self) -> Global___ReadingGuide:
