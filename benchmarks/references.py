@@ -1,7 +1,7 @@
 """What other libraries say of the same networks: which call answers which of our methods, with which options.
 
 Libraries that are not installed are left out, and named by `missing_libraries`. Only Captum is a dependency of
-development; `pip install saliency` adds the next.
+development; README.md beside this file says how the others are added.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn import functional
 
 Array = NDArray[np.float32]
 
-LIBRARIES = ("captum", "saliency")
+LIBRARIES = ("captum", "saliency", "zennit", "shap", "lime")
 SIDE = 12
 CLASSES = 5
 TARGET = 3
@@ -114,7 +114,7 @@ def missing_libraries() -> list[str]:
 def comparisons() -> list[Comparison]:
     """Those of all libraries that are installed."""
     missing = missing_libraries()
-    found = [*of_captum(), *of_saliency()]
+    found = [*of_captum(), *of_saliency(), *of_zennit(), *of_shap(), *of_lime()]
     return [one for one in found if one.library not in missing]
 
 
@@ -227,7 +227,8 @@ def _paths() -> list[Comparison]:
             _deep_lift,
             networks=("max pooling",),
             deviation="Theirs: its rule for max pooling, as its source states it, computed without its hooks, gives "
-            "our map, and what it returns is another one. Both sum to F(x) - F(x').",
+            "our map, and so does shap's DeepExplainer (above); what it returns is another one. All sum to "
+            "F(x) - F(x').",
         ),
     ]
 
@@ -533,3 +534,206 @@ def _answers(case: Case) -> Callable[..., dict[str, Array]]:
         }
 
     return answer
+
+
+# --- zennit ----------------------------------------------------------------------------------------------------------
+
+RECTIFIED = ("rectifiers", "max pooling")
+
+
+def of_zennit() -> list[Comparison]:
+    """Gradients, and relevance handed down from the score."""
+    flat = "EpsilonPlusFlat"
+    return [
+        _zennit(
+            "integrated_gradients",
+            {"step_count": STEPS, "quadrature": "right"},
+            f"IntegratedGradients, n_iter={STEPS}",
+            lambda case: _attributed(case, "IntegratedGradients", n_iter=STEPS, baseline_fn=lambda x: case.baseline),
+        ),
+        _zennit(
+            "smooth_grad",
+            {"sample_count": SAMPLES, "noise_level": 0.15},
+            f"SmoothGrad, n_iter={SAMPLES}, noise_level=0.15",
+            lambda case: _attributed(case, "SmoothGrad", n_iter=SAMPLES, noise_level=0.15),
+            reading="the last of theirs has no noise",
+            sampled=True,
+        ),
+        _zennit("guided_backpropagation", {}, "GuidedBackprop", lambda case: _composite(case, "GuidedBackprop")),
+        _zennit("deconv_net", {}, "DeconvNet", lambda case: _composite(case, "DeconvNet")),
+        _relevance_of_zennit(
+            {"rule": "epsilon", "epsilon": EPSILON}, f"Epsilon(epsilon={EPSILON})", "Epsilon", EPSILON
+        ),
+        _relevance_of_zennit({"rule": "gamma", "gamma": 0.25}, "Gamma(gamma=0.25)", "Gamma", 0.25),
+        _zennit(
+            "lrp",
+            {"rule": "composite"},
+            flat,
+            lambda case: _composite(case, flat, relevance=True),
+            networks=RECTIFIED,
+        ),
+    ]
+
+
+def _zennit(method: str, options: Mapping[str, Any], call: str, reference: Reference, **more: Any) -> Comparison:
+    return Comparison(method, options, "zennit", call, reference, **more)
+
+
+def _relevance_of_zennit(options: Mapping[str, Any], call: str, rule: str, value: float) -> Comparison:
+    def found(case: Case) -> Tensor:
+        from zennit import rules
+        from zennit.composites import LayerMapComposite
+        from zennit.types import Activation, Linear
+
+        layers = [(Activation, rules.Pass()), (Linear, getattr(rules, rule)(value))]
+        return _handed_down(case, LayerMapComposite(layer_map=layers))
+
+    return _zennit("lrp", options, f"{call} in every linear layer", found, networks=RECTIFIED)
+
+
+def _attributed(case: Case, attributor: str, **options: Any) -> Tensor:
+    from zennit import attribution
+
+    method = getattr(attribution, attributor)(case.module, attr_output=_selected, **options)
+    found: Tensor = method(case.x.clone())[1]
+    return found
+
+
+def _composite(case: Case, name: str, *, relevance: bool = False) -> Tensor:
+    from zennit import composites
+
+    return _handed_down(case, getattr(composites, name)(), relevance=relevance)
+
+
+def _handed_down(case: Case, composite: Any, *, relevance: bool = True) -> Tensor:
+    from zennit.attribution import Gradient
+
+    start = _relevant if relevance else _selected
+    with Gradient(copy.deepcopy(case.module), composite, attr_output=start) as attributor:
+        found: Tensor = attributor(case.x.clone())[1]
+    return found
+
+
+def _selected(scores: Tensor) -> Tensor:
+    """The gradient that theirs starts from."""
+    return functional.one_hot(torch.full(scores.shape[:1], TARGET), CLASSES).to(scores)
+
+
+def _relevant(scores: Tensor) -> Tensor:
+    """The score itself, in the place of its target."""
+    return scores * _selected(scores)
+
+
+# --- shap ------------------------------------------------------------------------------------------------------------
+
+
+def of_shap() -> list[Comparison]:
+    """Of presence of quarters, and by gradients."""
+    quarterly = {"segments": quarters}
+    exact = "exact in both; an element has its share of its segment's value here, all of it there"
+    explainers: dict[str, tuple[str, Callable[[Any, Callable[..., Any]], Any]]] = {
+        "KernelExplainer": (
+            "kernel_shap",
+            lambda shap, f: shap.KernelExplainer(f, ABSENT).shap_values(PRESENT, silent=True),
+        ),
+        "ExactExplainer": (
+            "shapley_value_sampling",
+            lambda shap, f: shap.explainers.ExactExplainer(f, shap.maskers.Independent(ABSENT))(PRESENT).values,
+        ),
+    }
+    return [
+        *(
+            _shap(method, quarterly, name, _by_quarter(explain), reading=exact)
+            for name, (method, explain) in explainers.items()
+        ),
+        _shap(
+            "expected_gradients",
+            {"sample_count": SAMPLES},
+            f"GradientExplainer, nsamples={SAMPLES}",
+            lambda shap, case: shap.GradientExplainer(case.module, case.baselines).shap_values(
+                case.x, nsamples=SAMPLES
+            )[..., TARGET],
+            reading="theirs draws baselines and alpha independently, ours stratifies both: the same mean, less spread",
+            sampled=True,
+        ),
+        _shap(
+            "deep_lift",
+            {},
+            "DeepExplainer, one baseline",
+            lambda shap, case: shap.DeepExplainer(copy.deepcopy(case.module), case.baseline).shap_values(
+                case.x, check_additivity=False
+            )[..., TARGET],
+        ),
+    ]
+
+
+PRESENT, ABSENT = np.ones((1, 4)), np.zeros((1, 4))
+"""Quarters of an image."""
+
+
+def _shap(
+    method: str, options: Mapping[str, Any], call: str, reference: Callable[[Any, Case], Array], **more: Any
+) -> Comparison:
+    def found(case: Case) -> Array:
+        import shap
+
+        return reference(shap, case)
+
+    return Comparison(method, options, "shap", call, found, **more)
+
+
+def _by_quarter(explain: Callable[[Any, Callable[..., Any]], Any]) -> Callable[[Any, Case], Array]:
+    """The values of quarters, each shared out among its elements."""
+
+    def found(shap: Any, case: Case) -> Array:
+        values = np.asarray(explain(shap, _of_present_quarters(case))).reshape(-1) / (case.x.numel() / 4)
+        return np.broadcast_to(values[case.segments.numpy()], case.x.shape)
+
+    return found
+
+
+def _of_present_quarters(case: Case) -> Callable[[Any], Array]:
+    def answer(present: Any) -> Array:
+        kept = torch.tensor(np.asarray(present, np.float32))[:, case.segments[0]][:, None]
+        with torch.no_grad():
+            scores: Array = case.module(kept * case.x + (1 - kept) * case.baseline)[:, TARGET].numpy()
+        return scores
+
+    return answer
+
+
+# --- lime ------------------------------------------------------------------------------------------------------------
+
+
+def of_lime() -> list[Comparison]:
+    """Of images with channels last; its own segmentation is replaced by ours, and its fill by the baseline."""
+    return [
+        Comparison(
+            "lime",
+            {"segments": quarters, "sample_count": SAMPLES},
+            "lime",
+            f"LimeImageExplainer, num_samples={SAMPLES}, segmentation_fn=quarters, hide_color={FILL}",
+            _of_lime,
+            sampled=True,
+        )
+    ]
+
+
+def _of_lime(case: Case) -> Array:
+    from lime.lime_image import LimeImageExplainer
+
+    labels = case.segments[0].numpy()
+    answers = _answers(case)
+    found = LimeImageExplainer(random_state=np.random.randint(2**31)).explain_instance(
+        _last(case.x),
+        lambda images: answers(images)["OUTPUT_LAYER_VALUES"][:, None],
+        labels=(0,),
+        top_labels=None,
+        hide_color=FILL,
+        num_samples=SAMPLES,
+        segmentation_fn=lambda image: labels,
+    )
+    values = np.zeros(labels.max() + 1, np.float32)
+    for segment, value in found.local_exp[0]:
+        values[segment] = value
+    return np.broadcast_to(values[labels], case.x.shape)
