@@ -6,8 +6,9 @@
      ├── Unsupported          the model lacks the capability that is asked for         FAILED_PRECONDITION
      ├── Unimplemented        the server does not have this yet                        UNIMPLEMENTED
      ├── LimitExceeded        above a cap: it never succeeds                           RESOURCE_EXHAUSTED
-     ├── QueueFull            the server has no room now: try again later              RESOURCE_EXHAUSTED
-     ├── NotReady             what is asked for still loads: try again later           UNAVAILABLE
+     ├── TryLater
+     │    ├── QueueFull       the server has no room now                               RESOURCE_EXHAUSTED
+     │    └── NotReady        what is asked for still loads                            UNAVAILABLE
      ├── DeadlineExceeded     time ran out before an answer existed                    DEADLINE_EXCEEDED
      ├── Cancelled            the caller went away                                     CANCELLED
      ├── ShuttingDown         the server no longer admits requests                     UNAVAILABLE
@@ -90,28 +91,24 @@ class LimitExceeded(ExplainServeError):
     """The request is above a cap; it never succeeds."""
 
 
-class QueueFull(ExplainServeError):
-    """The server has no room for one more request now.
+class TryLater(ExplainServeError):
+    """Trying again later helps.
 
     Args:
-        retry_after_seconds: until there is room, as far as is known; told within bounds.
+        retry_after_seconds: until it does, as far as is known; told within bounds.
     """
 
     def __init__(self, reason: str, message: str, retry_after_seconds: float, **metadata: object) -> None:
         super().__init__(reason, message, **metadata)
-        self.retry_after_seconds = _told_delay(retry_after_seconds)
+        self.retry_after_seconds = min(max(retry_after_seconds, SHORTEST_RETRY_SECONDS), LONGEST_RETRY_SECONDS)
 
 
-class NotReady(ExplainServeError):
-    """What is asked for still loads.
+class QueueFull(TryLater):
+    """The server has no room for one more request now."""
 
-    Args:
-        retry_after_seconds: until it is there, as far as is known; told within bounds.
-    """
 
-    def __init__(self, reason: str, message: str, retry_after_seconds: float, **metadata: object) -> None:
-        super().__init__(reason, message, **metadata)
-        self.retry_after_seconds = _told_delay(retry_after_seconds)
+class NotReady(TryLater):
+    """What is asked for still loads."""
 
 
 class DeadlineExceeded(ExplainServeError):
@@ -139,10 +136,6 @@ class ModelRefused(ExplainServeError):
         refusal = cls(reason, message)
         refusal.metadata.update(metadata)
         return refusal
-
-
-def _told_delay(seconds: float) -> float:
-    return min(max(seconds, SHORTEST_RETRY_SECONDS), LONGEST_RETRY_SECONDS)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
