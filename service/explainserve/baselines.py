@@ -1,6 +1,6 @@
 """Baselines: from what a request names to values of the moving inputs in MODEL space.
 
-To add a kind: its dataclass with `values`, its message in `oneof kind`, its pair in `rpc/requests.py`.
+To add a kind: its dataclass with `values`, its message in `oneof kind`, its pair in `rpc/request_baselines.py`.
 """
 
 from __future__ import annotations

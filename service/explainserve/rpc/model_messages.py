@@ -22,9 +22,7 @@ from explainserve.signature import (
     Signature,
     SuppressedOutput,
 )
-from explainserve.v1 import (
-    model_pb2,
-)
+from explainserve.v1 import model_pb2
 
 _KINDS = {
     OutputKind.LOGITS: model_pb2.OUTPUT_KIND_LOGITS,

@@ -14,9 +14,7 @@ from explainserve.explainer import Usage
 from explainserve.methods import Method
 from explainserve.rpc.methods import write as write_method
 from explainserve.served_model import ServedModel
-from explainserve.v1 import (
-    attribution_pb2,
-)
+from explainserve.v1 import attribution_pb2
 
 
 def provenance(model: ServedModel, usage: Usage, methods: Sequence[Method]) -> attribution_pb2.Provenance:

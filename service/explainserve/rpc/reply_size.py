@@ -6,9 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from explainserve.figures import (
-    group_sizes,
-)
+from explainserve.figures import group_sizes
 from explainserve.query_cost import Cost
 from explainserve.rpc.baseline_messages import effective_baseline
 from explainserve.rpc.model_messages import input_spec

@@ -12,7 +12,8 @@ import grpc
 from explainserve import process
 from explainserve.errors import Unsupported
 from explainserve.repository import ModelEntry, Repository
-from explainserve.rpc import model_messages, requests
+from explainserve.rpc import model_messages
+from explainserve.rpc.model_references import named_model
 from explainserve.v1 import model_repository_service_pb2 as pb
 from explainserve.v1.model_pb2 import NamedModel
 from explainserve.v1.model_repository_service_pb2_grpc import ModelRepositoryServiceServicer
@@ -53,7 +54,7 @@ class RepositoryServicer(ModelRepositoryServiceServicer):
     async def _changed(self, change: Callable[[str, int | None], ModelEntry], model: NamedModel) -> ModelEntry:
         """Once begun it goes on when the caller leaves: half a change would be worse than either."""
         self._check_enabled()
-        name, version = requests.named_model(model)
+        name, version = named_model(model)
         done = asyncio.get_running_loop().run_in_executor(self._loading, _settled, change, name, version)
         return await asyncio.shield(done)
 

@@ -27,7 +27,8 @@ from explainserve.rpc.baseline_messages import used_baselines
 from explainserve.rpc.model_messages import input_spec
 from explainserve.rpc.provenance import provenance
 from explainserve.rpc.reply_size import map_count, memory_of_messages, reply_size
-from explainserve.rpc.requests import SCORES, Explain
+from explainserve.rpc.request_targets import SCORES
+from explainserve.rpc.requests import Explain
 from explainserve.rpc.tensors import encode
 from explainserve.served_model import ServedModel
 from explainserve.signature import MapSpec, OutputSpec, Score

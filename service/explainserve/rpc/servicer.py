@@ -20,7 +20,17 @@ from explainserve.methods import name_of
 from explainserve.metrics import Metrics
 from explainserve.plan import Differentiation
 from explainserve.repository import Repository
-from explainserve.rpc import model_messages, provenance, reply_size, requests, responses, streaming
+from explainserve.rpc import (
+    model_messages,
+    provenance,
+    reply_size,
+    request_inputs,
+    request_targets,
+    requests,
+    responses,
+    streaming,
+)
+from explainserve.rpc.model_references import model_name
 from explainserve.rpc.response_cache import Lookup, ResponseCache
 from explainserve.scheduling import Request
 from explainserve.served_model import ServedModel
@@ -84,9 +94,9 @@ class Servicer(ExplainerServiceServicer):
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         """Outputs of the model with their highest classes."""
         model = self._model(request.model)
-        score, count = requests.predicted_score(request.score), requests.top_k(request.top_k)
-        arrays = await asyncio.to_thread(requests.inputs, request.inputs, model.signature, self._settings)
-        instances = requests.instances(arrays, model.signature, moving=())
+        score, count = request_targets.predicted_score(request.score), request_targets.top_k(request.top_k)
+        arrays = await asyncio.to_thread(request_inputs.inputs, request.inputs, model.signature, self._settings)
+        instances = request_inputs.instances(arrays, model.signature, moving=())
         specs = [model.signature.output(name) for name in dict.fromkeys(request.outputs)] or list(
             model.signature.outputs
         )
@@ -200,7 +210,7 @@ class Servicer(ExplainerServiceServicer):
         return await asyncio.to_thread(requests.explain, request, model, self._settings, arrived, deadline)
 
     def _model(self, reference: model_pb2.ModelRef) -> ServedModel:
-        return self._repository.get(*requests.model_name(reference))
+        return self._repository.get(*model_name(reference))
 
     def _deadline(self, context: Context) -> float:
         remaining = context.time_remaining()
