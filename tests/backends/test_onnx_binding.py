@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from explainserve.backends import onnx_batch, onnx_binding, onnx_passes, onnx_runtime, onnx_session
+from explainserve.backends import onnx_batch, onnx_binding, onnx_functions, onnx_passes, onnx_runtime, onnx_session
 from explainserve.backends.contract import LoadOptions
 from explainserve.backends.onnx_runtime import OnnxModel
 from explainserve.backends.onnx_session import Interruption
@@ -97,9 +97,9 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulated:
         return begun(interruption, number)
 
     monkeypatch.setattr(Interruption, "begin_recorded", begin_recorded)
-    for module in (onnx_runtime, onnx_batch):
+    for module in (onnx_functions, onnx_batch):
         monkeypatch.setattr(module, "open_session", open_session)
-    for module in (onnx_runtime, onnx_passes):
+    for module in (onnx_functions, onnx_passes):
         monkeypatch.setattr(module, "memory_of", lambda device: ("cpu", 0))
     monkeypatch.setattr(onnx_runtime, "available_device", lambda options: options.device)
     return found
@@ -237,8 +237,8 @@ def test_an_evaluation_that_was_ended_does_not_give_recording_up(emulated: Emula
     for _ in range(2):
         bound.evaluate(rows(4))
     emulated.broken = True
-    begun = bound._interruption.begin
-    bound._interruption.begin = lambda: (begun(), bound.interrupt())  # type: ignore[method-assign, assignment]
+    begun = bound._functions.interruption.begin
+    bound._functions.interruption.begin = lambda: (begun(), bound.interrupt())  # type: ignore[method-assign, assignment]
 
     with pytest.raises(EvaluationFailed):
         bound.evaluate(rows(4))

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from explainserve.backends import gradient_cache, onnx_batch, onnx_runtime, onnx_session
+from explainserve.backends import gradient_cache, onnx_batch, onnx_functions, onnx_runtime, onnx_session
 from explainserve.backends.contract import LoadOptions
 from explainserve.backends.gradient_cache import GradientCache, cache_key
 from explainserve.backends.onnx_runtime import OnnxModel
@@ -276,7 +276,7 @@ def test_a_provider_that_disagrees_with_the_cpu_is_refused_with_the_figure(
         return session if options.device == "cpu" else _Wrong(session, factor)
 
     monkeypatch.setattr(onnx_runtime, "available_device", lambda options: "openvino:0")
-    monkeypatch.setattr(onnx_runtime, "open_session", open_session)
+    monkeypatch.setattr(onnx_functions, "open_session", open_session)
     monkeypatch.setattr(onnx_batch, "open_session", open_session)
     loaded = load(tmp_path, LoadOptions("openvino"))
     assert loaded.gradient_mode == ("gradient_graph" if believed else "black_box")

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from explainserve.backends import onnx_runtime
+from explainserve.backends import onnx_functions, onnx_runtime
 from explainserve.backends.contract import LoadOptions
 from explainserve.backends.onnx_passes import SplitPasses
 from explainserve.backends.onnx_runtime import OnnxModel
@@ -114,7 +114,7 @@ def test_gradients_that_cannot_be_parted_go_forward_for_each_target(
     def fail(*_: object) -> Any:
         raise ValueError("no way")
 
-    monkeypatch.setattr(onnx_runtime, "split", fail)
+    monkeypatch.setattr(onnx_functions, "split", fail)
 
     assert_as_alone(loaded(classifier()), segment([0.1, 0.7], *SELECTORS))
     assert caplog.text.count("no way") == 1

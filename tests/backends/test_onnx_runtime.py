@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from explainserve.backends import LoadOptions, onnx_file, onnx_runtime
+from explainserve.backends import LoadOptions, onnx_file, onnx_functions, onnx_runtime
 from explainserve.backends.onnx_runtime import OnnxModel
 from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported
 from explainserve.model_config import ModelConfig
@@ -600,7 +600,7 @@ class TestRows:
         def unexpected(*_: object) -> None:
             raise AssertionError("a gradient graph was built")
 
-        monkeypatch.setattr(onnx_runtime, "input_gradient", unexpected)
+        monkeypatch.setattr(onnx_functions, "input_gradient", unexpected)
         assert_rows_agree_with_matmul(found)
 
     def test_what_onnxruntime_raises_is_an_evaluation_failure(self, loaded: Callable[..., OnnxModel]) -> None:

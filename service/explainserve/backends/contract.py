@@ -114,11 +114,9 @@ class LoadedModel(Protocol):
 
     Attributes:
         backend: "onnxruntime", "torch.export" or "torchscript".
-        gradient_mode: "gradient_graph", "autograd" or "black_box".
         device: where it really runs, such as "cpu" or "cuda:0".
         signature: inputs and outputs, from the file and its configuration.
         fixed_batch: the file accepts one row at a time only.
-        gaps: operators without a gradient; where there are any, only forward-only rows are evaluated.
         layers: what a person can pick for layer methods, in the order of the graph; empty where the file does not tell.
         gradient_rules: the rules of backward passes that the backend knows, and why this model cannot follow each: ""
             where it can. They hold for layers in the place of inputs too, where the inputs have gaps.
@@ -128,15 +126,23 @@ class LoadedModel(Protocol):
     """
 
     backend: str
-    gradient_mode: str
     device: str
     signature: Signature
     fixed_batch: bool
-    gaps: tuple[OperatorGap, ...]
     layers: tuple[Layer, ...]
     gradient_rules: Mapping[str, str]
     layers_refusal: str
     library_versions: Mapping[str, str]
+
+    @property
+    def gradient_mode(self) -> str:
+        """ "gradient_graph", "autograd" or "black_box"."""
+        ...
+
+    @property
+    def gaps(self) -> tuple[OperatorGap, ...]:
+        """Operators without a gradient; where there are any, only forward-only rows are evaluated."""
+        ...
 
     @property
     def execution(self) -> str:

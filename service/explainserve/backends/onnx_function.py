@@ -10,9 +10,19 @@ from numpy.typing import NDArray
 
 from explainserve.backends.onnx_passes import Passes
 from explainserve.backends.onnx_rows import RowGraph
-from explainserve.backends.row_feeds import Array, Feeds, RowFeeds, ends, fixed_size, selector_feeds, spans
+from explainserve.backends.row_feeds import (
+    Array,
+    Feeds,
+    RowFeeds,
+    ends,
+    fixed_size,
+    joined,
+    selector_feeds,
+    single_rows,
+    spans,
+)
 from explainserve.errors import EvaluationFailed
-from explainserve.plan import Rows, Segment, SegmentEvaluation, Selector
+from explainserve.plan import Differentiation, Rows, Segment, SegmentEvaluation, Selector
 from explainserve.signature import InputSpec, element_count
 
 
@@ -23,20 +33,20 @@ class OnnxFunction:
     Attributes:
         sessions: of `graph`.
         inputs: of the graph: of the model, or layers that stand in their place.
-        output: the one whose scores are computed.
-        taps: layers whose values come back.
+        function: what is computed.
         starts: inputs of the graph that have the value of one of `inputs` at the start of the path, by its name.
         bare: names of inputs and outputs without a batch axis; rows come one at a time then.
+        one_row: whether the graph takes one row at a time.
         padded: whether micro-batches are filled up to a few sizes.
     """
 
     sessions: Passes
     graph: RowGraph
     inputs: tuple[InputSpec, ...]
-    output: str
+    function: Differentiation
     bare: Collection[str]
+    one_row: bool = False
     padded: bool = False
-    taps: tuple[str, ...] = ()
     starts: Mapping[str, str] = field(default_factory=dict)
 
     def evaluations(self, rows: Rows) -> list[SegmentEvaluation]:
@@ -46,6 +56,15 @@ class OnnxFunction:
             EvaluationFailed: the model raised, or returned another number of rows (MODEL_RAISED), or memory ran out
                 (OUT_OF_MEMORY).
         """
+        if not self.one_row or rows.row_count == 1:
+            return self._at_once(rows)
+        return [
+            joined(parts)
+            for segment in rows.segments
+            for parts in zip(*(self._at_once(row) for row in single_rows(segment)), strict=True)
+        ]
+
+    def _at_once(self, rows: Rows) -> list[SegmentEvaluation]:
         if rows.function.wrt:
             return self._differentiated(rows)
         scores, *tapped = self._results(rows)
@@ -60,13 +79,13 @@ class OnnxFunction:
     def _results(self, rows: Rows) -> list[Array]:
         """Scores of a graph without gradients, and the values of the taps."""
         ((scores, *tapped),) = self._passes(self._path_feeds(self._feeds(rows)), [{}])
-        return [scores[None] if self.output in self.bare else scores, *tapped]
+        return [scores[None] if self.function.output in self.bare else scores, *tapped]
 
     def _values(self, tapped: Sequence[Array], span: slice, rows: Rows) -> dict[str, Array]:
         """Of the taps on the rows of one segment."""
         for array in tapped:
             self._check_row_count(len(array), rows)
-        return {name: array[span] for name, array in zip(self.taps, tapped, strict=True)}
+        return {name: array[span] for name, array in zip(self.function.taps, tapped, strict=True)}
 
     def _differentiated(self, rows: Rows) -> list[SegmentEvaluation]:
         own = self._feeds(rows)
@@ -80,7 +99,7 @@ class OnnxFunction:
         self, rows: Rows, selectors: Sequence[Selector], shape: Array, entries: Array, *sums: Array
     ) -> list[SegmentEvaluation]:
         """What comes back for each segment at one of its selectors."""
-        self._check_row_count(1 if self.output in self.bare else shape[0], rows)
+        self._check_row_count(1 if self.function.output in self.bare else shape[0], rows)
         wrt = rows.function.wrt
         tapped = sums[len(wrt) :]
         found = []
