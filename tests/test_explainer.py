@@ -22,7 +22,7 @@ from explainserve.engine import Engine
 from explainserve.errors import DeadlineExceeded, EvaluationFailed, ExplainServeError, InvalidRequest, LimitExceeded
 from explainserve.explainer import Answer, Explainer, Round
 from explainserve.explanation import Instance, StopReason, Subject
-from explainserve.methods import IntegratedGradients
+from explainserve.methods import ExpectedGradients, IntegratedGradients
 from explainserve.metrics import Metrics
 from explainserve.plan import Differentiation
 from explainserve.query import CONCURRENT_QUESTIONS, FIRST_ROUND_ARRAYS, Query
@@ -350,6 +350,18 @@ async def test_time_budget_gives_every_question_its_first_round_before_any_a_sec
 
     assert [e.attribution.stop_reason for e in answer.explanations] == [StopReason.TIME_BUDGET] * count
     assert {e.attribution.step_count for e in answer.explanations} == {8}
+
+
+async def test_sampled_methods_have_a_map_after_their_first_samples(
+    explainer: Explainer, model: ServedModel, loaded: ClosedForm
+) -> None:
+    """The device is held after two rows of two hundred."""
+    loaded.holds_after = 2
+    asked = query(model, X[:1], methods=(ExpectedGradients(),), budget_ends_at=soon(1.0))
+    (own,) = (await explain(explainer, asked)).explanations
+
+    assert (own.attribution.stop_reason, own.attribution.step_count) == (StopReason.TIME_BUDGET, 2)
+    assert own.attribution.map_error is not None
 
 
 def test_first_rounds_of_a_time_budget_count_towards_memory(model: ServedModel) -> None:

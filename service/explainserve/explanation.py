@@ -147,6 +147,7 @@ class Question:
         instance_output_value, baseline_output_value: F(x) and F(x'), in the unit of the target's score; the second is
             the mean over all baselines for methods that take all, and None without a baseline.
         baselines: all of them, for methods that take all.
+        anytime: whether time may end before the answer is whole, so that its first rounds should be small.
     """
 
     subject: Subject
@@ -156,6 +157,7 @@ class Question:
     instance_output_value: float
     baseline_output_value: float | None
     baselines: tuple[Baseline, ...] = ()
+    anytime: bool = False
 
     @property
     def start(self) -> Tensors:

@@ -45,13 +45,14 @@ def _questions_of(
     """Questions about one instance with positions of target and baseline: for each target one without a baseline, for
     methods that need none or take all, and one with each."""
     instance, subject, every = query.instances[i], query.subject, tuple(baselines)
+    anytime = query.budget_ends_at is not None
     for t, (function, target) in enumerate(_resolved(query, i, scores)):
         at_instance = target.selector.value(scores.at(function, i, None))
         ends = [target.selector.value(scores.at(function, i, b)) for b in range(len(baselines))]
         mean = float(np.mean(ends)) if ends else None
-        yield t, None, Question(subject, instance, target, None, at_instance, mean, every)
+        yield t, None, Question(subject, instance, target, None, at_instance, mean, every, anytime)
         for b, baseline in enumerate(baselines):
-            yield t, b, Question(subject, instance, target, baseline, at_instance, ends[b])
+            yield t, b, Question(subject, instance, target, baseline, at_instance, ends[b], anytime=anytime)
 
 
 def _resolved(query: Query, instance_index: int, scores: Scores) -> Iterator[tuple[Differentiation, Target]]:

@@ -85,7 +85,7 @@ def test_samples_do_not_depend_on_rounds_and_depend_on_the_seed(kind: type[Metho
         return explain(kind(sample_count=40, seed=seed, noise_std=0.5), quadratic()).tensors["x"]  # type: ignore[call-arg]
 
     whole = map_of(1)
-    monkeypatch.setattr("explainserve.methods.noise_tunnel.round_size", lambda count: 7)
+    monkeypatch.setattr("explainserve.methods.sampling.round_size", lambda count: 7)
     np.testing.assert_array_equal(map_of(1), whole)
     assert (map_of(2) != whole).all()
 
@@ -101,8 +101,7 @@ def test_noise_around_integrated_gradients() -> None:
 
 @pytest.mark.parametrize("method", [SmoothGrad(sample_count=60), ExpectedGradients(sample_count=60)])
 def test_time_that_ends_leaves_the_map_of_the_samples_that_are_done(method: Method, monkeypatch: Any) -> None:
-    for module in ("noise_tunnel", "expected_gradients"):
-        monkeypatch.setattr(f"explainserve.methods.{module}.round_size", lambda count: 8)
+    monkeypatch.setattr("explainserve.methods.sampling.round_size", lambda count: 8)
     asked = question(quadratic(), X, np.zeros(2))
     found, plans = rounds(method, asked, quadratic(), final_after=3)
 
@@ -160,7 +159,7 @@ def test_the_standard_error_of_a_stratified_mean_is_its_scatter_over_seeds() -> 
 
 
 def test_expected_gradients_cut_in_time_have_seen_the_whole_path(monkeypatch: Any) -> None:
-    monkeypatch.setattr("explainserve.methods.expected_gradients.round_size", lambda count: 8)
+    monkeypatch.setattr("explainserve.methods.sampling.round_size", lambda count: 8)
     saturating = Function(lambda x: np.minimum(x, 0.2).sum(1), lambda x: 1.0 * (x < 0.2))
     found, _ = rounds(
         ExpectedGradients(sample_count=64), question(saturating, X, np.zeros(2)), saturating, final_after=1
@@ -168,6 +167,14 @@ def test_expected_gradients_cut_in_time_have_seen_the_whole_path(monkeypatch: An
 
     assert found.step_count == 8
     np.testing.assert_allclose(found.tensors["x"], 0.2, atol=0.1)
+
+
+def test_two_samples_tell_no_error_of_their_variance() -> None:
+    """Both are equally far from their mean, which looks as if the variance was certain."""
+    found = explain(VarGrad(sample_count=2, noise_std=0.5), quadratic())
+
+    assert (found.map_error, found.standard_errors) == (None, {})
+    assert explain(VarGrad(sample_count=3, noise_std=0.5), quadratic()).map_error is not None
 
 
 def test_every_baseline_needs_a_sample() -> None:

@@ -80,7 +80,7 @@ def test_of_several_inputs_one_at_a_time_shows_a_window() -> None:
 
 
 def test_time_that_ends_leaves_the_windows_that_are_done(monkeypatch: Any) -> None:
-    monkeypatch.setattr("explainserve.methods.perturbation.round_size", lambda count: 2)
+    monkeypatch.setattr("explainserve.methods.sampling.round_size", lambda count: 2)
     found = occluded(Occlusion((1,)), LINE, final_after=2)
 
     np.testing.assert_allclose(found.tensors["x"], [1, 2, 3, 4, 0])

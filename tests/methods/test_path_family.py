@@ -133,7 +133,7 @@ def test_blur_walks_from_the_blurriest_instance_to_the_instance() -> None:
 def test_rounds_do_not_change_a_map(method: Method, monkeypatch: Any) -> None:
     function = smooth(IMAGE.size)
     whole, one = rounds(method, ask(function), function)
-    monkeypatch.setattr("explainserve.methods.blur_integrated_gradients.round_size", lambda count: 6)
+    monkeypatch.setattr("explainserve.methods.sampling.round_size", lambda count: 6)
     found, several = rounds(method, ask(function), function)
 
     assert (len(one), len(several)) == (1, 4)
@@ -142,7 +142,7 @@ def test_rounds_do_not_change_a_map(method: Method, monkeypatch: Any) -> None:
 
 def test_blur_that_runs_out_of_time_takes_the_rest_as_one_chord(monkeypatch: Any) -> None:
     """Of a linear function that is exact."""
-    monkeypatch.setattr("explainserve.methods.blur_integrated_gradients.round_size", lambda count: 3)
+    monkeypatch.setattr("explainserve.methods.sampling.round_size", lambda count: 3)
     function = linear(WEIGHTS)
     found, plans = rounds(blur(step_count=20), ask(function), function, final_after=2)
 
@@ -233,7 +233,7 @@ def test_idgi_shares_its_rows_with_the_method_of_its_path() -> None:
 
 
 def test_idgi_that_runs_out_of_time_takes_the_rest_as_one_step(monkeypatch: Any) -> None:
-    monkeypatch.setattr("explainserve.methods.blur_integrated_gradients.round_size", lambda count: 3)
+    monkeypatch.setattr("explainserve.methods.sampling.round_size", lambda count: 3)
     function = cubic()
     found, plans = rounds(Idgi(blur(step_count=20)), ask(function), function, final_after=2)
 

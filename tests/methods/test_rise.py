@@ -73,7 +73,7 @@ def test_masks_depend_on_the_seed_alone(monkeypatch: Any) -> None:
         return explain(Rise(sample_count=60, seed=seed), TOTAL, picture())[0].tensors["x"]
 
     whole, other = map_of(1), map_of(2)
-    monkeypatch.setattr("explainserve.methods.rise.round_size", lambda count: 7)
+    monkeypatch.setattr("explainserve.methods.sampling.round_size", lambda count: 7)
     np.testing.assert_allclose(map_of(1), whole, rtol=1e-5)
     assert np.abs(other - whole).max() > 1
 
@@ -96,7 +96,7 @@ def test_the_grid_fits_small_inputs_and_is_stated() -> None:
 
 
 def test_time_that_ends_leaves_the_map_of_the_masks_that_are_done(monkeypatch: Any) -> None:
-    monkeypatch.setattr("explainserve.methods.rise.round_size", lambda count: 8)
+    monkeypatch.setattr("explainserve.methods.sampling.round_size", lambda count: 8)
     found, _ = explain(Rise(), LINEAR, table(), final_after=3)
 
     assert (found.step_count, found.stop_reason) == (24, StopReason.TIME_BUDGET)

@@ -75,7 +75,7 @@ def test_maps_do_not_depend_on_rounds(kind: type[Segmented], monkeypatch: Any) -
     function = values_of(lambda rows: np.tanh(((rows @ matrix) * rows).sum(axis=1)))
     x = random.normal(size=6)
     whole = explain(kind(), function, x, np.zeros(6))
-    monkeypatch.setattr("explainserve.methods.perturbation.round_size", lambda count: 5)
+    monkeypatch.setattr("explainserve.methods.sampling.round_size", lambda count: 5)
     parts = explain(kind(), function, x, np.zeros(6))
 
     np.testing.assert_allclose(whole.tensors["x"], parts.tensors["x"], rtol=1e-6)
@@ -83,7 +83,7 @@ def test_maps_do_not_depend_on_rounds(kind: type[Segmented], monkeypatch: Any) -
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_time_that_ends_leaves_a_map_of_what_is_done(kind: type[Segmented], monkeypatch: Any) -> None:
-    monkeypatch.setattr("explainserve.methods.perturbation.round_size", lambda count: 2)
+    monkeypatch.setattr("explainserve.methods.sampling.round_size", lambda count: 2)
     found = explain(kind(), LINEAR, X, START, final_after=1)
 
     assert (found.step_count, found.stop_reason) == (2, StopReason.TIME_BUDGET)
@@ -330,11 +330,17 @@ def test_too_few_samples_tell_no_standard_errors(method: Segmented) -> None:
 
 
 def test_kernel_shap_that_time_ended_before_all_sizes_tells_no_standard_errors(monkeypatch: Any) -> None:
-    monkeypatch.setattr("explainserve.methods.perturbation.round_size", lambda count: 30)
+    """The nine pairs of one segment come first, and then one of each of the three other sizes."""
     function = values_of(lambda rows: np.tanh(rows.sum(axis=1)))
-    found = explain(KernelShap(), function, np.ones(9), np.zeros(9), final_after=1)
+    found = []
+    for rows in (22, 24):
+        monkeypatch.setattr("explainserve.methods.sampling.round_size", lambda count, own=rows: own)
+        found.append(explain(KernelShap(), function, np.ones(9), np.zeros(9), final_after=1))
+    early, late = found
 
-    assert (found.step_count, found.map_error, found.standard_errors) == (30, None, {})
+    assert (early.step_count, early.map_error, early.standard_errors) == (22, None, {})
+    assert late.step_count == 24
+    assert late.map_error is not None and late.map_error > 0
 
 
 def test_lime_of_a_linear_function_without_penalty() -> None:

@@ -22,7 +22,7 @@ from explainserve.explanation import Attribution, Instance, Question, Subject
 from explainserve.methods.contract import FLOAT32_BYTES, WORKING_ARRAYS, Cost, Method, Needs, ReadingGuide
 from explainserve.methods.quadrature import check_step_count
 from explainserve.methods.rows import gradients, point
-from explainserve.methods.sampling import check_option, round_size
+from explainserve.methods.sampling import MIN_ROUND, check_option, next_round, round_size
 from explainserve.methods.walk import Walk, way
 from explainserve.plan import Evaluation, Plan, Segment
 
@@ -131,9 +131,8 @@ class BlurIntegratedGradients(Method):
         return upcoming.walk.cut_short(question, upcoming.blurs[0].moving)
 
     def _round(self, question: Question, walk: Walk) -> Plan:
-        first = walk.piece_count
-        last = min(self.step_count, first + round_size(question.subject.element_count))
-        blurs = tuple(self._blur(question, index) for index in range(first, last + 1))
+        pieces = next_round(question, walk.piece_count, self.step_count, MIN_ROUND)
+        blurs = tuple(self._blur(question, index) for index in (*pieces, pieces.stop))
         chords = tuple(_chord(question, start, end) for start, end in pairwise(blurs))
         opening = () if walk.scores else (point(question, blurs[0].moving, question.score),)
         return BlurPlan((*opening, *chords), blurs, walk)

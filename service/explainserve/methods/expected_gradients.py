@@ -15,11 +15,13 @@ from explainserve.errors import InvalidRequest
 from explainserve.explanation import Attribution, Instance, Question, StopReason, Subject
 from explainserve.methods.contract import FLOAT32_BYTES, Cost, Method, ReadingGuide
 from explainserve.methods.sampling import (
+    FEWEST_SAMPLES,
     Maps,
     check_option,
     check_sample_count,
     check_seed,
     estimated,
+    next_round,
     noisy,
     round_size,
 )
@@ -113,8 +115,8 @@ class ExpectedGradients(Method):
         return replace(self._answer(question, upcoming.earlier), stop_reason=StopReason.TIME_BUDGET)
 
     def _round(self, question: Question, earlier: tuple[Maps, ...]) -> Plan:
-        last = min(self.sample_count, len(earlier) + round_size(question.subject.element_count))
-        indices = range(len(earlier), last)
+        fewest = FEWEST_SAMPLES * len(question.baselines)
+        indices = next_round(question, len(earlier), self.sample_count, fewest)
         instances = tuple(self._end(question.instance, index) for index in indices)
         segments = tuple(map(self._sample, repeat(question), indices, instances))
         return SamplesPlan(segments, instances, earlier)

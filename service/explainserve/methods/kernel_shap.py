@@ -80,11 +80,19 @@ class KernelShap(Segmented):
         return super().path_bytes(subject) + regression_bytes(2 * self._pair_count(count), count)
 
     def coalitions(self, feature_count: int) -> Packed:
-        """Pairs of sets, small and large ones first."""
+        """Pairs of sets: those of one segment, which alone make a map, and then each size by its weight in every
+        beginning (Adams's method of apportionment), so that what time cuts short tells its error."""
         check_segment_count(feature_count, MIN_FEATURES, MAX_FEATURES)
-        taken = shares(feature_count, self._pair_count(feature_count))
-        sets = [self._pairs(feature_count, size, count) for size, count in taken.items() if count]
-        return packed(np.concatenate(sets))
+        weights = size_weights(feature_count)
+        taken = {size: n for size, n in shares(feature_count, self._pair_count(feature_count)).items() if n}
+        sets = np.concatenate([self._pairs(feature_count, size, count) for size, count in taken.items()])
+        turns = np.concatenate([np.arange(count) * (size > 1) / weights[size] for size, count in taken.items()])
+        order = np.argsort(turns, kind="stable")
+        return packed(sets.reshape(-1, 2, feature_count)[order].reshape(sets.shape))
+
+    def fewest(self, feature_count: int) -> int:
+        """All pairs of the smallest size, and about as many others: fewer understate the error several times."""
+        return 4 * feature_count
 
     def answered(self, coalitions: Coalitions, scores: Scores) -> Attribution:
         """Sets of one size share its weight."""
@@ -111,7 +119,7 @@ class KernelShap(Segmented):
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, size))))
         if pairs_of(feature_count, size) <= 4 * count:
             every = _all_sets(feature_count, size)
-            sets = every if len(every) == count else every[generator.permutation(len(every))[:count]]
+            sets = every[generator.permutation(len(every))[:count]]
         else:
             sets = _drawn_sets(generator, feature_count, size, count)
         return np.stack([sets, ~sets], axis=1).reshape(2 * count, feature_count)
@@ -119,9 +127,7 @@ class KernelShap(Segmented):
 
 def shares(feature_count: int, pair_count: int) -> dict[int, int]:
     """How many pairs each size of the smaller set gets, in proportion to its weight in the regression."""
-    weights = {s: (feature_count - 1) / (s * (feature_count - s)) for s in range(1, feature_count // 2 + 1)}
-    if feature_count % 2 == 0:
-        weights[feature_count // 2] /= 2  # its sets are each other's complements
+    weights = size_weights(feature_count)
     taken = dict.fromkeys(weights, 0)
     left, unfilled = pair_count, list(weights)
     while full := [s for s in unfilled if left * weights[s] / _total(weights, unfilled) >= pairs_of(feature_count, s)]:
@@ -136,6 +142,14 @@ def shares(feature_count: int, pair_count: int) -> dict[int, int]:
         short = [size for size in unfilled if taken[size] < pairs_of(feature_count, size)]
         taken[max(short, key=lambda size: (taken[size] == 0, quotas[size] - taken[size]))] += 1
     return taken
+
+
+def size_weights(feature_count: int) -> dict[int, float]:
+    """What all pairs of a size of the smaller set weigh in the regression."""
+    weights = {s: (feature_count - 1) / (s * (feature_count - s)) for s in range(1, feature_count // 2 + 1)}
+    if feature_count % 2 == 0:
+        weights[feature_count // 2] /= 2  # its sets are each other's complements
+    return weights
 
 
 def pairs_of(feature_count: int, size: int) -> int:

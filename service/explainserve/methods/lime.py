@@ -91,6 +91,10 @@ class Lime(Segmented):
         check_segment_count(feature_count, MIN_FEATURES, MAX_FEATURES)
         return packed(self._samples(feature_count)[0])
 
+    def fewest(self, feature_count: int) -> int:
+        """With the instance one more than coefficients and intercept."""
+        return feature_count + 1
+
     def answered(self, coalitions: Coalitions, scores: Scores) -> Attribution:
         """The regression on the samples that are done, and the instance."""
         sets, counts, full_count = self._samples(coalitions.features.count)

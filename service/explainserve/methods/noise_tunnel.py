@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -18,11 +18,13 @@ from explainserve.methods.contract import FLOAT32_BYTES, Cost, Method, Needs, Re
 from explainserve.methods.gradient import Gradient
 from explainserve.methods.rows import point
 from explainserve.methods.sampling import (
+    FEWEST_SAMPLES,
     Maps,
     check_option,
     check_sample_count,
     check_seed,
     mean_attribution,
+    next_round,
     noisy,
     round_size,
 )
@@ -67,6 +69,9 @@ class NoiseTunnel(Method):
     """
 
     base: Method | None = None
+    fewest: ClassVar[int] = FEWEST_SAMPLES
+    """Samples that tell the error of what is made of them."""
+
     sample_count: int = 50
     noise_level: float | None = None
     noise_std: float | None = None
@@ -157,8 +162,8 @@ class NoiseTunnel(Method):
         return replace(guide, units=units, complete=False, deterministic=False, paper=paper)
 
     def _round(self, question: Question, earlier: tuple[Attribution, ...]) -> Plan:
-        last = min(self.sample_count, len(earlier) + round_size(question.subject.element_count))
-        questions = tuple(self._sample(question, index) for index in range(len(earlier), last))
+        indices = next_round(question, len(earlier), self.sample_count, self.fewest)
+        questions = tuple(self._sample(question, index) for index in indices)
         if self._needs_scores:
             rows = tuple(point(one, one.instance.moving, one.score) for one in questions)
             return SamplesPlan(rows, questions, None, {}, earlier)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from explainserve.explanation import Attribution, Instance, Question, StopReason, Subject
 from explainserve.methods.contract import FLOAT32_BYTES, WORKING_ARRAYS, Method, Needs
 from explainserve.methods.rows import point
-from explainserve.methods.sampling import round_size
+from explainserve.methods.sampling import MIN_ROUND, next_round, round_size
 from explainserve.plan import Evaluation, Plan
 
 Scores = NDArray[np.float64]
@@ -28,6 +28,11 @@ class Perturbations(Protocol):
     def count(self) -> int:
         """How many there are, at least 1."""
         ...
+
+    @property
+    def fewest(self) -> int:
+        """How many a first round needs for a map that tells its error; a map that tells none is no map of a few."""
+        return MIN_ROUND
 
     def instance(self, index: int) -> Instance:
         """One of them: the same object for every target."""
@@ -88,7 +93,7 @@ class Perturbation(Method):
 
 
 def _round(question: Question, perturbations: Perturbations, scores: Scores) -> PerturbationsPlan:
-    last = min(perturbations.count, len(scores) + round_size(question.subject.element_count))
-    instances = tuple(perturbations.instance(index) for index in range(len(scores), last))
+    indices = next_round(question, len(scores), perturbations.count, perturbations.fewest)
+    instances = tuple(perturbations.instance(index) for index in indices)
     rows = tuple(point(question, instance.moving, question.score) for instance in instances)
     return PerturbationsPlan(rows, perturbations, instances, scores)

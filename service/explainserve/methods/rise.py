@@ -14,7 +14,14 @@ from explainserve.errors import InvalidRequest
 from explainserve.explanation import Attribution, Question, StopReason, Subject
 from explainserve.methods.contract import FLOAT32_BYTES, WORKING_ARRAYS, Cost, Method, Needs, ReadingGuide
 from explainserve.methods.rows import point
-from explainserve.methods.sampling import check_option, check_sample_count, check_seed, estimated, round_size
+from explainserve.methods.sampling import (
+    check_option,
+    check_sample_count,
+    check_seed,
+    estimated,
+    next_round,
+    round_size,
+)
 from explainserve.plan import Evaluation, Plan, Tensors
 
 DEFAULT_GRID_SIZE = 7
@@ -156,8 +163,8 @@ class Rise(Method):
         return replace(_answer(question, upcoming.earlier), stop_reason=StopReason.TIME_BUDGET)
 
     def _round(self, question: Question, earlier: Moments) -> Plan:
-        last = min(self.sample_count, earlier.count + round_size(question.subject.element_count))
-        samples = tuple(self._sample(question, index) for index in range(earlier.count, last))
+        indices = next_round(question, earlier.count, self.sample_count)
+        samples = tuple(self._sample(question, index) for index in indices)
         rows = tuple(point(question, one.moving, question.score) for one in samples)
         return MasksPlan(rows, samples, earlier)
 

@@ -8,12 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainserve.errors import InvalidRequest
-from explainserve.explanation import Attribution, Instance
+from explainserve.explanation import Attribution, Instance, Question
 from explainserve.methods.contract import FLOAT32_BYTES
 
 ROUND_BYTES = 2**25
 """Of what one round brings back, about: enough rows to fill micro-batches."""
 MIN_ROUND, MAX_ROUND = 8, 512
+FEWEST_SAMPLES = 2
+"""That tell a standard error."""
 
 Maps = Mapping[str, NDArray[np.float32]]
 
@@ -21,6 +23,19 @@ Maps = Mapping[str, NDArray[np.float32]]
 def round_size(element_count: int) -> int:
     """Samples of one round, by the elements of a map."""
     return max(MIN_ROUND, min(MAX_ROUND, ROUND_BYTES // (FLOAT32_BYTES * max(1, element_count))))
+
+
+def next_round(question: Question, done: int, total: int, fewest: int = FEWEST_SAMPLES) -> range:
+    """The samples of the next round: as many as fill micro-batches. Where time may end before, first the fewest that
+    make a map, and then as many as there are already: what the end cuts off is no more than what it leaves.
+
+    Args:
+        done: samples of earlier rounds.
+    """
+    size = round_size(question.subject.element_count)
+    if question.anytime:
+        size = min(size, max(fewest, done))
+    return range(done, min(total, done + size))
 
 
 def noise(seed: int, sample: int, position: int, shape: tuple[int, ...]) -> NDArray[np.float32]:

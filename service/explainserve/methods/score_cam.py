@@ -13,7 +13,7 @@ from explainserve.methods.activation_map import LayerMap, extent, finished
 from explainserve.methods.contract import FLOAT32_BYTES, Cost, Needs, ReadingGuide
 from explainserve.methods.grids import Grid, grid, upsampled
 from explainserve.methods.rows import point
-from explainserve.methods.sampling import round_size
+from explainserve.methods.sampling import MIN_ROUND, next_round, round_size
 from explainserve.plan import Evaluation, Plan
 
 
@@ -85,8 +85,8 @@ class ScoreCam(LayerMap):
         return replace(answer, stop_reason=StopReason.TIME_BUDGET)
 
     def _round(self, question: Question, own: Grid, activation: NDArray[np.float64], scores: tuple[float, ...]) -> Plan:
-        last = min(own.channels, len(scores) + round_size(question.subject.element_count))
-        instances = tuple(_masked(question, own, activation, channel) for channel in range(len(scores), last))
+        channels = next_round(question, len(scores), own.channels, MIN_ROUND)
+        instances = tuple(_masked(question, own, activation, channel) for channel in channels)
         rows = tuple(point(question, instance.moving, question.score) for instance in instances)
         return MasksPlan(rows, instances, activation, scores)
 

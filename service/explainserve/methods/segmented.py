@@ -27,7 +27,7 @@ from explainserve.methods.features import (
 )
 from explainserve.methods.perturbation import Perturbation, Perturbations, Scores
 from explainserve.methods.regression import Values
-from explainserve.methods.sampling import estimated
+from explainserve.methods.sampling import MIN_ROUND, estimated
 from explainserve.plan import Tensors
 
 Packed = NDArray[np.uint8]
@@ -54,6 +54,11 @@ class Coalitions(Perturbations):
     def count(self) -> int:
         """One row for each set."""
         return len(self.packed)
+
+    @property
+    def fewest(self) -> int:
+        """As the method says."""
+        return self.method.fewest(self.features.count)
 
     def present(self, count: int) -> NDArray[np.bool_]:
         """Which segments the first sets hold, shape (count, segments)."""
@@ -147,6 +152,10 @@ class Segmented(Perturbation):
         Raises:
             InvalidRequest: so many segments do not do for the method (SEGMENT_COUNT_OUT_OF_RANGE).
         """
+
+    def fewest(self, feature_count: int) -> int:
+        """Sets of a first round where time may end after it: those that tell standard errors, where there are any."""
+        return MIN_ROUND
 
     @abstractmethod
     def answered(self, coalitions: Coalitions, scores: Scores) -> Attribution:

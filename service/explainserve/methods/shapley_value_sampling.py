@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from explainserve.explanation import Attribution, Subject
 from explainserve.methods.contract import FLOAT32_BYTES, Cost, ReadingGuide
 from explainserve.methods.perturbation import Scores
-from explainserve.methods.sampling import check_sample_count, check_seed
+from explainserve.methods.sampling import FEWEST_SAMPLES, check_sample_count, check_seed
 from explainserve.methods.segmented import (
     MAX_SAMPLE_COUNT,
     Coalitions,
@@ -103,6 +103,10 @@ class ShapleyValueSampling(Segmented):
     def coalitions(self, feature_count: int) -> Packed:
         """The sets on the way of all orders."""
         return self._walks(feature_count).sets
+
+    def fewest(self, feature_count: int) -> int:
+        """Those of as many orders as tell a standard error."""
+        return FEWEST_SAMPLES * (feature_count - 1)
 
     def answered(self, coalitions: Coalitions, scores: Scores) -> Attribution:
         """Of orders that time cut short, the steps that are done; zero for segments that none of them reached."""

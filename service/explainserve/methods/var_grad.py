@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from explainserve.methods.sampling import Maps, estimated
 class VarGrad(NoiseTunnel):
     """The population variance of a method's maps at noisy copies of the instance, element by element."""
 
+    fewest: ClassVar[int] = 3
+
     @property
     def reading_guide(self) -> ReadingGuide:
         """That of the base, in squared units."""
@@ -25,11 +28,12 @@ class VarGrad(NoiseTunnel):
 
     def combined(self, samples: Sequence[Maps], step_count: int) -> Attribution:
         """In two passes, the mean first: E[g^2] - E[g]^2 would cancel. The standard error of a variance follows from
-        the fourth moment: sqrt((m4 - m2^2) / n)."""
+        the fourth moment: sqrt((m4 - m2^2) / n). Two samples are equally far from their mean, which tells none."""
         variances, errors = {}, {}
         for name in samples[0]:
             stacked = np.stack([sample[name] for sample in samples]).astype(np.float64)
             squares = np.square(stacked - stacked.mean(axis=0))
             variances[name] = squares.mean(axis=0)
             errors[name] = squares.std(axis=0) / np.sqrt(len(samples))
-        return estimated(variances, errors, step_count)
+        answer = estimated(variances, errors, step_count)
+        return answer if len(samples) >= self.fewest else replace(answer, map_error=None, standard_errors={})
