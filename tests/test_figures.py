@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from explainserve.methods import IntegratedGradients
 from explainserve.plan import Selector as ScoreSelector
 from explainserve.query import Place
 from explainserve.regions import Box
-from explainserve.signature import Axis, InputSpec, OutputSpec, Score, ScoreHead, Signature
+from explainserve.signature import Axis, InputSpec, MapSpec, OutputSpec, Score, ScoreHead, Signature
 from explainserve.statistics import View
 
 SHAPE = (2, 3, 4)
@@ -253,6 +254,29 @@ def test_a_group_of_one_map_has_the_figures_of_the_map() -> None:
     for name, views in joint.inputs.items():
         for alone, together in zip(input_figures(entry, MAPS[name], FigureOptions(), ()).views, views, strict=True):
             assert together is alone
+
+
+@pytest.mark.parametrize("flat_first", [False, True])
+def test_a_view_is_pooled_over_the_maps_that_have_it(flat_first: bool) -> None:
+    """A method may lay its map of an image out without channels: it has no sum over them."""
+    image, flat = maps(target(), target())
+    flat = replace(
+        flat,
+        maps={**MAPS, "image": MapSpec("image", layout="HW")},
+        tensors={**flat.tensors, "image": np.full(SHAPE[1:], 9.0, np.float32)},
+    )
+    both = [flat, image] if flat_first else [image, flat]
+    (joint,) = joint_figures(both, FigureOptions(), [])
+    (pairwise,) = joint_figures(both, FigureOptions(joint=False), [Group("both", (Selector(),), pairwise=True)])
+    pooled = {own.statistics.view: own.statistics for own in joint.inputs["image"]}
+
+    assert pooled[View.ELEMENTS].element_count == 24 + 12
+    assert pooled[View.ELEMENTS].max == 9
+    assert pooled[View.CHANNEL_SUM] == image.figures("image", View.CHANNEL_SUM).statistics
+    assert {(pair.input, pair.view) for pair in pairwise.pairs} == {
+        ("image", View.ELEMENTS),
+        ("vector", View.ELEMENTS),
+    }
 
 
 def test_default_group_is_split_by_output_and_score() -> None:

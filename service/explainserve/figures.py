@@ -186,15 +186,15 @@ class Entry:
         """Maps of one unit may be compared."""
         return self.target.output, self.target.score.name, self.method.reading_guide.units
 
-    def values(self, spec: MapSpec, view: View) -> NDArray[np.float64]:
-        """One view of the map of one input."""
-        return reduce_to_view(self.tensors[spec.name], view, spec.channel_axis)
+    def values(self, name: str, view: View) -> NDArray[np.float64]:
+        """One view of the map of one input or layer."""
+        return reduce_to_view(self.tensors[name], view, self.maps[name].channel_axis)
 
-    def figures(self, spec: MapSpec, view: View) -> ViewFigures:
+    def figures(self, name: str, view: View) -> ViewFigures:
         """Figures of one view, computed once: groups of one map ask again."""
-        if (spec.name, view) not in self._figures:
-            self._figures[spec.name, view] = ViewFigures.of(statistics(self.values(spec, view), view))
-        return self._figures[spec.name, view]
+        if (name, view) not in self._figures:
+            self._figures[name, view] = ViewFigures.of(statistics(self.values(name, view), view))
+        return self._figures[name, view]
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,7 +279,7 @@ def group_sizes(query: Query, fold_baselines: bool, groups: Sequence[Group]) -> 
 def input_figures(entry: Entry, spec: MapSpec, options: FigureOptions, regions: Sequence[Region]) -> InputFigures:
     """Figures of one input of one map."""
     tensor = entry.tensors[spec.name]
-    views = [entry.figures(spec, view) for view in (options.views_of(spec) if options.statistics else ())]
+    views = [entry.figures(spec.name, view) for view in (options.views_of(spec) if options.statistics else ())]
     sums = [
         found
         for region in regions
@@ -443,24 +443,35 @@ def _joint(
     *,
     pairwise: bool,
 ) -> JointFigures:
-    """Per input or layer over the maps that have it, which methods of layers do not share with others."""
+    """Per input or layer, and view, over the maps that have it: maps of layers do not share their tensors with others,
+    and one that a method lays out without channels has no view over channels."""
     inputs: dict[str, tuple[ViewFigures, ...]] = {}
     pairs: list[PairRange] = []
-    for spec in {name: maps[k].maps[name] for k in members for name in maps[k].tensors}.values():
-        own = [k for k in members if spec.name in maps[k].tensors]
+    for tensor in dict.fromkeys(tensor for k in members for tensor in maps[k].tensors):
         pooled: list[ViewFigures] = []
-        for view in options.views_of(spec):
-            pooled.append(_pooled([maps[k] for k in own], spec, view))
+        for view, own in _by_view(tensor, members, maps, options).items():
+            pooled.append(_pooled([maps[k] for k in own], tensor, view))
             if pairwise:
-                pairs += _pairs(own, [maps[k].figures(spec, view).statistics for k in own], spec.name, view)
-        inputs[spec.name] = tuple(pooled)
+                pairs += _pairs(own, [maps[k].figures(tensor, view).statistics for k in own], tensor, view)
+        inputs[tensor] = tuple(pooled)
     return JointFigures(name, tuple(members), inputs, tuple(pairs))
 
 
-def _pooled(members: list[Entry], spec: MapSpec, view: View) -> ViewFigures:
+def _by_view(
+    tensor: str, members: Sequence[int], maps: Sequence[Entry], options: FigureOptions
+) -> dict[View, list[int]]:
+    """The members that have a tensor in each view."""
+    found: dict[View, list[int]] = {}
+    for k in members:
+        for view in options.views_of(maps[k].maps[tensor]) if tensor in maps[k].tensors else ():
+            found.setdefault(view, []).append(k)
+    return found
+
+
+def _pooled(members: list[Entry], name: str, view: View) -> ViewFigures:
     if len(members) == 1:
-        return members[0].figures(spec, view)
-    return ViewFigures.of(pooled_statistics([member.values(spec, view) for member in members], view))
+        return members[0].figures(name, view)
+    return ViewFigures.of(pooled_statistics([member.values(name, view) for member in members], view))
 
 
 def _pairs(members: list[int], figures: list[Statistics], name: str, view: View) -> list[PairRange]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from client.fake_service import IMAGE_SHAPE, explain_response, maps, tensor
+from client.fake_service import IMAGE_SHAPE, explain_response, maps, min_max, tensor
 from explainserve.v1 import attribution_pb2, explainer_service_pb2, method_pb2
 from explainserve_client import (
     Attribution,
@@ -19,6 +19,7 @@ from explainserve_client import (
     MissingEntryError,
     Progress,
     Provenance,
+    RequestValueError,
 )
 from explainserve_client.results import explain_result
 
@@ -117,6 +118,25 @@ def test_a_joint_recipe_applies_to_the_raw_tensor_of_a_member(result: ExplainRes
     for attribution in result.attributions:
         expected = (attribution.tensor[0].astype(np.float64) - low) / (high - low)
         np.testing.assert_allclose(recipe.apply(attribution.tensor), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_joint_recipe_applies_to_maps_with_channels_and_without() -> None:
+    """As XRAI gives them beside others: one value for each pixel."""
+    message = explain_response()
+    elements = np.stack(maps()).astype(np.float64)
+    message.joint[0].inputs[0].normalizations.append(min_max("ELEMENTS", elements))
+    flat = message.attributions[1].inputs[0]
+    flat.ClearField("channel_axis")
+    flat.tensor.CopyFrom(tensor(maps()[1][0]))
+    found = explain_result(message, {}, "id")
+    joint = found.joint["all"]
+
+    for attribution in found.attributions:
+        shown = joint.normalization("MIN_MAX", "ELEMENTS").apply(attribution.tensor)
+        assert shown.shape == attribution.tensor.shape
+    assert joint.normalization("MIN_MAX", "CHANNEL_SUM").apply(found.attributions[0].tensor).shape == IMAGE_SHAPE[1:]
+    with pytest.raises(RequestValueError, match="3 axes, not 2"):
+        joint.normalization("MIN_MAX", "CHANNEL_SUM").apply(found.attributions[1].tensor)
 
 
 def test_a_missing_recipe_lists_those_there_are(attribution: Attribution) -> None:

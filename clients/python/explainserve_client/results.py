@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from explainserve.v1 import attribution_pb2, explainer_service_pb2, statistics_pb2
@@ -493,20 +493,31 @@ def _joint(
 def _joint_statistics(
     message: statistics_pb2.JointStatistics, attributions: tuple[Attribution, ...]
 ) -> JointStatistics:
-    """Pooled maps share their axes, so those of any member tell what a recipe applies to."""
-    maps = {name: line for member in message.members for name, line in attributions[member].inputs.items()}
+    lines: dict[str, list[InputAttribution]] = {}
+    for member in message.members:
+        for name, line in attributions[member].inputs.items():
+            lines.setdefault(name, []).append(line)
     return JointStatistics(
         group=message.group,
         members=tuple(message.members),
-        inputs=Table("input", ((line.input, _joint_input(line, maps.get(line.input))) for line in message.inputs)),
+        inputs=Table("input", ((line.input, _joint_input(line, lines.get(line.input, ()))) for line in message.inputs)),
         pairs=tuple(map(PairRange.from_proto, message.pairs)),
     )
 
 
-def _joint_input(message: statistics_pb2.JointInput, member: InputAttribution | None) -> JointInput:
-    channel_axis, rank = (member.channel_axis, member.rank) if member is not None else (None, None)
+def _joint_input(message: statistics_pb2.JointInput, members: Sequence[InputAttribution]) -> JointInput:
     return JointInput(
         input=message.input,
         statistics=statistics_table(message.statistics),
-        normalizations=tuple(Normalization.from_proto(line, channel_axis, rank) for line in message.normalizations),
+        normalizations=tuple(
+            Normalization.from_proto(line, *_shared_axes(short_name(statistics_pb2.View, line.view), members))
+            for line in message.normalizations
+        ),
     )
+
+
+def _shared_axes(view: str, members: Sequence[InputAttribution]) -> tuple[int | None, int | None]:
+    """Channel axis and rank of the maps that have a view, where they share them: one method may lay out its map of an
+    input without channels, as XRAI does, which then has ELEMENTS alone."""
+    axes = {(line.channel_axis, line.rank) for line in members if view == "ELEMENTS" or line.channel_axis is not None}
+    return axes.pop() if len(axes) == 1 else (None, None)

@@ -531,7 +531,7 @@ class JointInput(_message.Message):
     """Name of the input."""
     @_builtins.property
     def statistics(self) -> _containers.RepeatedCompositeFieldContainer[Global___Statistics]:
-        """Pooled figures, one per view."""
+        """Pooled figures, one per view that any member has, over those that have it: a map without channels has ELEMENTS alone."""
 
     @_builtins.property
     def normalizations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Normalization]:
