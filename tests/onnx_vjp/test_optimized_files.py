@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from explainserve.backends.onnx_blocks import state_block_size
-from explainserve.onnx_vjp import GRADIENT_RULES, cut, find_gaps, input_gradient, layers
+from explainserve.onnx_vjp import GRADIENT_RULES, cut, find_gaps, has_rectifiers, input_gradient, layers
 from onnx_vjp.microsoft_oracle import evaluate
 
 LEVELS = {
@@ -234,6 +234,7 @@ def test_gradient_rules_reach_fused_rectifiers(tmp_path: Path, table: str) -> No
     model = image_model()
     file = optimized(model, "extended", tmp_path)
     assert "FusedConv" in operators(file, "com.microsoft")
+    assert has_rectifiers(file, ["x"], "y")
     x, cotangent = (
         np.random.default_rng(3).standard_normal(shape).astype(np.float32) for shape in ((2, 3, 16, 16), (2, 32))
     )

@@ -7,7 +7,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from explainserve.onnx_vjp import GRADIENT_RULES, UnsupportedOperators, find_gaps, input_gradient, overridden, standard
+from explainserve.onnx_vjp import (
+    GRADIENT_RULES,
+    UnsupportedOperators,
+    find_gaps,
+    has_rectifiers,
+    input_gradient,
+    overridden,
+    standard,
+)
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Composition, Refusal, Rule, ZeroGradient
 from onnx_vjp.vjp_oracle import run
@@ -465,6 +473,30 @@ def test_the_maximum_with_zero_is_a_rectifier(operands: str, table: str, values:
     graph = model([node("Max", operands, "r"), node("Mul", "r w", "y")], {"x": [4]}, ["y"], constants)
     (dx,) = gradients(graph, ["x"], "y", f32(1, 1, 1, 1), {"x": f32(2, 2, -2, -2)}, table)
     np.testing.assert_array_equal(dx, f32(1, -1, 0, 0) if "one" in operands else f32(*values))
+
+
+@pytest.mark.parametrize(
+    ("operator", "operands", "rectifies"),
+    [
+        ("Relu", "h", True),
+        ("Max", "h zero", True),
+        ("Max", "h one", False),
+        ("Clip", "h zero one", True),
+        ("Clip", "h one", False),
+        ("Sigmoid", "h", False),
+    ],
+)
+def test_rectifiers_are_those_that_rules_change(operator: str, operands: str, rectifies: bool) -> None:
+    constants = {"zero": np.array(0, np.float32), "one": np.array(1, np.float32)}
+    graph = model([node("Tanh", "x", "h"), node(operator, operands, "y")], {"x": [4]}, ["y"], constants)
+    assert has_rectifiers(graph, ["x"], "y") is rectifies
+
+
+def test_a_rectifier_off_the_way_is_none() -> None:
+    """As a count of words that is kept from being zero, in the mean over a text."""
+    nodes = [node("Relu", "mask", "count"), node("Div", "x count", "y")]
+    assert not has_rectifiers(model(nodes, {"x": [4], "mask": [4]}, ["y"]), ["x"], "y")
+    assert has_rectifiers(model(nodes, {"x": [4], "mask": [4]}, ["y"]), ["x", "mask"], "y")
 
 
 @pytest.mark.parametrize("operator", ["LeakyRelu", "Elu", "Selu", "Celu", "ThresholdedRelu", "PRelu"])

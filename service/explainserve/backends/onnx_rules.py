@@ -55,22 +55,29 @@ class OnnxRules:
         self._patterns = patterns
         self._precision = precision
 
-    def refusals(self, *, differentiable: bool) -> dict[str, str]:
-        """Every rule, and why the model cannot follow it."""
+    def refusals(self, layers: Sequence[str], *, differentiable: bool) -> dict[str, str]:
+        """Every rule, and why the model cannot follow it; rules for rectifiers towards layers where no input moves."""
         if self._precision is Precision.FLOAT16:
             return {STANDARD.name: ""}
         first_gap = self._first_gap if differentiable else lambda rule: ""
-        unrectified = "" if has_rectifiers(self._graph) else NO_RECTIFIERS
         unbounded = no_value_range(self._signature)
         of_lrp = first_gap("lrp_epsilon")
         return {
             STANDARD.name: "",
             "deeplift_rescale": first_gap("deeplift_rescale"),
-            **dict.fromkeys(RECTIFIER_RULES, unrectified),
+            **dict.fromkeys(RECTIFIER_RULES, self._unrectified(self._signature.differentiable_inputs or layers)),
             **dict.fromkeys(LRP_RULES, of_lrp),
             **dict.fromkeys(BOX_RULES, of_lrp or unbounded),
             **dict.fromkeys(PATTERN_RULES, first_gap("pattern_net") if self._patterns else pattern_file.MISSING),
         }
+
+    def _unrectified(self, wrt: Sequence[str]) -> str:
+        """Why rules for rectifiers are not defined, or ""."""
+        outputs, weights = self._signature.differentiable_outputs, self._weights.of(self._graph)
+        try:
+            return "" if has_rectifiers(self._graph, wrt, outputs, weights=weights) else NO_RECTIFIERS
+        except ValueError as error:
+            return str(error)
 
     def _first_gap(self, rule: str) -> str:
         """Of a rule that not every operator has, or ""; known between inputs and outputs only."""

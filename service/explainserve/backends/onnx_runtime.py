@@ -148,7 +148,9 @@ class OnnxModel:
         self._on_one_thread: OnnxFunctions | None = None
         self._team: Team | None = None
         self.layers = layers
-        self.gradient_rules: Mapping[str, str] = self._rules.refusals(differentiable=self._functions.differentiable)
+        self.gradient_rules: Mapping[str, str] = self._rules.refusals(
+            [layer.name for layer in layers], differentiable=self._functions.differentiable
+        )
         self.layers_refusal = _layers_refusal(unbatched, options.precision)
 
     @property

@@ -8,7 +8,7 @@ and pattern.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import onnx
@@ -16,6 +16,7 @@ import onnx
 from explainserve.onnx_vjp import rules as _rules  # noqa: F401  (fills the registry)
 from explainserve.onnx_vjp.deeplift import rescale_rule
 from explainserve.onnx_vjp.emitter import Emitter, Node
+from explainserve.onnx_vjp.gradient import Weights, find_gaps
 from explainserve.onnx_vjp.lrp import (
     lrp_alpha_beta,
     lrp_composite,
@@ -25,7 +26,7 @@ from explainserve.onnx_vjp.lrp import (
     lrp_gamma,
 )
 from explainserve.onnx_vjp.pattern import pattern_attribution, pattern_net
-from explainserve.onnx_vjp.registry import Formula, Gradients, Key, Rule, State, Table, overridden, standard
+from explainserve.onnx_vjp.registry import Formula, Gradients, Key, Refusal, Rule, State, Table, overridden, standard
 
 _RECTIFIERS = frozenset({"Celu", "Elu", "LeakyRelu", "PRelu", "Relu", "Selu", "ThresholdedRelu"})
 
@@ -89,12 +90,27 @@ RECTIFIER_RULES = frozenset({"guided_backpropagation", "deconvnet"})
 """Rules that are defined on rectifiers, and change nothing else."""
 
 
-def has_rectifiers(model: onnx.ModelProto) -> bool:
-    """Whether any node of the graph rectifies, so that rules for rectifiers change anything.
+def has_rectifiers(
+    model: onnx.ModelProto, wrt: Sequence[str], of: str | Sequence[str], *, weights: Weights | None = None
+) -> bool:
+    """Whether any node between `wrt` and `of` rectifies, so that rules for rectifiers change anything.
 
-    Clip and Max count where they may rectify; whether they do depends on their operands.
+    Raises ValueError, TypeError and MemoryError as `input_gradient` does.
     """
-    return any(node.op_type in _RECTIFIERS or node.op_type in _RECTIFYING for node in model.graph.node)
+    gaps = find_gaps(model, wrt, of, rules=_for_rectifiers(standard(), _pointed_out), weights=weights)
+    return any(gap.reason == _RECTIFIES for gap in gaps)
+
+
+_RECTIFIES = "it is a rectifier"
+
+
+def _pointed_out(_: Formula) -> Formula:
+    """A rule by which each rectifier on the way is told as a gap."""
+
+    def formula(op: Emitter, node: Node, g: str) -> Gradients:
+        raise Refusal(_RECTIFIES, "")
+
+    return formula
 
 
 _OF_LRP: Mapping[str, Callable[..., Table]] = {
