@@ -79,6 +79,7 @@ def test_a_map_without_trouble_has_no_caution_of_its_own():
         ({"constant_baseline": True}, "BLIND_TO_BASELINE"),
         ({"fails_randomization": True}, "FAILS_RANDOMIZATION"),
         ({"complete_by_construction": True}, "COMPLETE_BY_CONSTRUCTION"),
+        ({"incomplete": True}, "INCOMPLETE"),
     ],
 )
 def test_each_fact_has_its_caution(facts, kind):
@@ -110,6 +111,7 @@ def test_cautions_come_in_the_order_of_their_kinds():
         constant_baseline=True,
         fails_randomization=True,
         complete_by_construction=True,
+        incomplete=True,
     )
 
     for cautions in (everything, cautions_for_response(map_count=2)):

@@ -24,6 +24,7 @@ class CautionKind(enum.Enum):
     ROW_BY_ROW = 11
     BLIND_TO_BASELINE = 12
     COMPLETE_BY_CONSTRUCTION = 13
+    INCOMPLETE = 15
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,12 @@ CAUTIONS: dict[CautionKind, Caution] = {
             "convergence delta is zero says nothing about the accuracy of this map.",
             _YANG,
         ),
+        Caution(
+            CautionKind.INCOMPLETE,
+            "The attributions miss the change of the score by more than 5%, so shares of their sum are not shares of "
+            "it. More steps or samples may help, or another path.",
+            _SUNDARARAJAN,
+        ),
     )
 }
 
@@ -157,6 +164,7 @@ def cautions_for_map(
     constant_baseline: bool = False,
     fails_randomization: bool = False,
     complete_by_construction: bool = False,
+    incomplete: bool = False,
 ) -> list[Caution]:
     """Cautions that hold for one map, in the order of the kinds.
 
@@ -172,6 +180,7 @@ def cautions_for_map(
         CautionKind.ROW_BY_ROW: (row_by_row, ""),
         CautionKind.BLIND_TO_BASELINE: (constant_baseline, ""),
         CautionKind.COMPLETE_BY_CONSTRUCTION: (complete_by_construction, ""),
+        CautionKind.INCOMPLETE: (incomplete, ""),
     }
     return [_with_detail(CAUTIONS[kind], detail) for kind, (holds, detail) in applies.items() if holds]
 

@@ -251,3 +251,8 @@ def attribution_sum(tensors: Mapping[str, NDArray[np.float32]]) -> float:
 def absolute_sum(tensors: Mapping[str, NDArray[np.float32]]) -> float:
     """Sum of absolute values over all elements of all inputs, in float64."""
     return float(sum(np.abs(tensor.astype(np.float64)).sum() for tensor in tensors.values()))
+
+
+def completeness_scale(output_change: float, abs_sum: float) -> float:
+    """What a convergence delta is compared with: max(|F(x) - F(x')|, .02 x sum|a|)."""
+    return max(abs(output_change), 0.02 * abs_sum)

@@ -752,6 +752,15 @@ def test_negligible_change_is_noted(stub: ExplainerServiceStub) -> None:
     assert "NEGLIGIBLE_CHANGE" not in cautions(other)
 
 
+def test_fixed_steps_that_miss_the_change_are_noted(stub: ExplainerServiceStub) -> None:
+    """A step function has a gradient of zero and a change of one; a linear one is complete with any number of steps."""
+    flat = explain(stub, "step", {"x": np.ones((1, 4), np.float32)}, targets=[element(0)], methods=steps(4))
+    whole = explain(stub, "static_batch", {"x": X2[:1]}, targets=[element(1)], methods=steps(4))
+
+    assert "INCOMPLETE" in cautions(flat)
+    assert "INCOMPLETE" not in cautions(whole)
+
+
 def test_constant_baseline_is_noted(stub: ExplainerServiceStub) -> None:
     noise = [every(gaussian_noise={"std": 1.0, "mean": 0.0})]
 

@@ -125,7 +125,8 @@ class ExpectedGradients:
 class GuidedIntegratedGradients:
     """Guided Integrated Gradients (Kapishnikov et al. 2021): a path that moves first where the gradient is small.
 
-    Its steps follow each other, so it takes as long as that many evaluations of one row.
+    Its steps follow each other, so it takes as long as that many evaluations of one row. On networks with rectifiers
+    its convergence delta does not vanish with more steps, and grows with `max_distance`.
 
     Attributes:
         step_count: at least 1. Server default 200.

@@ -32,7 +32,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from explainserve.explanation import Question
+from explainserve.explanation import Question, completeness_scale
 from explainserve.methods.smoothness import Smoothness, smoothness
 from explainserve.plan import Evaluation, Plan, Segment, SegmentEvaluation, Tensors
 
@@ -257,9 +257,9 @@ class Path:
 
     @cached_property
     def completeness_scale(self) -> float:
-        """What the convergence delta is compared with: max(|F(x) - F(x')|, .02 x sum|a|)."""
-        absolute_sum = float(np.abs(self.displacement.values * self.gradient).sum())
-        return max(abs(self.question.output_change), 0.02 * absolute_sum)
+        """What the convergence delta is compared with."""
+        abs_sum = float(np.abs(self.displacement.values * self.gradient).sum())
+        return completeness_scale(self.question.output_change, abs_sum)
 
     def converged(self, tolerances: Tolerances) -> bool:
         """Whether both tolerances hold, after at least one refinement."""

@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from explainserve.cautions import Caution, cautions_for_map, cautions_for_response
 from explainserve.explainer import Answer, Prepared, Round, Usage
-from explainserve.explanation import Attribution, Baseline, StopReason, Target, absolute_sum, attribution_sum
+from explainserve.explanation import (
+    Attribution,
+    Baseline,
+    StopReason,
+    Target,
+    absolute_sum,
+    attribution_sum,
+    completeness_scale,
+)
 from explainserve.figures import (
     Entry,
     InputFigures,
@@ -39,6 +47,8 @@ from explainserve.v1 import (
     statistics_pb2,
     target_pb2,
 )
+
+_COMPLETENESS_TOLERANCE = 0.05
 
 _SCORES: dict[Score, Any] = {score: code for code, score in SCORES.items() if code}
 _REDUCTIONS = {
@@ -284,7 +294,17 @@ def _map_cautions(entry: Entry, request: Explain, answer: Answer) -> list[Cautio
         constant_baseline=not guide.complete_by_construction and any(_is_constant(baseline) for baseline in used),
         fails_randomization=guide.fails_randomization,
         complete_by_construction=guide.complete_by_construction,
+        incomplete=_incomplete(entry),
     )
+
+
+def _incomplete(entry: Entry) -> bool:
+    """The map's sum misses F(x) - F(x') by more than is recommended (Sundararajan, Taly, Yan 2017, section 5), where no
+    other tolerance was asked for."""
+    delta, change = _delta(entry), entry.output_change
+    if delta is None or change is None or _negligible(entry) or entry.stop_reason is not StopReason.FIXED_STEPS:
+        return False
+    return abs(delta) > _COMPLETENESS_TOLERANCE * completeness_scale(change, absolute_sum(entry.tensors))
 
 
 def _negligible(entry: Entry) -> bool:

@@ -121,6 +121,8 @@ class _CautionKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CautionKi
     """Elements equal to the baseline get exactly zero, whatever they mean."""
     CAUTION_KIND_COMPLETE_BY_CONSTRUCTION: _CautionKind.ValueType  # 13
     """The sum of the attributions holds by construction and says nothing about their accuracy."""
+    CAUTION_KIND_INCOMPLETE: _CautionKind.ValueType  # 15
+    """The attributions of a fixed number of steps or samples do not sum to the change of the score within 5%."""
 
 class CautionKind(_CautionKind, metaclass=_CautionKindEnumTypeWrapper):
     """Kinds of caution."""
@@ -152,6 +154,8 @@ CAUTION_KIND_BLIND_TO_BASELINE: CautionKind.ValueType  # 12
 """Elements equal to the baseline get exactly zero, whatever they mean."""
 CAUTION_KIND_COMPLETE_BY_CONSTRUCTION: CautionKind.ValueType  # 13
 """The sum of the attributions holds by construction and says nothing about their accuracy."""
+CAUTION_KIND_INCOMPLETE: CautionKind.ValueType  # 15
+"""The attributions of a fixed number of steps or samples do not sum to the change of the score within 5%."""
 Global___CautionKind: _TypeAlias = CautionKind  # noqa: Y015
 
 @_typing.final

@@ -578,7 +578,8 @@ Global___BlurIntegratedGradients: _TypeAlias = BlurIntegratedGradients  # noqa: 
 class GuidedIntegratedGradients(_message.Message):
     """Guided Integrated Gradients (Kapishnikov et al. 2021, arXiv:2106.09788): a path that moves first where the gradient is
     small. Its steps follow each other, so it takes as long as that many evaluations of one row; requests share micro-batches.
-    Elements with equal gradients move together.
+    Elements with equal gradients move together. Each step has the gradient at its start, where it is smallest for the elements that
+    move: on networks with rectifiers the completeness delta does not vanish with more steps, and grows with `max_distance`.
 
     Parity: that of the authors' code, whose `max_dist` is `max_distance`.
     """
