@@ -15,6 +15,7 @@ from explainserve.errors import InvalidRequest
 from explainserve.explanation import Attribution, Question, Subject
 from explainserve.methods.contract import Cost, Method, Needs
 from explainserve.methods.grids import Grid, grid, upsampled
+from explainserve.methods.planes import extent
 from explainserve.methods.rows import point
 from explainserve.plan import Evaluation, Plan, SegmentEvaluation
 from explainserve.signature import MapSpec
@@ -83,17 +84,9 @@ def finished(values: NDArray[np.float64], own: Grid, subject: Subject, *, relu: 
         values = np.maximum(values, 0)
     spec = own.map_spec
     if upsampling != "none":
-        values = upsampled(values, extent(subject, own), upsampling)
+        values = upsampled(values, extent(subject, own.covers), upsampling)
         spec = MapSpec(own.layer, "HW", None, own.covers)
     return Attribution({own.layer: values.astype(np.float32)}, step_count=1, maps={own.layer: spec}).checked()
-
-
-def extent(subject: Subject, own: Grid) -> tuple[int, int]:
-    """H and W of the input that a grid covers."""
-    axes = subject.maps[own.covers].spatial_axes
-    assert axes is not None, "A grid covers an input with H and W axes. This is a bug."
-    height, width = (subject.shapes[own.covers][axis] for axis in axes)
-    return height, width
 
 
 def check_upsampling(value: str, *allowed: str) -> None:

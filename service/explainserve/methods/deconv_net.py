@@ -24,4 +24,4 @@ class DeconvNet(InstanceGradient):
         tier="T3",
         fails_randomization=True,  # Sixt, Granz, Landgraf: When Explanations Lie, ICML 2020
     )
-    rule: ClassVar[GradientRule] = GradientRule("deconvnet")
+    gradient_rule: ClassVar[GradientRule] = GradientRule("deconvnet")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from explainserve.errors import InvalidRequest
 from explainserve.explanation import Instance, Subject
+from explainserve.methods.planes import laid_over
 from explainserve.methods.superpixels import FINDERS, check_installed
 from explainserve.plan import Tensors
 from explainserve.signature import MapSpec, element_count
@@ -111,8 +112,7 @@ def made(recipe: str | None, segment_count: int | None, subject: Subject, instan
             own = np.arange(element_count(shape), dtype=np.int32).reshape(shape)
         else:
             found = _found(recipe or GRID, segment_count, subject.maps[name], shape, axes, instance)
-            plane = found if axes[0] < axes[1] else found.T
-            own = np.expand_dims(plane, tuple(axis for axis in range(len(shape)) if axis not in axes))
+            own = laid_over(found, subject, name)
         labels[name] = own + np.int32(first)
         first += int(own.max()) + 1
     return Features(labels, subject.shapes)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from explainserve.errors import InvalidRequest, Unsupported
 from explainserve.explanation import Subject
+from explainserve.methods.planes import extent
 from explainserve.signature import Layer, MapSpec
 
 MAX_PREFIX_TOKENS = 8
@@ -76,7 +77,7 @@ def grid(subject: Subject, layer: str | None) -> Grid:
     named = layer or next(iter(subject.configured_layers), None)
     if named is None:
         return _default(subject, covers)
-    found = _grid(known[named], covers, _extent(subject, covers))
+    found = _grid(known[named], covers, extent(subject, covers))
     if found is None:
         shape = [axis.size or axis.name for axis in known[named].axes]
         raise InvalidRequest(
@@ -96,16 +97,9 @@ def upsampled(values: NDArray[np.float64], extent: tuple[int, int], how: str) ->
     return values
 
 
-def _extent(subject: Subject, name: str) -> tuple[int, int]:
-    axes = subject.maps[name].spatial_axes
-    assert axes is not None, "An input without H and W axes was chosen. This is a bug."
-    height, width = (subject.shapes[name][axis] for axis in axes)
-    return height, width
-
-
 def _default(subject: Subject, covers: str) -> Grid:
-    extent = _extent(subject, covers)
-    found = [(place, own) for place, layer in enumerate(subject.layers) if (own := _grid(layer, covers, extent))]
+    size = extent(subject, covers)
+    found = [(place, own) for place, layer in enumerate(subject.layers) if (own := _grid(layer, covers, size))]
     spread = [(place, own) for place, own in found if own.rows * own.columns > 1]
     if not spread:
         raise Unsupported("NO_GRID_LAYER", "no layer of known shape has a grid of more than one cell; name one")

@@ -25,4 +25,4 @@ class GuidedBackpropagation(InstanceGradient):
         tier="T3",
         fails_randomization=True,
     )
-    rule: ClassVar[GradientRule] = GradientRule("guided_backpropagation")
+    gradient_rule: ClassVar[GradientRule] = GradientRule("guided_backpropagation")

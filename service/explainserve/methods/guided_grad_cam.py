@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from explainserve.errors import InvalidRequest
 from explainserve.explanation import Attribution, Question, Subject
-from explainserve.methods.activation_map import activations, check_upsampling, extent
+from explainserve.methods.activation_map import activations, check_upsampling
 from explainserve.methods.contract import Cost, Method, Needs, ReadingGuide
 from explainserve.methods.grad_cam import GradCam
 from explainserve.methods.grids import grid, upsampled
 from explainserve.methods.guided_backpropagation import GuidedBackpropagation
+from explainserve.methods.planes import extent, laid_over
 from explainserve.plan import Evaluation, Plan
 
 
@@ -128,15 +129,10 @@ class GuidedGradCam(Method):
     def _positive(self, question: Question, evaluation: Evaluation) -> NDArray[np.float64]:
         own = grid(question.subject, self.layer)
         cells = self._cam.combined(*activations(evaluation.segments[-1], own))
-        return upsampled(np.maximum(cells, 0), extent(question.subject, own), self.upsampling)
+        return upsampled(np.maximum(cells, 0), extent(question.subject, own.covers), self.upsampling)
 
     def _product(self, question: Question, found: Attribution, positive: NDArray[np.float64]) -> Attribution:
         """Of the input that the grid covers; other inputs have no share in the grid, and are left out."""
-        own = grid(question.subject, self.layer)
-        axes = question.subject.maps[own.covers].spatial_axes
-        assert axes is not None, "A grid covers an input with H and W axes. This is a bug."
-        pixels = found.tensors[own.covers]
-        across = positive if axes[0] < axes[1] else positive.T
-        shape = [size if axis in axes else 1 for axis, size in enumerate(pixels.shape)]
-        product = (pixels * across.reshape(shape)).astype(np.float32)
-        return Attribution({own.covers: product}, found.step_count + 1, found.stop_reason).checked()
+        covers = grid(question.subject, self.layer).covers
+        product = found.tensors[covers] * laid_over(positive, question.subject, covers)
+        return Attribution({covers: product.astype(np.float32)}, found.step_count + 1, found.stop_reason).checked()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from explainserve.explanation import Attribution, Question, Subject
 from explainserve.methods.contract import Cost, Method, Needs
@@ -15,12 +14,15 @@ from explainserve.plan import STANDARD, Evaluation, GradientRule, Plan
 class InstanceGradient(Method):
     """What comes back from one backward pass; methods say by which rule, and how to read it."""
 
-    rule: ClassVar[GradientRule] = STANDARD
+    @property
+    def gradient_rule(self) -> GradientRule:
+        """What the pass follows."""
+        return STANDARD
 
     @property
     def needs(self) -> Needs:
         """Its gradient rule."""
-        return Needs(self.rule.name)
+        return Needs(self.gradient_rule.name)
 
     def cost(self, subject: Subject) -> Cost:
         """One gradient."""
@@ -28,7 +30,7 @@ class InstanceGradient(Method):
 
     def plan(self, question: Question) -> Plan:
         """The instance."""
-        return Plan((point(question, question.instance.moving, question.gradient_by(self.rule)),))
+        return Plan((point(question, question.instance.moving, question.gradient_by(self.gradient_rule)),))
 
     def attribution(self, question: Question, plan: Plan, evaluation: Evaluation) -> Attribution:
         """What came back."""

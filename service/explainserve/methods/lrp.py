@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from explainserve.errors import InvalidRequest
-from explainserve.explanation import Attribution, Question, Subject
-from explainserve.methods.contract import Cost, Method, Needs, ReadingGuide
-from explainserve.methods.rows import gradients, point
+from explainserve.methods.contract import ReadingGuide
+from explainserve.methods.instance_gradient import InstanceGradient
 from explainserve.methods.sampling import check_option
-from explainserve.plan import Evaluation, GradientRule, Plan
+from explainserve.plan import GradientRule
 
 _OPTIONS = {
     "epsilon": ("epsilon",),
@@ -29,7 +28,7 @@ _INDEPENDENT_OF_LATER_LAYERS = frozenset({"alpha_beta", "composite", "deep_taylo
 
 
 @dataclass(frozen=True)
-class Lrp(Method):
+class Lrp(InstanceGradient):
     """The score, handed down layer by layer in proportion to contributions: sums to it less what biases and epsilon
     absorb.
 
@@ -71,23 +70,7 @@ class Lrp(Method):
         )
 
     @property
-    def needs(self) -> Needs:
-        """The rule's own table."""
-        return Needs(self._gradient_rule.name)
-
-    def cost(self, subject: Subject) -> Cost:
-        """One walk."""
-        return Cost.fixed(1)
-
-    def plan(self, question: Question) -> Plan:
-        """The instance."""
-        return Plan((point(question, question.instance.moving, question.gradient_by(self._gradient_rule)),))
-
-    def attribution(self, question: Question, plan: Plan, evaluation: Evaluation) -> Attribution:
-        """The relevance that arrived."""
-        return Attribution(gradients(evaluation.segments[0], question), step_count=1).checked()
-
-    @property
-    def _gradient_rule(self) -> GradientRule:
+    def gradient_rule(self) -> GradientRule:
+        """The rule's own table, with the options that it takes."""
         options = tuple((name, float(getattr(self, name))) for name in _OPTIONS[self.rule])
         return GradientRule(f"lrp_{self.rule}", options)

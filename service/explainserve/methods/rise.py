@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from explainserve.errors import InvalidRequest
 from explainserve.explanation import Attribution, Question, StopReason, Subject
 from explainserve.methods.contract import FLOAT32_BYTES, WORKING_ARRAYS, Cost, Method, Needs, ReadingGuide
+from explainserve.methods.planes import laid_over
 from explainserve.methods.rows import point
 from explainserve.methods.sampling import (
     check_option,
@@ -184,15 +185,13 @@ class Rise(Method):
         return Sample(masks, moving)
 
     def _mask(self, generator: np.random.Generator, subject: Subject, name: str) -> NDArray[np.float32]:
-        plane, shape = _plane(subject, name), _mask_shape(subject, name)
+        plane = _plane(subject, name)
         if not plane:
-            return (generator.random(shape) < self.keep_probability).astype(np.float32)
+            return (generator.random(subject.shapes[name]) < self.keep_probability).astype(np.float32)
         size = self.grid_size or DEFAULT_GRID_SIZE
         kept = (generator.random((size, size)) < self.keep_probability).astype(np.float64)
         down, across = (_interpolation(size, extent, generator) for extent in plane)
-        mask = down @ kept @ across.T
-        height, width = subject.maps[name].spatial_axes or (0, 1)
-        return (mask if height < width else mask.T).reshape(shape).astype(np.float32)
+        return laid_over(down @ kept @ across.T, subject, name).astype(np.float32)
 
 
 def _interpolation(size: int, extent: int, generator: np.random.Generator) -> NDArray[np.float64]:

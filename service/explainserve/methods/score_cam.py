@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainserve.explanation import Attribution, Instance, Question, StopReason, Subject
-from explainserve.methods.activation_map import LayerMap, extent, finished
+from explainserve.methods.activation_map import LayerMap, finished
 from explainserve.methods.contract import FLOAT32_BYTES, Cost, Needs, ReadingGuide
 from explainserve.methods.grids import Grid, grid, upsampled
+from explainserve.methods.planes import extent, laid_over
 from explainserve.methods.rows import point
 from explainserve.methods.sampling import MIN_ROUND, next_round, round_size
 from explainserve.plan import Evaluation, Plan
@@ -109,13 +110,8 @@ def _masked(question: Question, own: Grid, activation: NDArray[np.float64], chan
     instance, subject = question.instance, question.subject
 
     def make() -> Instance:
-        mask = _scaled(upsampled(activation[channel], extent(subject, own), "bilinear"))
-        x = instance.moving[own.covers]
-        axes = subject.maps[own.covers].spatial_axes
-        assert axes is not None, "A grid covers an input with H and W axes. This is a bug."
-        shape = [size if axis in axes else 1 for axis, size in enumerate(x.shape)]
-        across = mask if axes[0] < axes[1] else mask.T
-        masked = (x.astype(np.float32) * across.reshape(shape).astype(np.float32)).astype(np.float32)
+        mask = _scaled(upsampled(activation[channel], extent(subject, own.covers), "bilinear")).astype(np.float32)
+        masked = instance.moving[own.covers].astype(np.float32) * laid_over(mask, subject, own.covers)
         return Instance({**instance.moving, own.covers: masked}, instance.fixed)
 
     return instance.derived(("score_cam", own.layer, channel), make)
