@@ -24,6 +24,7 @@ narrow for any gradient.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -88,10 +89,10 @@ class Displacement:
         gradient = _flat(evaluation.gradient_sums, self.names)
         return gradient if len(self.values) == len(gradient) else gradient[self.changed]
 
-    def sample(self, gradient: Vector) -> NDArray[np.float64]:
-        """Some elements of the attribution of a gradient, always the same ones."""
+    def samples(self, gradients: Sequence[Vector]) -> NDArray[np.float64]:
+        """Some elements of the attributions of gradients, always the same ones, shape (gradients, elements)."""
         every = -(-len(self.values) // SAMPLED_ELEMENTS) or 1
-        return np.asarray(self.values[::every] * gradient[::every])
+        return np.asarray(self.values[::every] * np.stack([gradient[::every] for gradient in gradients]))
 
     def squared_norm(self, gradient: Vector) -> float:
         """Squared length of the attribution of a gradient; float64, where squares of tiny gradients do not vanish."""
@@ -208,7 +209,7 @@ class Path:
     @property
     def finite(self) -> bool:
         """Whether all gradients and scores so far are finite."""
-        return all(np.isfinite(interval.residual) for interval in self.intervals)
+        return all(math.isfinite(interval.residual) for interval in self.intervals)
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -225,7 +226,7 @@ class Path:
             np.array([node.alpha for node in self.nodes]),
             np.array([gap.spacing for gap in gaps]),
             (first.width, last.width),
-            np.stack([self.displacement.sample(node.gradient) for node in self.nodes]),
+            self.displacement.samples([node.gradient for node in self.nodes]),
         )
 
     @cached_property

@@ -111,9 +111,11 @@ class IntegratedGradients(Method):
         path = plan.evaluated(question, evaluation)
         if not path.finite:
             return _adaptive_attribution(path, StopReason.NON_FINITE)
+        reason = self._stop_reason(path)
+        if reason is not None:
+            return _adaptive_attribution(path, reason)
         upcoming = next_round(path, self._tolerances, self._max_step_count)
-        reason = self._stop_reason(path, upcoming)
-        return upcoming if reason is None else _adaptive_attribution(path, reason)
+        return upcoming if upcoming.segments else _adaptive_attribution(path, StopReason.MAX_STEPS)
 
     def so_far(self, question: Question, upcoming: Plan) -> Attribution:
         """The map of the adaptive rule before its next round, with TIME_BUDGET; a fixed rule has no next round."""
@@ -145,12 +147,11 @@ class IntegratedGradients(Method):
     def _max_step_count(self) -> int:
         return cast(int, self.max_step_count)
 
-    def _stop_reason(self, path: Path, upcoming: Plan) -> StopReason | None:
+    def _stop_reason(self, path: Path) -> StopReason | None:
+        """None where more rows may help."""
         if path.converged(self._tolerances):
             return StopReason.CONVERGED
-        if path.stalled(self._tolerances):
-            return StopReason.NON_CONVERGENT
-        return None if upcoming.segments else StopReason.MAX_STEPS
+        return StopReason.NON_CONVERGENT if path.stalled(self._tolerances) else None
 
     def _check_quadrature(self) -> None:
         known = (*RULES, ADAPTIVE)

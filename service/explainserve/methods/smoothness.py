@@ -13,13 +13,14 @@ asked apart: a straight line tells nothing about gaps and everything about ends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Vector = NDArray[np.float64]
+Positions = NDArray[np.intp]
 
 SMOOTH_GAIN = 16.0
 """The error of a cubic falls by another factor of 4 when gaps are halved, its square by 16. Nodes are left out at twice
@@ -53,7 +54,7 @@ def smoothness(alphas: Vector, spacings: Vector, ends: tuple[float, float], valu
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is not corrected
         changes = values - values[0]  # all that follows is made of differences, and most of a value may cancel
         products = changes @ changes.T
-    derivatives = np.array([_derivative(alphas, node, _around(node, len(alphas))) for node in range(len(alphas))])
+    derivatives = _derivatives(alphas, np.arange(len(alphas)), _neighbourhoods(len(alphas)))
     between = _regression(*_interpolated(alphas), products)
     beyond = _regression(*_extrapolated(alphas), products)
     before, after = ends
@@ -77,14 +78,15 @@ class _Regression:
 
 def _regression(missed: Vector, explained: Vector, products: Vector) -> _Regression:
     """Through the origin, over the elements of all rows; rows hold coefficients of the nodes with these products."""
-    squares = np.einsum("ij,jk,ik->", explained, products, explained)
-    together = np.einsum("ij,jk,ik->", missed, products, explained)
-    total = np.einsum("ij,jk,ik->", missed, products, missed)
-    if not (min(together, squares, total) > 0 and np.isfinite([squares, total]).all()):
+    weighted = explained @ products
+    squares = float((weighted * explained).sum())
+    together = float((weighted * missed).sum())
+    total = float((missed @ products * missed).sum())
+    if not (min(together, squares, total) > 0 and math.isfinite(squares) and math.isfinite(total)):
         return _Regression()
-    coefficient = min(float(together / squares), 1.0)
+    coefficient = min(together / squares, 1.0)
     left = (total - 2 * coefficient * together + coefficient**2 * squares) / total
-    return _Regression(coefficient, float(np.clip(left, 0.0, 1.0)))
+    return _Regression(coefficient, min(max(left, 0.0), 1.0))
 
 
 def _interpolated(alphas: Vector) -> tuple[Vector, Vector]:
@@ -92,52 +94,47 @@ def _interpolated(alphas: Vector) -> tuple[Vector, Vector]:
 
     Coefficients of the values at all nodes, one row per node that has two neighbours on both sides.
     """
-    rows = [_between(alphas, node) for node in range(2, len(alphas) - 2)]
-    missed, explained = zip(*rows, strict=True)
-    return np.array(missed), np.array(explained)
+    node = np.arange(2, len(alphas) - 2)
+    before, after = node - 1, node + 1
+    width = (alphas[after] - alphas[before])[:, None]
+    t = (alphas[node] - alphas[before])[:, None] / width
+    unit = np.eye(len(alphas))
+    line = (1 - t) * unit[before] + t * unit[after]
+    chord = (unit[after] - unit[before]) / width
+    left = _derivatives(alphas, before, np.stack([node - 2, before, after], axis=1))
+    right = _derivatives(alphas, after, np.stack([before, after, node + 2], axis=1))
+    cubic = width * (t * (1 - t) ** 2 * (left - chord) + t**2 * (t - 1) * (right - chord))  # Hermite, minus the line
+    return width / 2 * (unit[node] - line), width / 2 * cubic
 
 
 def _extrapolated(alphas: Vector) -> tuple[Vector, Vector]:
     """The same for a node that is predicted from those on one side of it: by the nearest, and by its derivative."""
-    count = len(alphas)
-    rows = [_beyond(alphas, node, node + 1, (node + 1, node + 2, node + 3)) for node in range(count - 3)]
-    rows += [_beyond(alphas, node, node - 1, (node - 1, node - 2, node - 3)) for node in range(3, count)]
-    missed, explained = zip(*rows, strict=True)
-    return np.array(missed), np.array(explained)
+    last = len(alphas) - 3
+    node = np.concatenate([np.arange(last), np.arange(3, len(alphas))])
+    inward = np.repeat([1, -1], last)  # those at the start from what follows, those at the end from what precedes
+    nearest = node + inward
+    step = (alphas[node] - alphas[nearest])[:, None]
+    unit = np.eye(len(alphas))
+    derivative = _derivatives(alphas, nearest, node[:, None] + inward[:, None] * [1, 2, 3])
+    return abs(step) / 2 * (unit[node] - unit[nearest]), abs(step) / 2 * step * derivative
 
 
-def _beyond(alphas: Vector, node: int, nearest: int, around: Sequence[int]) -> tuple[Vector, Vector]:
-    step = alphas[node] - alphas[nearest]
-    change = np.zeros(len(alphas))
-    change[node], change[nearest] = 1, -1
-    return abs(step) / 2 * change, abs(step) / 2 * step * _derivative(alphas, nearest, around)
+def _derivatives(alphas: Vector, nodes: Positions, around: Positions) -> Vector:
+    """Coefficients of derivatives at nodes, each of the parabola through three nodes, shape (len(nodes), all nodes).
+
+    Args:
+        nodes: positions, shape (rows,).
+        around: positions of the three, shape (rows, 3).
+    """
+    x, points = alphas[nodes][:, None], alphas[around]
+    a, b = points[:, [1, 0, 0]], points[:, [2, 2, 1]]  # the two others of each
+    rows = np.zeros((len(nodes), len(alphas)))
+    np.put_along_axis(rows, around, ((x - a) + (x - b)) / ((points - a) * (points - b)), axis=1)
+    return rows
 
 
-def _between(alphas: Vector, node: int) -> tuple[Vector, Vector]:
-    width = alphas[node + 1] - alphas[node - 1]
-    t = (alphas[node] - alphas[node - 1]) / width
-    line, chord = np.zeros(len(alphas)), np.zeros(len(alphas))
-    line[node - 1], line[node + 1] = 1 - t, t
-    chord[node - 1], chord[node + 1] = -1 / width, 1 / width
-    value = np.zeros(len(alphas))
-    value[node] = 1
-    left = _derivative(alphas, node - 1, (node - 2, node - 1, node + 1))
-    right = _derivative(alphas, node + 1, (node - 1, node + 1, node + 2))
-    cubic = width * (t * (1 - t) ** 2 * (left - chord) + t**2 * (t - 1) * (right - chord))  # Hermite, minus the line
-    return width / 2 * (value - line), width / 2 * cubic
-
-
-def _derivative(alphas: Vector, node: int, around: Sequence[int]) -> Vector:
-    """Coefficients of the derivative at a node of the parabola through three nodes."""
-    row = np.zeros(len(alphas))
-    x = alphas[node]
-    for k in around:
-        a, b = (alphas[other] for other in around if other != k)
-        row[k] = ((x - a) + (x - b)) / ((alphas[k] - a) * (alphas[k] - b))
-    return row
-
-
-def _around(node: int, count: int) -> tuple[int, int, int]:
-    """A node and its neighbours; at an end, the three last ones."""
-    first = min(max(node - 1, 0), count - 3)
-    return first, first + 1, first + 2
+def _neighbourhoods(count: int) -> Positions:
+    """Each node with its neighbours, at an end the three last ones; shape (count, 3)."""
+    first = np.arange(count)[:, None] - 1
+    neighbourhoods: Positions = np.clip(first, 0, count - 3) + np.arange(3)
+    return neighbourhoods
