@@ -25,8 +25,7 @@ from explainserve.explanation import Instance, StopReason, Subject
 from explainserve.methods import ExpectedGradients, IntegratedGradients
 from explainserve.metrics import Metrics
 from explainserve.plan import Differentiation
-from explainserve.query import CONCURRENT_QUESTIONS, FIRST_ROUND_ARRAYS, Query
-from explainserve.query_cost import MAX_SHARING_TARGETS
+from explainserve.query import CONCURRENT_QUESTIONS, FIRST_ROUND_ARRAYS, MAX_SHARING_TARGETS, Query
 from explainserve.scheduling import Scheduler
 from explainserve.served_model import ServedModel
 from explainserve.signature import MapSpec, Score, ScoreHead
@@ -191,6 +190,22 @@ async def test_many_targets_go_in_several_groups(
     assert max(loaded.selector_counts) == MAX_SHARING_TARGETS
     assert prepared.cost.min_gradient_rows <= answer.usage.gradient_rows <= prepared.cost.max_gradient_rows
     assert prepared.cost.min_backward_count <= answer.usage.backward_count <= prepared.cost.max_backward_count
+
+
+async def test_targets_share_rows_however_many_methods_are_asked(explainer: Explainer, model: ServedModel) -> None:
+    """Methods without a point in common, each at the rows of one target."""
+    weights = np.random.default_rng(6).standard_normal((MAX_SHARING_TARGETS, 2))
+    targets = tuple(TargetSpec("y", Score.OUTPUT, Weights(own)) for own in weights)
+    methods = tuple(IntegratedGradients(step_count=2**k) for k in range(6))
+    prepared = explainer.prepare(query(model, X[:1], targets=targets, methods=methods))
+    answer = await asyncio.wait_for(explainer.explain(prepared), PATIENCE)
+
+    assert answer.usage.gradient_rows == prepared.cost.min_gradient_rows == prepared.cost.max_gradient_rows == 2**6 - 1
+    assert answer.usage.backward_count == prepared.cost.max_backward_count == MAX_SHARING_TARGETS * (2**6 - 1)
+    for own in answer.explanations:
+        asked = query(model, X[:1], targets=(targets[own.place.target],), methods=(own.method,))
+        (alone,) = (await explain(explainer, asked)).explanations
+        np.testing.assert_allclose(own.attribution.tensors["x"], alone.attribution.tensors["x"], rtol=1e-5, atol=1e-7)
 
 
 @given(

@@ -118,11 +118,11 @@ async def test_a_request_takes_what_was_stated_at_most(
 async def test_paths_wait_for_each_other_where_memory_is_short(devices: Devices, model: ServedModel) -> None:
     """An eighth of the memory that all of them together could take."""
     asked = query(model, replace(ENDLESS, max_step_count=48), 24, target_count=2)
-    limit = asked.held_bytes + 4 * asked.path_bytes
+    limit = asked.held_bytes + 4 * asked.case_bytes
     roomy, narrow = (Explainer(devices, 10**6, max_request_bytes=size) for size in (LIMIT, limit))
     all_at_once, in_turn = roomy.cost(asked), narrow.cost(asked)
 
-    assert (all_at_once.path_count, in_turn.path_count) == (CONCURRENT_QUESTIONS, 4)
+    assert (all_at_once.case_count, in_turn.case_count) == (CONCURRENT_QUESTIONS, 4)
     assert in_turn.host_bytes < limit + in_turn.score_bytes + 1
     assert await measured(narrow, asked) <= in_turn.host_bytes < await measured(roomy, asked)
 
@@ -131,6 +131,6 @@ async def test_one_path_always_fits_beside_what_is_held(devices: Devices, model:
     asked = query(model, ENDLESS, 3)
     explainer = Explainer(devices, 10**6, max_request_bytes=asked.held_bytes)
 
-    assert explainer.cost(asked).path_count == 1
+    assert explainer.cost(asked).case_count == 1
     answer = await explainer.explain(explainer.prepare(asked))
     assert len(answer.explanations) == 3

@@ -214,7 +214,7 @@ class Explainer:
             inquiries = [
                 _Inquiry(place, query.methods[place.method], question, observe) for place, question in questions
             ]
-            explanations = await self._explanations(query, inquiries, prepared.cost.path_count, usage)
+            explanations = await self._explanations(query, inquiries, prepared.cost.case_count, usage)
         return Answer(query, explanations, prepared.baselines, usage)
 
     async def outputs(
@@ -242,7 +242,7 @@ class Explainer:
         return Outputs(replica, scores, usage)
 
     def _cost(self, query: Query, end_point_rows: int) -> Cost:
-        return cost_of(query, end_point_rows, query.path_count(self._max_request_bytes))
+        return cost_of(query, end_point_rows, query.concurrent_case_count(self._max_request_bytes))
 
     def _admit_rows(self, row_count: int) -> None:
         if row_count > self._max_request_rows:
@@ -297,23 +297,22 @@ class Explainer:
         return Scores(end_points, [score_tensor(segment) for segment in evaluation.segments])
 
     async def _explanations(
-        self, query: Query, inquiries: Sequence[_Inquiry], path_count: int, usage: Usage
+        self, query: Query, inquiries: Sequence[_Inquiry], case_count: int, usage: Usage
     ) -> tuple[Explanation, ...]:
         """With a time budget the first round of all questions comes first, so that each has a map when it ends."""
-        limit = sharing_limit(path_count, len(query.methods))
-        groups, gate = _sharing_groups(inquiries, limit), _Gate(path_count)
+        groups, gate = _sharing_groups(inquiries, sharing_limit(case_count)), _Gate(case_count)
         if query.budget_ends_at is not None:
             await _all([self._begin(query, group, usage, gate) for group in groups])
         await _all([self._answer(query, group, usage, gate) for group in groups])
         return tuple(inquiry.explanation for inquiry in inquiries)
 
     async def _begin(self, query: Query, group: _Group, usage: Usage, gate: _Gate) -> None:
-        async with gate.places(len(group)):
+        async with gate.places(_case_count(group)):
             await self._first_round(query, group, usage)
 
     async def _answer(self, query: Query, group: _Group, usage: Usage, gate: _Gate) -> None:
         """Evaluates rounds until the method answers every question or the time budget ends."""
-        async with gate.places(len(group)):
+        async with gate.places(_case_count(group)):
             if group[0].outcome is None:
                 await self._first_round(query, group, usage)
             while upcoming := [(one, one.outcome) for one in group if isinstance(one.outcome, Plan)]:
@@ -379,6 +378,11 @@ class _Inquiry:
 
 _Group = Sequence[_Inquiry]
 """Questions that go round by round together, and share the rows that are the same for them."""
+
+
+def _case_count(group: _Group) -> int:
+    """Number of cases in a group, which is that of its targets."""
+    return len({inquiry.place.target for inquiry in group})
 
 
 class _Gate:

@@ -28,7 +28,10 @@ class Place(NamedTuple):
 
 
 CONCURRENT_QUESTIONS = 32
-"""Most questions of one query whose rounds are in flight together: enough to fill batches."""
+"""Questions of one query whose rounds are in flight together: enough to fill batches."""
+
+MAX_SHARING_TARGETS = 16
+"""Targets whose rows share a forward pass: more would save little, and a micro-batch takes longer with each."""
 
 FIRST_ROUND_ARRAYS = 12
 """Arrays of the size of its inputs that a path keeps after its first round, at most."""
@@ -123,14 +126,24 @@ class Query:
         return input_bytes(self.instances) + (baselines + self.question_count * per_question) * of_one
 
     @property
-    def path_bytes(self) -> int:
-        """Memory that the path of one question holds while its rounds are in flight, at most."""
-        return max(method.path_bytes(self.subject) for method in self.methods)
+    def case_count(self) -> int:
+        """Number of cases (instance, target, baseline): each is a question of every method, whose rows are shared."""
+        return sum(
+            self.target_count(index) * max(self.path_count_of(method, index) for method in self.methods)
+            for index in range(len(self.instances))
+        )
 
-    def path_count(self, max_bytes: int) -> int:
-        """Questions whose rounds are in flight together: at least one, else as many as fit beside what is held."""
-        fitting = (max_bytes - self.held_bytes) // max(1, self.path_bytes)
-        return max(1, min(fitting, CONCURRENT_QUESTIONS, self.question_count))
+    @property
+    def case_bytes(self) -> int:
+        """Memory that the paths of all methods in one case hold while their rounds are in flight, at most."""
+        return sum(method.path_bytes(self.subject) for method in self.methods)
+
+    def concurrent_case_count(self, max_bytes: int) -> int:
+        """Cases whose rounds are in flight together: as many as fit beside what is held, and at least one; enough for
+        all targets that may share rows, whatever the number of methods."""
+        fitting = (max_bytes - self.held_bytes) // max(1, self.case_bytes)
+        enough = max(MAX_SHARING_TARGETS, CONCURRENT_QUESTIONS // len(self.methods))
+        return max(1, min(fitting, enough, self.case_count))
 
 
 Baselines = tuple[tuple[Baseline, ...], ...]

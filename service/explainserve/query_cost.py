@@ -7,11 +7,8 @@ from dataclasses import dataclass
 
 from explainserve.methods import Method
 from explainserve.plan import Differentiation
-from explainserve.query import Query
+from explainserve.query import MAX_SHARING_TARGETS, Query
 from explainserve.targets import TargetSpec, certain_target_count
-
-MAX_SHARING_TARGETS = 16
-"""Targets whose rows share a forward pass: more would save little, and a micro-batch takes longer with each."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Cost:
         max_gradient_rows: if they share only those that are the same for every target.
         min_backward_count: if targets that may turn out to be the same one do.
         max_backward_count: if they do not.
-        path_count: questions whose rounds are in flight together.
+        case_count: cases (instance, target, baseline) whose rounds are in flight together.
         held_bytes: memory of inputs, baselines and maps; see `Query.held_bytes`.
         path_bytes: memory of all paths in flight, at most.
         score_bytes: memory of the score tensors at the end points, axes of free extent counted as 1.
@@ -40,7 +37,7 @@ class Cost:
     max_gradient_rows: int
     min_backward_count: int
     max_backward_count: int
-    path_count: int
+    case_count: int
     held_bytes: int
     path_bytes: int
     score_bytes: int
@@ -61,19 +58,19 @@ class Cost:
         return self.end_point_rows + self.max_forward_rows + self.max_gradient_rows
 
 
-def sharing_limit(path_count: int, method_count: int) -> int:
-    """Most targets that share rows: their paths are in flight together, those of all methods."""
-    return max(1, min(MAX_SHARING_TARGETS, path_count // method_count))
+def sharing_limit(case_count: int) -> int:
+    """Most targets that share rows: their paths are in flight together."""
+    return min(MAX_SHARING_TARGETS, case_count)
 
 
-def cost_of(query: Query, end_point_rows: int, path_count: int) -> Cost:
+def cost_of(query: Query, end_point_rows: int, case_count: int) -> Cost:
     """What a query costs.
 
     Args:
         end_point_rows: forward-only rows at the ends of its paths.
-        path_count: questions whose rounds are in flight together.
+        case_count: cases whose rounds are in flight together.
     """
-    limit = sharing_limit(path_count, len(query.methods))
+    limit = sharing_limit(case_count)
     paths = [
         (method.cost(query.subject), path)
         for method in query.methods
@@ -93,9 +90,9 @@ def cost_of(query: Query, end_point_rows: int, path_count: int) -> Cost:
         ),
         min_backward_count=sum(one.min_gradient_rows * p.count * p.certain_targets for one, p in paths),
         max_backward_count=sum(one.max_gradient_rows * p.count * p.targets for one, p in paths),
-        path_count=path_count,
+        case_count=case_count,
         held_bytes=query.held_bytes,
-        path_bytes=path_count * query.path_bytes,
+        path_bytes=case_count * query.case_bytes,
         score_bytes=end_point_rows * max(spec.output_bytes(query.model.signature) for spec in query.targets),
     )
 
