@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from explainserve.v1 import method_pb2
-from explainserve_client import IntegratedGradients, RequestTypeError, RequestValueError
+from explainserve_client import IntegratedGradients, Occlusion, RequestTypeError, RequestValueError, SmoothGrad
 from explainserve_client.methods import method_specs, used_method
 
 
@@ -64,6 +64,28 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
 def test_an_unknown_quadrature_is_refused() -> None:
     with pytest.raises(RequestValueError, match="no quadrature 'simpson'"):
         method_specs(IntegratedGradients(step_count=4, quadrature="simpson"))
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "message"),
+    [
+        (Occlusion(window=8), RequestTypeError, r"window: expected a sequence .* for each axis.* got 8"),
+        (Occlusion(window=(8, 8), stride="44"), RequestTypeError, r"stride: expected a sequence"),
+        (Occlusion(window=(8.5, 8)), RequestTypeError, r"window: .*float"),
+        (Occlusion(window=(2**40, 8)), RequestValueError, r"window: .*out of range"),
+        (SmoothGrad(sample_count=(8, 8)), RequestTypeError, r"sample_count: .*tuple"),
+        (Occlusion(aggregation="median"), RequestValueError, r"no aggregation 'median'; there are mean, sum"),
+    ],
+)
+def test_an_option_of_another_type_is_named(method: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        method_specs(method)
+
+
+def test_windows_are_any_sequences_of_numbers() -> None:
+    (spec,) = method_specs(Occlusion(window=[4, 6], stride=(2, 3)))
+
+    assert spec == method_pb2.MethodSpec(occlusion=method_pb2.Occlusion(window=[4, 6], stride=[2, 3]))
 
 
 def test_what_is_no_method_is_refused() -> None:

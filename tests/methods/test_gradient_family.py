@@ -138,6 +138,8 @@ def test_a_map_that_is_not_finite_says_so() -> None:
         ({"seed": -1}, "SEED_OUT_OF_RANGE"),
         ({"noise_level": 0.0}, "OPTION_OUT_OF_RANGE"),
         ({"noise_std": float("nan")}, "OPTION_OUT_OF_RANGE"),
+        ({"noise_std": 1e300}, "OPTION_OUT_OF_RANGE"),
+        ({"noise_level": 1e38}, "OPTION_OUT_OF_RANGE"),
         ({"noise_level": 0.1, "noise_std": 0.1}, "NOISE_CONFLICT"),
         ({"base": SmoothGrad()}, "BASE_METHOD_UNSUITABLE"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from explainserve.explanation import Attribution, StopReason
 from explainserve.methods import FeatureAblation, KernelShap, Lime, ShapleyValueSampling
 from explainserve.methods.kernel_shap import pairs_of, shares
 from explainserve.methods.segmented import Segmented
+from explainserve.methods.shapley_value_sampling import Walks
 from methods.analytic import Function, question_of, rounds, values_of
 
 W = np.array([2.0, -3.0, 0.5, 1.0])
@@ -112,6 +114,31 @@ def test_bad_segments_are_refused(kind: type[Segmented], options: dict[str, Any]
     with pytest.raises(InvalidRequest) as refusal:
         explain(kind(**options), TOTAL, {"picture": np.ones((4, 4))}, {"picture": np.zeros((4, 4))})
     assert refusal.value.reason == reason
+
+
+@pytest.mark.parametrize("method", [FeatureAblation(), ShapleyValueSampling(sample_count=1)])
+def test_sets_of_many_segments_are_not_held(method: Segmented) -> None:
+    """All sets of 20,000 segments take 400 MB, or 50 packed."""
+    count = 20_000
+    asked = question_of(TOTAL, {"x": np.ones(count)}, {"x": np.zeros(count)})
+    tracemalloc.start()
+    try:
+        sets = method.perturbations(asked)
+        rows = [sets.instance(index).moving["x"].sum() for index in (0, 1, count - 2)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak < min(20e6, method.path_bytes(asked.subject))
+    assert rows == ([count - 1] * 3 if isinstance(method, FeatureAblation) else [1, 2, count - 1])
+
+
+def test_walks_find_the_sets_that_orders_have_in_common() -> None:
+    walks = Walks.along(np.array([[0, 1, 2, 3], [1, 0, 3, 2], [3, 2, 0, 1]]))
+
+    present = [np.flatnonzero(own).tolist() for own in walks.present(0, walks.count)]
+    assert present == [[0], [0, 1], [0, 1, 2], [1], [0, 1, 3], [3], [2, 3], [0, 2, 3]]
+    assert walks.steps.tolist() == [[0, 1, 2], [3, 1, 4], [5, 6, 7]]
 
 
 @pytest.mark.parametrize("kind", [FeatureAblation, ShapleyValueSampling])

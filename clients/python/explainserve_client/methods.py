@@ -487,7 +487,7 @@ def method_spec(method: Method) -> method_pb2.MethodSpec:
 
     Raises:
         RequestTypeError: it is none, or an option has another type than its field.
-        RequestValueError: an enum has no such value.
+        RequestValueError: an enum has no such value, or a number does not fit into its field.
     """
     if not _is_method(method):
         known = ", ".join(kind.__name__ for kind in METHODS.values())
@@ -539,12 +539,20 @@ def _set(message: Message, name: str, value: Any) -> None:
             getattr(message, name).CopyFrom(to_tensor(np.asarray(value)))
         elif field.message_type is not None:
             getattr(message, name).CopyFrom(method_spec(value))
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            getattr(message, name).extend(value)
+        elif hasattr(getattr(message, name), "extend"):
+            getattr(message, name).extend(_of_each_axis(value))
         else:
             setattr(message, name, value)
     except (TypeError, AttributeError) as error:
         raise RequestTypeError(f"{name}: {error}") from error
+    except ValueError as error:
+        raise error if isinstance(error, RequestValueError) else RequestValueError(f"{name}: {error}") from error
+
+
+def _of_each_axis(value: Any) -> Sequence[int]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"expected a sequence with one number for each axis, such as [8, 8], got {value!r}")
+    return value
 
 
 def _value(kind: EnumDescriptor | None, value: Any) -> Any:

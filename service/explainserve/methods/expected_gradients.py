@@ -16,6 +16,7 @@ from explainserve.explanation import Attribution, Instance, Question, StopReason
 from explainserve.methods.contract import FLOAT32_BYTES, Cost, Method, ReadingGuide
 from explainserve.methods.sampling import (
     FEWEST_SAMPLES,
+    MAX_NOISE,
     Maps,
     check_option,
     check_sample_count,
@@ -78,7 +79,7 @@ class ExpectedGradients(Method):
     def __post_init__(self) -> None:
         check_sample_count(self.sample_count, 1)
         check_seed(self.seed)
-        check_option("noise_std", self.noise_std, above=False)
+        check_option("noise_std", self.noise_std, high=MAX_NOISE, above=False)
 
     def cost(self, subject: Subject) -> Cost:
         """One gradient per sample."""

@@ -10,7 +10,18 @@ import numpy as np
 from explainserve.explanation import Attribution, Subject
 from explainserve.methods.contract import Cost, ReadingGuide
 from explainserve.methods.perturbation import Scores
-from explainserve.methods.segmented import Coalitions, Packed, Segmented, packed, refuse_found
+from explainserve.methods.segmented import Coalitions, Present, Segmented, Sets, refuse_found
+
+
+@dataclass(frozen=True)
+class AllButOne:
+    """As many sets as segments, each without one."""
+
+    count: int
+
+    def present(self, first: int, last: int) -> Present:
+        """All but those on a diagonal."""
+        return np.asarray(np.arange(first, last)[:, None] != np.arange(self.count))
 
 
 @dataclass(frozen=True)
@@ -41,9 +52,9 @@ class FeatureAblation(Segmented):
         """One row per segment."""
         return Cost.fixed(forward_rows=self.feature_count(subject) or 0)
 
-    def coalitions(self, feature_count: int) -> Packed:
+    def coalitions(self, feature_count: int) -> Sets:
         """All but one segment."""
-        return packed(~np.eye(feature_count, dtype=np.bool_))
+        return AllButOne(feature_count)
 
     def answered(self, coalitions: Coalitions, scores: Scores) -> Attribution:
         """Zero for segments that there was no time for."""

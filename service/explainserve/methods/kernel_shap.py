@@ -15,7 +15,14 @@ from explainserve.methods.contract import Cost, ReadingGuide
 from explainserve.methods.perturbation import Scores
 from explainserve.methods.regression import MAX_FEATURES, Values, held_to_sum, regression_bytes
 from explainserve.methods.sampling import check_sample_count, check_seed
-from explainserve.methods.segmented import Coalitions, Packed, Segmented, check_segment_count, estimated_from, packed
+from explainserve.methods.segmented import (
+    Coalitions,
+    PackedSets,
+    Segmented,
+    Sets,
+    check_segment_count,
+    estimated_from,
+)
 
 MIN_FEATURES = 2
 EXTRA_SAMPLES = 2048
@@ -79,7 +86,7 @@ class KernelShap(Segmented):
         count = self.feature_count(subject) or MAX_FEATURES
         return super().path_bytes(subject) + regression_bytes(2 * self._pair_count(count), count)
 
-    def coalitions(self, feature_count: int) -> Packed:
+    def coalitions(self, feature_count: int) -> Sets:
         """Pairs of sets: those of one segment, which alone make a map, and then each size by its weight in every
         beginning (Adams's method of apportionment), so that what time cuts short tells its error."""
         check_segment_count(feature_count, MIN_FEATURES, MAX_FEATURES)
@@ -88,7 +95,7 @@ class KernelShap(Segmented):
         sets = np.concatenate([self._pairs(feature_count, size, count) for size, count in taken.items()])
         turns = np.concatenate([np.arange(count) * (size > 1) / weights[size] for size, count in taken.items()])
         order = np.argsort(turns, kind="stable")
-        return packed(sets.reshape(-1, 2, feature_count)[order].reshape(sets.shape))
+        return PackedSets.of(sets.reshape(-1, 2, feature_count)[order].reshape(sets.shape))
 
     def fewest(self, feature_count: int) -> int:
         """All pairs of the smallest size, and about as many others: fewer understate the error several times."""
@@ -96,7 +103,7 @@ class KernelShap(Segmented):
 
     def answered(self, coalitions: Coalitions, scores: Scores) -> Attribution:
         """Sets of one size share its weight."""
-        question, present = coalitions.question, coalitions.present(len(scores))
+        question, present = coalitions.question, coalitions.sets.present(0, len(scores))
         count, sizes = coalitions.features.count, present.sum(axis=1)
         samples = np.bincount(sizes, minlength=count + 1)[sizes]
         weights = (count - 1) / (sizes * (count - sizes)) / samples

@@ -17,11 +17,11 @@ from explainserve.methods.sampling import check_option, check_sample_count, chec
 from explainserve.methods.segmented import (
     MAX_SAMPLE_COUNT,
     Coalitions,
-    Packed,
+    PackedSets,
     Segmented,
+    Sets,
     check_segment_count,
     estimated_from,
-    packed,
 )
 
 MIN_FEATURES = 2
@@ -86,10 +86,10 @@ class Lime(Segmented):
         count = self.feature_count(subject) or MAX_FEATURES
         return super().path_bytes(subject) + regression_bytes(self.sample_count, count)
 
-    def coalitions(self, feature_count: int) -> Packed:
+    def coalitions(self, feature_count: int) -> Sets:
         """The distinct samples that are not the instance."""
         check_segment_count(feature_count, MIN_FEATURES, MAX_FEATURES)
-        return packed(self._samples(feature_count)[0])
+        return PackedSets.of(self._samples(feature_count)[0])
 
     def fewest(self, feature_count: int) -> int:
         """With the instance one more than coefficients and intercept."""
@@ -117,7 +117,7 @@ class Lime(Segmented):
         if full.all():
             drawn[-1], full[-1] = False, False
         partial = drawn[~full]
-        _, first, counts = np.unique(packed(partial), axis=0, return_index=True, return_counts=True)
+        _, first, counts = np.unique(np.packbits(partial, axis=1), axis=0, return_index=True, return_counts=True)
         order = np.argsort(first)
         return partial[first[order]], counts[order], 1 + int(full.sum())
 

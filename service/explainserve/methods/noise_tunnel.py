@@ -19,6 +19,7 @@ from explainserve.methods.gradient import Gradient
 from explainserve.methods.rows import point
 from explainserve.methods.sampling import (
     FEWEST_SAMPLES,
+    MAX_NOISE,
     Maps,
     check_option,
     check_sample_count,
@@ -213,7 +214,7 @@ class NoiseTunnel(Method):
                 noise_std=self.noise_std,
             )
         for name, value in given.items():
-            check_option(name, value)
+            check_option(name, value, high=MAX_NOISE)
 
     def _check_base(self) -> None:
         if self._base.reading_guide.family not in ("gradient", "path", "backward rule") or isinstance(

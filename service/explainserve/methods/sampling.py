@@ -14,6 +14,8 @@ from explainserve.methods.contract import FLOAT32_BYTES
 ROUND_BYTES = 2**25
 """Of what one round brings back, about: enough rows to fill micro-batches."""
 MIN_ROUND, MAX_ROUND = 8, 512
+MAX_NOISE = float(np.finfo(np.float32).max) / 16
+"""Largest standard deviation, in any unit, whose samples are finite in float32; beyond it none could be explained."""
 FEWEST_SAMPLES = 2
 """That tell a standard error."""
 

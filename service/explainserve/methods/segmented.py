@@ -6,7 +6,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,49 +30,79 @@ from explainserve.methods.regression import Values
 from explainserve.methods.sampling import MIN_ROUND, estimated
 from explainserve.plan import Tensors
 
-Packed = NDArray[np.uint8]
-"""Sets of segments, eight segments a byte, shape (sets, bytes)."""
+Present = NDArray[np.bool_]
+"""Which segments sets hold, shape (sets, segments)."""
 
 MAX_SAMPLE_COUNT = 65536
 """Of samples that take no row of their own where they are equal: no limit of rows bounds the time to draw them."""
 
 
+class Sets(Protocol):
+    """Distinct sets of segments, none of them full: made when they are asked for, since all of them may be large."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        ...
+
+    def present(self, first: int, last: int) -> Present:
+        """Those from `first` to before `last`."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
-class Coalitions(Perturbations):
-    """The instance with different sets of its segments present.
+class PackedSets:
+    """Sets that are held, eight segments a byte.
 
     Attributes:
-        packed: distinct, none of them full.
+        rows: shape (sets, bytes).
     """
+
+    rows: NDArray[np.uint8]
+    feature_count: int
+
+    @classmethod
+    def of(cls, present: Present) -> PackedSets:
+        """Some sets."""
+        return cls(np.packbits(present, axis=1), present.shape[1])
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return len(self.rows)
+
+    def present(self, first: int, last: int) -> Present:
+        """Unpacked."""
+        return np.unpackbits(self.rows[first:last], axis=1, count=self.feature_count).astype(np.bool_)
+
+
+@dataclass(frozen=True, eq=False)
+class Coalitions(Perturbations):
+    """The instance with different sets of its segments present."""
 
     method: Segmented
     question: Question
     features: Features
-    packed: Packed
+    sets: Sets
 
     @property
     def count(self) -> int:
         """One row for each set."""
-        return len(self.packed)
+        return self.sets.count
 
     @property
     def fewest(self) -> int:
         """As the method says."""
         return self.method.fewest(self.features.count)
 
-    def present(self, count: int) -> NDArray[np.bool_]:
-        """Which segments the first sets hold, shape (count, segments)."""
-        return np.unpackbits(self.packed[:count], axis=1, count=self.features.count).astype(np.bool_)
-
     def instance(self, index: int) -> Instance:
         """The same object for all methods with the same segments."""
-        own = self.packed[index]
+        (present,) = self.sets.present(index, index + 1)
 
         def make() -> Instance:
-            present = np.unpackbits(own, count=self.features.count).astype(np.bool_)
             return self.features.mixed(present, self.question.instance, self.question.start)
 
-        key = ("coalition", self.features, own.tobytes(), self.question.baseline)
+        key = ("coalition", self.features, np.packbits(present).tobytes(), self.question.baseline)
         return self.question.instance.derived(key, make)
 
     def attribution(self, scores: Scores) -> Attribution:
@@ -146,8 +176,8 @@ class Segmented(Perturbation):
         return question.instance.derived(key, lambda: self._made(question.subject, question.instance))
 
     @abstractmethod
-    def coalitions(self, feature_count: int) -> Packed:
-        """Distinct sets of segments, none of them full.
+    def coalitions(self, feature_count: int) -> Sets:
+        """The sets of segments.
 
         Raises:
             InvalidRequest: so many segments do not do for the method (SEGMENT_COUNT_OUT_OF_RANGE).
@@ -219,8 +249,3 @@ def estimated_from(
     )
     answer = estimated(means, spreads, step_count)
     return replace(answer, map_error=None, standard_errors={}) if errors is None else answer
-
-
-def packed(present: NDArray[np.bool_]) -> Packed:
-    """Sets of segments of shape (sets, segments)."""
-    return np.packbits(present, axis=1)

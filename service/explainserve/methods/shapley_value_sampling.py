@@ -12,17 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainserve.explanation import Attribution, Subject
-from explainserve.methods.contract import FLOAT32_BYTES, Cost, ReadingGuide
+from explainserve.methods.contract import Cost, ReadingGuide
 from explainserve.methods.perturbation import Scores
 from explainserve.methods.sampling import FEWEST_SAMPLES, check_sample_count, check_seed
 from explainserve.methods.segmented import (
     MAX_SAMPLE_COUNT,
     Coalitions,
-    Packed,
+    Present,
     Segmented,
+    Sets,
     check_segment_count,
     estimated_from,
-    packed,
     refuse_found,
 )
 
@@ -31,19 +31,52 @@ T = TypeVar("T", bound=np.generic)
 MIN_FEATURES = 2
 
 
+DIGEST_WORDS = 2
+"""Of 64 bits each, for which two sets of those that a request may have are never equal by chance."""
+STEP_BYTES = 160
+"""Of one step of an order, with what its digest and its gain take while they are computed."""
+
+
 @dataclass(frozen=True, eq=False)
 class Walks:
-    """Orders in which segments become present.
+    """Orders in which segments become present, and the distinct sets on the way, without the empty and the full one.
+
+    A set is the beginning of an order, and not held beside it: sets of many segments take the square of their number.
 
     Attributes:
         orders: segments in their order, shape (orders, segments).
-        sets: the distinct sets on the way, without the empty and the full one.
-        steps: positions in `sets`, shape (orders, segments - 1).
+        steps: number of the set after each step, in the order in which they come up, shape (orders, segments - 1).
+        first: of each set, the flat position in `steps` where it comes up, shape (sets,).
     """
 
     orders: NDArray[np.int64]
-    sets: Packed
     steps: NDArray[np.int64]
+    first: NDArray[np.int64]
+
+    @classmethod
+    def along(cls, orders: NDArray[np.int64]) -> Walks:
+        """Walks by their orders. Equal sets are found by the sum modulo 2 of a random number for each of their segments
+        (Zobrist: A new hashing method with application for game playing, 1970)."""
+        generator = np.random.Generator(np.random.PCG64(0))
+        numbers = generator.integers(0, 2**64, (orders.shape[1], DIGEST_WORDS), np.uint64)
+        digests = np.bitwise_xor.accumulate(numbers[orders[:, :-1]], axis=1).reshape(-1, DIGEST_WORDS)
+        _, first, inverse = np.unique(digests, axis=0, return_index=True, return_inverse=True)
+        turn = np.argsort(first)
+        numbered = np.empty_like(turn)
+        numbered[turn] = np.arange(len(turn))
+        return cls(orders, numbered[inverse.reshape(len(orders), -1)], first[turn])
+
+    @property
+    def count(self) -> int:
+        """Distinct sets."""
+        return len(self.first)
+
+    def present(self, first: int, last: int) -> Present:
+        """The beginnings of orders."""
+        order, step = np.divmod(self.first[first:last], self.steps.shape[1])
+        present = np.zeros((len(order), self.orders.shape[1]), np.bool_)
+        np.put_along_axis(present, self.orders[order], np.arange(self.orders.shape[1]) <= step[:, None], axis=1)
+        return present
 
 
 @dataclass(frozen=True)
@@ -95,14 +128,13 @@ class ShapleyValueSampling(Segmented):
         return Cost(min_forward_rows=steps, max_forward_rows=most)
 
     def path_bytes(self, subject: Subject) -> int:
-        """The rows of a round, and the sets and steps of all orders."""
+        """The rows of a round, and the steps of all orders."""
         count = self.feature_count(subject) or 0
-        steps = self._order_count(count) * count
-        return super().path_bytes(subject) + steps * (count // 4 + 8 * FLOAT32_BYTES)
+        return super().path_bytes(subject) + self._order_count(count) * count * STEP_BYTES
 
-    def coalitions(self, feature_count: int) -> Packed:
-        """The sets on the way of all orders."""
-        return self._walks(feature_count).sets
+    def coalitions(self, feature_count: int) -> Sets:
+        """Those on the way of all orders."""
+        return Walks.along(np.array(list(self._orders(feature_count)), np.int64))
 
     def fewest(self, feature_count: int) -> int:
         """Those of as many orders as tell a standard error."""
@@ -110,8 +142,8 @@ class ShapleyValueSampling(Segmented):
 
     def answered(self, coalitions: Coalitions, scores: Scores) -> Attribution:
         """Of orders that time cut short, the steps that are done; zero for segments that none of them reached."""
-        question, features = coalitions.question, coalitions.features
-        walks = self._walks(features.count)
+        question, features, walks = coalitions.question, coalitions.features, coalitions.sets
+        assert isinstance(walks, Walks), "Not the sets of this method. This is a bug."
         known = np.full(coalitions.count, np.nan)
         known[: len(scores)] = scores
         done = np.pad(walks.steps < len(scores), ((0, 0), (1, 1)), constant_values=True)
@@ -130,17 +162,6 @@ class ShapleyValueSampling(Segmented):
             return np.zeros_like(squares)
         count = reached.sum(axis=0)
         return None if (count < 2).any() else np.asarray(np.sqrt(squares / (count - 1) / count))
-
-    def _walks(self, feature_count: int) -> Walks:
-        orders = np.array(list(self._orders(feature_count)), np.int64)
-        rank = np.argsort(orders, axis=1)
-        sets: dict[bytes, int] = {}
-        steps = [
-            [sets.setdefault(own.tobytes(), len(sets)) for own in packed(ranks < np.arange(1, feature_count)[:, None])]
-            for ranks in rank
-        ]
-        rows = np.frombuffer(b"".join(sets), np.uint8).reshape(len(sets), -1)
-        return Walks(orders, rows, np.array(steps, np.int64))
 
     def _orders(self, feature_count: int) -> Iterable[tuple[int, ...] | NDArray[np.int64]]:
         if self._covers_all(feature_count):

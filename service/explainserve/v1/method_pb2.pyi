@@ -328,10 +328,10 @@ class SmoothGrad(_message.Message):
     """Optional. Number of samples, at least 2. Default 50, the paper's."""
     noise_level: _builtins.float
     """Optional. Standard deviation of the noise as a share of max(x) - min(x) of each input, positive. Default 0.15; the paper
-    looks at 0.1 to 0.2. Excludes `noise_std`.
+    looks at 0.1 to 0.2. At most 2e37, as `noise_std`, which it excludes.
     """
     noise_std: _builtins.float
-    """Optional. Standard deviation of the noise in the unit of the input, positive. Excludes `noise_level`."""
+    """Optional. Standard deviation of the noise in the unit of the input, positive, and at most 2e37: samples are float32."""
     seed: _builtins.int
     """Optional. Seed, at least 0. Default 0."""
     @_builtins.property
@@ -498,7 +498,7 @@ class ExpectedGradients(_message.Message):
     sample_count: _builtins.int
     """Optional. Samples over all baselines, at least the number of baselines. Default 200."""
     noise_std: _builtins.float
-    """Optional. Standard deviation of Gaussian noise that is added to x in each sample, in the unit of the input, at least 0.
+    """Optional. Standard deviation of Gaussian noise that is added to x in each sample, in the unit of the input, from 0 to 2e37.
     Default 0. With noise the map sums to F(x) - E F(x') only in expectation over it.
     """
     seed: _builtins.int
