@@ -470,7 +470,7 @@ def active(running: Running, method: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-@pytest.mark.parametrize("devices", [["cpu"], ["cpu:0", "cpu:1"]], ids=" ".join)
+@pytest.mark.parametrize("devices", [["cpu"], pytest.param(["cpu:0", "cpu:1"], marks=pytest.mark.slow)], ids=" ".join)
 def test_requests_that_run_when_it_is_told_to_stop_are_finished(devices: list[str], tmp_path: Path) -> None:
     """As many as there are devices."""
     answers: list[Answer] = []

@@ -98,9 +98,9 @@ async def measured(explainer: Explainer, asked: Query) -> int:
         (FIXED, 1, 1),
         (FIXED, 50, 1),
         (ENDLESS, 1, 1),
-        (ENDLESS, 16, 1),
-        (ENDLESS, 12, 2),
-        (IntegratedGradients(), 40, 1),
+        pytest.param(ENDLESS, 16, 1, marks=pytest.mark.slow),
+        pytest.param(ENDLESS, 12, 2, marks=pytest.mark.slow),
+        pytest.param(IntegratedGradients(), 40, 1, marks=pytest.mark.slow),
     ],
 )
 async def test_a_request_takes_what_was_stated_at_most(
@@ -115,6 +115,7 @@ async def test_a_request_takes_what_was_stated_at_most(
     assert stated / 8 < found <= stated
 
 
+@pytest.mark.slow
 async def test_paths_wait_for_each_other_where_memory_is_short(devices: Devices, model: ServedModel) -> None:
     """An eighth of the memory that all of them together could take."""
     asked = query(model, replace(ENDLESS, max_step_count=48), 24, target_count=2)

@@ -158,7 +158,9 @@ def test_rows_that_mix_stay_row_by_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize(("dynamo", "share_weights"), [(False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("dynamo", "share_weights"), [(False, True), pytest.param(True, False, marks=pytest.mark.slow)]
+)
 def test_a_vision_transformer_exported_with_one_image_takes_many(
     tmp_path: Path, dynamo: bool, share_weights: bool
 ) -> None:

@@ -123,14 +123,18 @@ def made(make: Callable[[], nn.Module], biased: bool = True) -> nn.Module:
     return net
 
 
-def loaded(net: nn.Module, folder: Path, file_format: str, **stated: Any) -> LoadedModel:
-    """A network of images as a file of a format; `decomposed` is `.pt2` of core operators. Its input is `x`."""
+def exported(net: nn.Module) -> Any:
+    """A network of images as a program of any number of them."""
+    batch = ({0: torch.export.Dim("batch")},)
+    return torch.export.export(net.eval(), (torch.zeros(2, 3, SIDE, SIDE),), dynamic_shapes=batch)
+
+
+def loaded(program: Any, folder: Path, file_format: str, **stated: Any) -> LoadedModel:
+    """A program as a file of a format; `decomposed` is `.pt2` of core operators. Its input is `x`."""
     folder.mkdir(exist_ok=True)
     path = folder / ("model.onnx" if file_format == "onnx" else "model.pt2")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        batch = ({0: torch.export.Dim("batch")},)
-        program = torch.export.export(net.eval(), (torch.zeros(2, 3, SIDE, SIDE),), dynamic_shapes=batch)
         if file_format == "onnx":
             torch.onnx.export(program, f=path, verbose=False, external_data=False, input_names=["x"])
         else:
@@ -146,7 +150,8 @@ Load = Callable[[str, str], LoadedModel]
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     """A network of NETWORKS in a format."""
     folder = tmp_path_factory.mktemp("relevance")
-    return functools.cache(lambda name, kind: loaded(made(NETWORKS[name]), folder / f"{name}-{kind}", kind))
+    program = functools.cache(lambda name: exported(made(NETWORKS[name])))
+    return functools.cache(lambda name, kind: loaded(program(name), folder / f"{name}-{kind}", kind))
 
 
 IMAGE = np.random.default_rng(3).uniform(LOW, HIGH, (3, SIDE, SIDE)).astype(np.float32)
@@ -211,10 +216,14 @@ def test_options_of_rules_are_followed(load: Load, network: str) -> None:
         assert distance(maps["pt2", name], maps["onnx", name]) < 1e-4
 
 
+@pytest.fixture(scope="module")
+def unbiased(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return loaded(exported(made(sequential, biased=False)), tmp_path_factory.mktemp("unbiased"), "pt2")
+
+
 @pytest.mark.parametrize("rule", ["epsilon", "alpha_beta", "composite", "deep_taylor"])
-def test_relevance_is_conserved_without_biases(tmp_path: Path, rule: str) -> None:
-    model = loaded(made(sequential, biased=False), tmp_path, "pt2")
-    (found,) = explained(model, RULES[rule])
+def test_relevance_is_conserved_without_biases(unbiased: LoadedModel, rule: str) -> None:
+    (found,) = explained(unbiased, RULES[rule])
 
     assert found.gradient_sums["x"].sum(dtype=np.float64) == pytest.approx(found.scores[0], rel=2e-3)
 
@@ -282,7 +291,7 @@ class Of(nn.Module):
 def test_what_has_no_rule_is_refused_with_the_operator_and_its_node(
     tmp_path: Path, function: Callable[[Any], Any], operator: str, reason: str
 ) -> None:
-    rules = loaded(Of(function), tmp_path, "pt2").gradient_rules
+    rules = loaded(exported(Of(function)), tmp_path, "pt2").gradient_rules
 
     for name in LRP:
         assert f"{operator} ({operator}" in rules[f"lrp_{name}"] and reason in rules[f"lrp_{name}"]
@@ -308,7 +317,7 @@ def test_a_box_needs_a_value_range(tmp_path: Path) -> None:
 
 
 def test_relevance_needs_more_than_sixteen_bits(tmp_path: Path) -> None:
-    rules = loaded(made(Residual), tmp_path, "pt2", precision=Precision.BFLOAT16).gradient_rules
+    rules = loaded(exported(made(Residual)), tmp_path, "pt2", precision=Precision.BFLOAT16).gradient_rules
 
     assert "sixteen bits" in rules["lrp_composite"] and rules["guided_backpropagation"] == ""
 
@@ -340,10 +349,10 @@ def test_rows_that_a_file_takes_one_by_one_are_each_explained(load: Load, tmp_pa
 # --- patterns --------------------------------------------------------------------------------------------------------
 
 
-def with_patterns(net: nn.Module, folder: Path, kind: str, patterns: dict[str, Array]) -> LoadedModel:
+def with_patterns(program: Any, folder: Path, kind: str, patterns: dict[str, Array]) -> LoadedModel:
     folder.mkdir()
     np.savez(folder / "patterns.npz", **patterns)
-    return loaded(net, folder, kind)
+    return loaded(program, folder, kind)
 
 
 SHAPES = {"conv2d": (4, 3, 3, 3), "linear": (5, 4 * (SIDE - 2) ** 2)}
@@ -358,7 +367,7 @@ def drawn_patterns() -> dict[str, Array]:
 def test_a_pattern_takes_the_place_of_the_weights(tmp_path: Path, rule: str) -> None:
     """As in a network that goes forward by its weights and back by others."""
     net, patterns = made(lambda: Of(torch.relu)), drawn_patterns()
-    model = with_patterns(net, tmp_path / "pt2", "pt2", patterns)
+    model = with_patterns(exported(net), tmp_path / "pt2", "pt2", patterns)
     (found,) = explained(model, PATTERN_RULES[rule])
 
     first, second = (torch.from_numpy(patterns[name]) for name in ("conv2d", "linear"))
@@ -371,12 +380,12 @@ def test_a_pattern_takes_the_place_of_the_weights(tmp_path: Path, rule: str) -> 
 
 
 def test_formats_go_back_by_the_same_patterns(tmp_path: Path) -> None:
-    net, patterns = made(lambda: Of(torch.relu)), drawn_patterns()
-    pt2 = with_patterns(net, tmp_path / "pt2", "pt2", patterns)
-    bare = loaded(net, tmp_path / "bare", "onnx")
+    program, patterns = exported(made(lambda: Of(torch.relu))), drawn_patterns()
+    pt2 = with_patterns(program, tmp_path / "pt2", "pt2", patterns)
+    bare = loaded(program, tmp_path / "bare", "onnx")
     names = {layer.operator: layer.name for layer in bare.layers} | {"Gemm": bare.signature.outputs[0].name}
     onnx = with_patterns(
-        net, tmp_path / "onnx", "onnx", {names["Conv"]: patterns["conv2d"], names["Gemm"]: patterns["linear"]}
+        program, tmp_path / "onnx", "onnx", {names["Conv"]: patterns["conv2d"], names["Gemm"]: patterns["linear"]}
     )
     for rule in PATTERN_RULES.values():
         (own,), (other,) = explained(pt2, rule), explained(onnx, rule)
@@ -394,7 +403,7 @@ def test_a_pattern_that_is_missing_or_does_not_fit_is_refused(
     tmp_path: Path, changed: dict[str, Array], reason: str
 ) -> None:
     patterns = {"conv2d": drawn_patterns()["conv2d"], **changed}
-    rules = with_patterns(made(lambda: Of(torch.relu)), tmp_path / "pt2", "pt2", patterns).gradient_rules
+    rules = with_patterns(exported(made(lambda: Of(torch.relu))), tmp_path / "pt2", "pt2", patterns).gradient_rules
 
     assert reason in rules["pattern_net"] and reason in rules["pattern_attribution"]
     assert rules["lrp_epsilon"] == ""
@@ -402,7 +411,7 @@ def test_a_pattern_that_is_missing_or_does_not_fit_is_refused(
 
 @pytest.mark.parametrize("function", [torch.sigmoid, lambda x: x * x.tanh()])
 def test_what_patterns_are_not_defined_on_is_refused(tmp_path: Path, function: Callable[[Any], Any]) -> None:
-    rules = with_patterns(Of(function), tmp_path / "pt2", "pt2", drawn_patterns()).gradient_rules
+    rules = with_patterns(exported(Of(function)), tmp_path / "pt2", "pt2", drawn_patterns()).gradient_rules
 
     assert "patterns are not defined on" in rules["pattern_net"]
 

@@ -23,14 +23,21 @@ from onnx_vjp.reference import Reference  # noqa: E402
 nn = torch.nn
 pytestmark = pytest.mark.torch
 
-LEGACY = [(name, f"legacy{version}") for name, known in ARCHITECTURES.items() for version in known.legacy]
+NEWEST = {name: f"legacy{known.legacy[-1]}" for name, known in ARCHITECTURES.items() if known.legacy}
+LEGACY = [
+    pytest.param(name, exporter, marks=() if exporter == NEWEST[name] else pytest.mark.slow)
+    for name, known in ARCHITECTURES.items()
+    for exporter in (f"legacy{version}" for version in known.legacy)
+]
 # The newer exporter takes seconds per network.
-QUICK = ("mobilenet_v3", "graph_convolution")
+QUICK = ("graph_convolution",)
 DYNAMO = [
     pytest.param(name, f"dynamo{18 if index % 2 else 23}", marks=() if name in QUICK else pytest.mark.slow)
     for index, (name, known) in enumerate(ARCHITECTURES.items())
     if known.dynamo
 ]
+# Of each kind of network one that is small enough for the reference evaluator.
+WIDE = ("unet_bilinear", "detector", "volume_unet", "vgg", "mixer", "decoder", "lstm", "tabular", "wavenet")
 
 
 def network(architecture: Architecture) -> nn.Module:
@@ -77,7 +84,7 @@ def test_a_gradient_is_as_exact_as_that_of_torch(name: str, exporter: str) -> No
 
 @pytest.mark.parametrize(
     ("name", "exporter"),
-    [(name, f"legacy{known.legacy[-1]}") for name, known in ARCHITECTURES.items() if known.legacy]
+    [pytest.param(*own, marks=() if own[0] in WIDE else pytest.mark.slow) for own in NEWEST.items()]
     + [pytest.param(name, "dynamo18", marks=pytest.mark.slow) for name in ("maxvit", "detector", "graph_convolution")],
 )
 def test_a_gradient_in_float64_is_that_of_torch(name: str, exporter: str) -> None:

@@ -84,7 +84,7 @@ def differentiated(name: str, exporter: str) -> tuple[nn.Module, onnx.ModelProto
     return net, model, input_gradient(model, ["x"], "y")
 
 
-@pytest.mark.parametrize("exporter", ["legacy17", "dynamo18"])
+@pytest.mark.parametrize("exporter", ["legacy17", pytest.param("dynamo18", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "shape"), SHAPES, ids=lambda value: str(value))
 def test_one_file_is_right_at_any_size(name: str, shape: tuple[int, ...], exporter: str) -> None:
     net, model, gradient = differentiated(name, exporter)

@@ -157,6 +157,10 @@ def randomized(model: nn.Module) -> nn.Module:
     return model
 
 
+# The others take about a second each, and are of one kind with these.
+QUICK = ("vit", "clip_vision", "convnextv2", "resnet", "bert", "gpt2", "llama", "t5")
+
+
 def network(kind: Kind) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # configurations announce what they will stop to accept
@@ -167,7 +171,7 @@ def network(kind: Kind) -> nn.Module:
 
 @pytest.mark.parametrize("exporter", ["legacy17", pytest.param("dynamo18", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("beit", "swin") else name for name in KINDS]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
 )
 def test_a_transformer_has_the_gradient_of_autograd(name: str, exporter: str) -> None:
     kind = KINDS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ LIMITS: dict[str, Any] = {
     "port": 0,
     "http_port": 0,
 }
+FEW = ("plain", "slow", "image", "wide")
 
 
 @pytest.fixture(scope="session")
@@ -47,13 +49,22 @@ def stub(service: Loopback) -> ExplainerServiceStub:
     return service.stub
 
 
+@pytest.fixture(scope="session")
+def few_models(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder that is loaded in a fraction of a second."""
+    few = tmp_path_factory.mktemp("few")
+    for name in FEW:
+        shutil.copytree(folder / name, few / name)
+    return few
+
+
 @pytest.fixture
-def serve(folder: Path) -> Iterator[Callable[..., Loopback]]:
-    """Starts further servers, by default of the same folder; each is stopped after the test."""
+def serve(few_models: Path) -> Iterator[Callable[..., Loopback]]:
+    """Starts further servers, by default of a few models; each is stopped after the test."""
     running: list[Loopback] = []
 
     def start(*, loaded: bool = True, **settings: Any) -> Loopback:
-        running.append(Loopback(Settings(**{"models": folder, **LIMITS, **settings}), loaded=loaded))
+        running.append(Loopback(Settings(**{"models": few_models, **LIMITS, **settings}), loaded=loaded))
         return running[-1]
 
     yield start

@@ -117,8 +117,8 @@ PARTS = {
 
 
 @pytest.fixture(scope="module")
-def few_parts(folder: Path) -> Iterator[Loopback]:
-    loopback = Loopback(Settings(models=folder, **{**LIMITS, "max_request_parts": 100}))
+def few_parts(few_models: Path) -> Iterator[Loopback]:
+    loopback = Loopback(Settings(models=few_models, **{**LIMITS, "max_request_parts": 100}))
     yield loopback
     loopback.stop()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -375,9 +376,9 @@ def test_a_slow_reader_holds_up_nobody(service: Loopback) -> None:
     assert all(partial[place_of(own)] == own.inputs[0].tensor.data for own in streamed.final.attributions)
 
 
-def test_a_reader_that_stands_still_is_left_at_the_limit(serve: Callable[..., Loopback]) -> None:
+def test_a_reader_that_stands_still_is_left_at_the_limit(folder: Path, serve: Callable[..., Loopback]) -> None:
     """Without a deadline of its own the server's limit holds; what was computed for it is not kept for ever."""
-    hasty = serve(default_timeout_seconds=3.0)
+    hasty = serve(models=folder, default_timeout_seconds=3.0)
     call = hasty.stub.ExplainStream(pb.ExplainStreamRequest(explain=HEAVY, include_partial_maps=True))
     until(lambda: hasty.metric("explainserve_requests_total", method="ExplainStream", code="DEADLINE_EXCEEDED") == 1)
 
@@ -388,11 +389,11 @@ def test_a_reader_that_stands_still_is_left_at_the_limit(serve: Callable[..., Lo
     assert of_error(failed.value).reason == "DEADLINE_EXCEEDED"
 
 
-def test_what_is_not_read_yet_counts_as_memory(service: Loopback, serve: Callable[..., Loopback]) -> None:
+def test_what_is_not_read_yet_counts_as_memory(service: Loopback, folder: Path, serve: Callable[..., Loopback]) -> None:
     """A reader that stands still takes others' place in the end, and gives it back when it reads on."""
     message = pb.ExplainStreamRequest(explain=HEAVY)
     needed = service.stub.EstimateCost(pb.EstimateCostRequest(explain=HEAVY), timeout=60).max_host_bytes
-    small = serve(max_waiting_bytes=64 * 2**20)
+    small = serve(models=folder, max_waiting_bytes=64 * 2**20)
     call = small.stub.ExplainStream(message, timeout=60)
     until(lambda: evaluated(small, "two-digits") == 160)
     until(lambda: small.metric("explainserve_reserved_bytes") < needed)  # but for the messages all is given back
