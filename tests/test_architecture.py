@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "query": NOUNS | {"baselines", "methods", "scheduling", "served_model", "targets"},
     "query_cost": NOUNS | {"methods", "query", "targets"},
     "end_points": NOUNS | {"query"},
-    "questions": NOUNS | {"end_points", "query"},
+    "questions": NOUNS | {"end_points", "methods", "query"},
     "explainer": NOUNS
     | {
         "devices",

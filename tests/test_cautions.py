@@ -79,6 +79,7 @@ def test_a_map_without_trouble_has_no_caution_of_its_own():
         ({"constant_baseline": True}, "BLIND_TO_BASELINE"),
         ({"fails_randomization": True}, "FAILS_RANDOMIZATION"),
         ({"complete_by_construction": True}, "COMPLETE_BY_CONSTRUCTION"),
+        ({"behind_activation": True}, "BEHIND_ACTIVATION"),
         ({"incomplete": True}, "INCOMPLETE"),
     ],
 )
@@ -111,6 +112,7 @@ def test_cautions_come_in_the_order_of_their_kinds():
         constant_baseline=True,
         fails_randomization=True,
         complete_by_construction=True,
+        behind_activation=True,
         incomplete=True,
     )
 

@@ -24,6 +24,7 @@ class CautionKind(enum.Enum):
     ROW_BY_ROW = 11
     BLIND_TO_BASELINE = 12
     COMPLETE_BY_CONSTRUCTION = 13
+    BEHIND_ACTIVATION = 14
     INCOMPLETE = 15
 
 
@@ -48,6 +49,7 @@ _RUDIN = (
 )
 _BILODEAU = "Bilodeau et al. 2024, Impossibility Theorems for Feature Attribution, PNAS"
 _YANG = "Yang, Wang, Bilgic 2023, IDGI: A Framework to Eliminate Explanation Noise from Integrated Gradients, CVPR"
+_SELVARAJU = "Selvaraju et al. 2017, Grad-CAM, ICCV; Shrikumar, Greenside, Kundaje 2017, DeepLIFT, ICML, section 3.6"
 _FIDDLER = "Fiddler AI, Making Image Explanations Human-Centric: Decisions Beyond Heatmaps"
 
 CAUTIONS: dict[CautionKind, Caution] = {
@@ -130,6 +132,12 @@ CAUTIONS: dict[CautionKind, Caution] = {
             _YANG,
         ),
         Caution(
+            CautionKind.BEHIND_ACTIVATION,
+            "This method is defined on the score before the softmax or sigmoid, and this score lies behind it: a "
+            "softmax mixes in the evidence for other classes, and what is saturated has hardly a gradient.",
+            _SELVARAJU,
+        ),
+        Caution(
             CautionKind.INCOMPLETE,
             "The attributions miss the change of the score by more than 5%, so shares of their sum are not shares of "
             "it. More steps or samples may help, or another path.",
@@ -164,6 +172,7 @@ def cautions_for_map(
     constant_baseline: bool = False,
     fails_randomization: bool = False,
     complete_by_construction: bool = False,
+    behind_activation: bool = False,
     incomplete: bool = False,
 ) -> list[Caution]:
     """Cautions that hold for one map, in the order of the kinds.
@@ -180,6 +189,7 @@ def cautions_for_map(
         CautionKind.ROW_BY_ROW: (row_by_row, ""),
         CautionKind.BLIND_TO_BASELINE: (constant_baseline, ""),
         CautionKind.COMPLETE_BY_CONSTRUCTION: (complete_by_construction, ""),
+        CautionKind.BEHIND_ACTIVATION: (behind_activation, ""),
         CautionKind.INCOMPLETE: (incomplete, ""),
     }
     return [_with_detail(CAUTIONS[kind], detail) for kind, (holds, detail) in applies.items() if holds]

@@ -124,6 +124,7 @@ class Subject:
         cut: layers that are explained in the place of inputs; `maps` and `shapes` are theirs then.
         layers: of the model, in the order of its graph.
         configured_layers: names of those that the model's owner picked.
+        pre_activations: names of those that are scores themselves, before their softmax or sigmoid.
     """
 
     maps: Mapping[str, MapSpec]
@@ -131,6 +132,7 @@ class Subject:
     layers: tuple[Layer, ...] = ()
     configured_layers: tuple[str, ...] = ()
     cut: tuple[str, ...] = ()
+    pre_activations: tuple[str, ...] = ()
 
     @property
     def element_count(self) -> int:

@@ -429,7 +429,7 @@ def _planned(query: Query, fold_baselines: bool) -> Iterator[tuple[Position, Uni
             baselines: Sequence[int | None] = range(query.baseline_count(i)) if each else [None]
             units = [
                 (spec.function(query.model.signature).output, spec.score.name, guide.units)
-                for spec in query.targets_of(i)
+                for spec in query.scored_targets_of(method, i)
                 for _ in range(spec.target_count)
             ]
             yield from (((m, i, t, b), unit) for t, unit in enumerate(units) for b in baselines)

@@ -255,18 +255,26 @@ def _output(config: OutputConfig, found: OutputSpec | None) -> OutputSpec:
         dtype=_dtype("output", config.name, config.dtype, found),
         axes=axes,
         kind=kind,
-        activation=config.activation or activation,
+        activation=activation,
         class_axis=class_axis,
         labels=labels,
+        pre_activation=_pre_activation(found, kind, activation),
     )
 
 
 def _kind(config: OutputConfig, found: OutputSpec | None, rank: int) -> tuple[OutputKind, Activation]:
-    """What the numbers of an output are, and their activation where none is stated."""
-    if config.kind is None and found is not None:
-        return found.kind, found.activation
+    """What the numbers of an output are, and their activation."""
+    if found is not None and config.kind in (None, found.kind):
+        return found.kind, config.activation or found.activation
     kind = config.kind or OutputKind.VALUES
-    return kind, Activation.SOFTMAX if kind is OutputKind.LOGITS and rank > 1 else Activation.NONE
+    usual = Activation.SOFTMAX if kind is OutputKind.LOGITS and rank > 1 else Activation.NONE
+    return kind, config.activation or usual
+
+
+def _pre_activation(found: OutputSpec | None, kind: OutputKind, activation: Activation) -> str:
+    """The file's, unless the configuration knows better what the output is."""
+    believed = found is not None and (found.kind, found.activation) == (kind, activation)
+    return found.pre_activation if found is not None and believed else ""
 
 
 def _dtype(what: str, name: str, stated: str | None, found: InputSpec | OutputSpec | None) -> np.dtype[np.generic]:

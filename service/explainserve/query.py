@@ -68,8 +68,18 @@ class Query:
         return replace(spec.function(self.model.signature), cut=self.subject.cut)
 
     def functions_of(self, instance_index: int) -> list[Differentiation]:
-        """Those of the targets of one instance, each once."""
-        return list(dict.fromkeys(self.function(spec) for spec in self.targets_of(instance_index)))
+        """Those of the targets of one instance, as each method explains them, each once."""
+        specs = (spec for method in self.methods for spec in self.scored_targets_of(method, instance_index))
+        return list(dict.fromkeys(map(self.function, specs)))
+
+    def scored_targets(self, method: Method) -> list[TargetSpec]:
+        """All targets in the order of the request, with the scores that a method explains."""
+        before = method.reading_guide.score_before_activation
+        return [spec.scored(self.model.signature, before_activation=before) for spec in self.targets]
+
+    def scored_targets_of(self, method: Method, instance_index: int) -> list[TargetSpec]:
+        """Those of one instance."""
+        return [spec for spec in self.scored_targets(method) if spec.instance_index in (None, instance_index)]
 
     def targets_of(self, instance_index: int) -> list[TargetSpec]:
         """Targets of one instance, in the order of the request."""

@@ -115,7 +115,7 @@ class _Paths:
 
 def _paths(query: Query, method: Method, instance_index: int, sharing_limit: int) -> Iterator[_Paths]:
     specs: dict[Differentiation, list[TargetSpec]] = {}
-    for spec in query.targets_of(instance_index):
+    for spec in query.scored_targets_of(method, instance_index):
         specs.setdefault(spec.function(query.model.signature), []).append(spec)
     for own in specs.values():
         target_count = sum(spec.target_count for spec in own)

@@ -38,7 +38,11 @@ class Score(enum.Enum):
 
 
 class ScoreHead(enum.Enum):
-    """The function appended to an output so that its values are scores; differentiated with the model."""
+    """The function appended to an output so that its values are scores; differentiated with the model.
+
+    PRE_ACTIVATION takes away instead of appending: what the output's own activation is computed from, in the output's
+    shape.
+    """
 
     IDENTITY = "identity"
     SOFTMAX = "softmax"
@@ -46,6 +50,7 @@ class ScoreHead(enum.Enum):
     SIGMOID = "sigmoid"
     LOG_SIGMOID = "log_sigmoid"
     LOG = "log"
+    PRE_ACTIVATION = "pre_activation"
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,8 @@ class OutputSpec:
     Attributes:
         class_axis: position of the class axis, batch axis counted, or None.
         labels: along the class axis, or () where not stated.
+        pre_activation: of probabilities, the tensor of the file that their softmax or sigmoid is computed from; ""
+            where the file does not show it.
     """
 
     name: str
@@ -211,6 +218,7 @@ class OutputSpec:
     activation: Activation = Activation.NONE
     class_axis: int | None = 1
     labels: tuple[str, ...] = ()
+    pre_activation: str = ""
 
     def score_head(self, score: Score) -> ScoreHead:
         """The head that turns this output into `score`.
@@ -218,7 +226,7 @@ class OutputSpec:
         Raises:
             InvalidRequest: the output has no such score (SCORE_NOT_AVAILABLE).
         """
-        head = _HEADS.get((self.kind, self.activation, score)) if score is not Score.OUTPUT else ScoreHead.IDENTITY
+        head = self._head(score)
         if head is None:
             raise InvalidRequest(
                 "SCORE_NOT_AVAILABLE",
@@ -230,6 +238,34 @@ class OutputSpec:
                 score=score.name,
             )
         return head
+
+    def _head(self, score: Score) -> ScoreHead | None:
+        if score is Score.OUTPUT:
+            return ScoreHead.IDENTITY
+        if score is Score.LOGIT and self.pre_activation:
+            return ScoreHead.PRE_ACTIVATION
+        return _HEADS.get((self.kind, self.activation, score))
+
+    @property
+    def score_before_activation(self) -> Score:
+        """The score in front of the output's own activation, where it can be reached; else the output as it is."""
+        return Score.LOGIT if self.pre_activation else Score.OUTPUT
+
+    @property
+    def head_before_activation(self) -> ScoreHead:
+        """Its head."""
+        return self.score_head(self.score_before_activation)
+
+    def is_behind_activation(self, score: Score) -> bool:
+        """Whether a score lies behind a softmax or sigmoid, of the model or of the head.
+
+        Raises:
+            InvalidRequest: as `score_head`.
+        """
+        head = self.score_head(score)
+        if head is ScoreHead.IDENTITY:
+            return self.kind is OutputKind.PROBABILITIES
+        return head is not ScoreHead.PRE_ACTIVATION
 
     def label(self, index: int) -> str:
         """Label of a class, or "" where none is stated."""

@@ -73,6 +73,7 @@ class TargetSpec:
         reduction: "", "sum" or "mean": how axes that an index path leaves open are folded.
         instance_index: the instance it belongs to, or None for every instance.
         request_index: its position in the request.
+        names_score: whether the request does; see `scored`.
     """
 
     output: str
@@ -81,6 +82,20 @@ class TargetSpec:
     reduction: str = ""
     instance_index: int | None = None
     request_index: int = 0
+    names_score: bool = True
+
+    def scored(self, signature: Signature, *, before_activation: bool) -> TargetSpec:
+        """The same with the score that a method explains: its own where the request names none.
+
+        Args:
+            before_activation: whether the method is defined on the score before the softmax or sigmoid.
+
+        Raises:
+            InvalidRequest: unknown output.
+        """
+        if self.names_score or not before_activation:
+            return self
+        return replace(self, score=signature.output(self.output).score_before_activation)
 
     @property
     def target_count(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from explainserve.onnx_vjp import HEADS, append_score_head, input_gradient
 from onnx_vjp.vjp_oracle import run
@@ -50,6 +50,80 @@ def score_and_gradient(model: onnx.ModelProto, head: str, x: np.ndarray) -> tupl
     cotangent = np.eye(3, dtype=np.float32)[[0, 1]]
     value, dx = run(gradient.model, {"x": x, gradient.cotangent: cotangent}, [score, gradient.gradients["x"]])
     return value, dx
+
+
+def before_an_activation(
+    *nodes: onnx.NodeProto, shape: tuple[int | str, ...] = ("batch", 3), version: int = 21
+) -> onnx.ModelProto:
+    """An output of that shape, from x through the nodes."""
+    graph = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["z"]), *nodes],
+        "classifier",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, list(shape))],
+        [numpy_helper.from_array(np.array([2]), "two"), numpy_helper.from_array(np.array([0, 3, 1]), "column")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)], ir_version=8)
+
+
+ENDINGS = {
+    "as it is": before_an_activation(helper.make_node("Softmax", ["z"], ["y"])),
+    "sigmoid": before_an_activation(helper.make_node("Sigmoid", ["z"], ["y"])),
+    "named anew": before_an_activation(
+        helper.make_node("Softmax", ["z"], ["p"], axis=1), helper.make_node("Identity", ["p"], ["y"])
+    ),
+    "through float64": before_an_activation(
+        helper.make_node("Cast", ["z"], ["wide"], to=TensorProto.DOUBLE),
+        helper.make_node("Sigmoid", ["wide"], ["p"]),
+        helper.make_node("Cast", ["p"], ["y"], to=TensorProto.FLOAT),
+    ),
+    "reshaped": before_an_activation(
+        helper.make_node("Sigmoid", ["z"], ["p"]),
+        helper.make_node("Reshape", ["p", "column"], ["q"]),
+        helper.make_node("Squeeze", ["q", "two"], ["y"]),
+    ),
+    "transposed": before_an_activation(
+        helper.make_node("Transpose", ["z"], ["t"], perm=[1, 0]),
+        helper.make_node("Softmax", ["t"], ["p"], axis=0),
+        helper.make_node("Transpose", ["p"], ["y"], perm=[1, 0]),
+    ),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_what_stands_before_the_last_activation_is_a_head(ending: str) -> None:
+    value, dx = score_and_gradient(ENDINGS[ending], "pre_activation", LOGITS)
+
+    np.testing.assert_array_equal(value, -LOGITS)
+    np.testing.assert_array_equal(dx, -np.eye(3, dtype=np.float32)[[0, 1]])
+
+
+@pytest.mark.parametrize("ending", ["as it is", "named anew", "transposed"])
+def test_the_logarithm_of_a_softmax_does_not_underflow_behind_what_rearranges_it(ending: str) -> None:
+    value, _ = score_and_gradient(ENDINGS[ending], "log", LOGITS)
+
+    np.testing.assert_allclose(value, log_softmax(-LOGITS), rtol=1e-5, atol=1e-7)
+
+
+def test_an_input_may_stand_before_the_last_activation() -> None:
+    value, dx = score_and_gradient(classifier("Softmax"), "pre_activation", LOGITS)
+
+    np.testing.assert_array_equal(value, LOGITS)
+    np.testing.assert_array_equal(dx, np.eye(3, dtype=np.float32)[[0, 1]])
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [helper.make_node("Relu", ["z"], ["y"])],
+        [helper.make_node("Softmax", ["z"], ["p"]), helper.make_node("Exp", ["p"], ["y"])],
+        [helper.make_node("Softmax", ["z"], ["p"], domain="com.microsoft"), helper.make_node("Identity", ["p"], ["y"])],
+        [helper.make_node("Sigmoid", ["z"], ["p"]), helper.make_node("Cast", ["p"], ["y"], to=TensorProto.INT64)],
+    ],
+)
+def test_an_output_that_ends_otherwise_has_nothing_before_its_activation(nodes: list[onnx.NodeProto]) -> None:
+    with pytest.raises(ValueError, match="does not end in a softmax or sigmoid"):
+        append_score_head(before_an_activation(*nodes), "y", "pre_activation", axis=1)
 
 
 def test_every_head_is_tested() -> None:

@@ -174,11 +174,11 @@ TARGETS = {
         "SCORE_NOT_AVAILABLE",
         {"kind": "values", "score": "PROBABILITY"},
     ),
-    "logit of probabilities": Case(
-        request("probabilities", {"x": X}, targets=[element(0, score="SCORE_LOGIT")]),
+    "logit of values": Case(
+        plain(targets=[element(0, score="SCORE_LOGIT")]),
         INVALID,
         "SCORE_NOT_AVAILABLE",
-        {"kind": "probabilities", "score": "LOGIT"},
+        {"kind": "values", "score": "LOGIT"},
     ),
     "instance that is not there": Case(
         plain(targets=[element(0, instance_index=1)]),

@@ -118,6 +118,8 @@ class OutputSpec:
         activation: "SOFTMAX", "SIGMOID" or "NONE": the function between logits and probabilities.
         class_axis: position in `axes`, None where there is none.
         labels: along the class axis, empty where not stated.
+        pre_activation: of probabilities, the tensor of the file that their softmax or sigmoid is computed from, which
+            score "LOGIT" explains; "" where the file does not show it.
     """
 
     name: str
@@ -127,6 +129,7 @@ class OutputSpec:
     activation: str
     class_axis: int | None
     labels: tuple[str, ...]
+    pre_activation: str = ""
 
     @classmethod
     def from_proto(cls, message: model_pb2.OutputSpec) -> OutputSpec:
@@ -139,6 +142,7 @@ class OutputSpec:
             activation=short_name(model_pb2.Activation, message.activation),
             class_axis=message.class_axis if message.HasField("class_axis") else None,
             labels=tuple(message.labels),
+            pre_activation=message.pre_activation,
         )
 
 
@@ -192,6 +196,8 @@ class MethodSupport:
         fails_randomization: whether its maps hardly change when the weights of a model are randomized.
         pools_baselines: whether all baselines of an instance make one map.
         complete_by_construction: whether they sum to that whatever the number of steps.
+        score_before_activation: whether it is defined on the score before the softmax or sigmoid, and explains that
+            where a target names no score and the output has a `pre_activation`.
         missing_capability: "gradient", "layers", "spatial_axes", "rule:<name>" or "segmentation"; "" where supported.
     """
 
@@ -208,6 +214,7 @@ class MethodSupport:
     fails_randomization: bool = False
     pools_baselines: bool = False
     complete_by_construction: bool = False
+    score_before_activation: bool = False
     missing_capability: str = ""
 
     @classmethod
@@ -228,6 +235,7 @@ class MethodSupport:
             fails_randomization=guide.fails_randomization,
             pools_baselines=guide.pools_baselines,
             complete_by_construction=guide.complete_by_construction,
+            score_before_activation=guide.score_before_activation,
             missing_capability=message.missing_capability,
         )
 

@@ -14,8 +14,7 @@ from explainserve import onnx_vjp
 from explainserve.errors import ModelRefused
 from explainserve.model_config import ModelConfig
 from explainserve.onnx_vjp import Shape
-from explainserve.onnx_vjp.registry import canonical_domain
-from explainserve.onnx_vjp.subgraphs import is_standard, subgraphs
+from explainserve.onnx_vjp.subgraphs import subgraphs
 from explainserve.signature import Activation, Axis, InputSpec, Layer, OutputKind, OutputSpec, Signature
 
 BATCH = "batch"
@@ -44,7 +43,8 @@ def inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 
 def signature(model: onnx.ModelProto, config: ModelConfig) -> tuple[Signature, frozenset[str]]:
     """What the graph says of its inputs and outputs, with the value ranges that `config` states. Outputs that end in a
-    Softmax over classes or in a Sigmoid are probabilities, and no other is taken for more than values.
+    Softmax over classes, along the axis that `config` states or 1, or in a Sigmoid are probabilities, and no other is
+    taken for more than values.
 
     Returns:
         The signature, and the names of the outputs to which a leading batch axis of extent one has to be added.
@@ -53,6 +53,7 @@ def signature(model: onnx.ModelProto, config: ModelConfig) -> tuple[Signature, f
         ModelRefused: an element type that is not supported (UNSUPPORTED_TYPE).
     """
     ranges = {table.name: table.value_range for table in config.inputs}
+    class_axes = {table.name: table.class_axis for table in config.outputs}
     bare: set[str] = set()
     input_specs, output_specs = [], []
     for value in inputs(model):
@@ -64,8 +65,8 @@ def signature(model: onnx.ModelProto, config: ModelConfig) -> tuple[Signature, f
         if not _has_batch(axes):
             bare.add(value.name)
             axes = (Axis(BATCH, 1), *axes)
-        kind, activation = _kind(model, value, class_axis=0 if value.name in bare else 1)
-        output_specs.append(OutputSpec(value.name, dtype, _named(axes), kind, activation))
+        class_axis = (class_axes.get(value.name) or 1) - (value.name in bare)
+        output_specs.append(_with_kind(OutputSpec(value.name, dtype, _named(axes)), model, value, class_axis))
     return Signature(tuple(input_specs), tuple(output_specs)), frozenset(bare)
 
 
@@ -111,18 +112,14 @@ def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
     return model
 
 
-def _kind(model: onnx.ModelProto, value: onnx.ValueInfoProto, class_axis: int) -> tuple[OutputKind, Activation]:
-    """What the numbers of an output are, by the operator that computes it."""
-    node = next((node for node in model.graph.node if value.name in node.output), None)
-    if node is not None and is_standard(node, "Sigmoid"):
-        return OutputKind.PROBABILITIES, Activation.SIGMOID
-    if node is not None and is_standard(node, "Softmax"):
-        version = next((entry.version for entry in model.opset_import if not canonical_domain(entry.domain)), 1)
-        default = -1 if version >= 13 else 1
-        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), default)
-        if class_axis in (axis, axis + len(value.type.tensor_type.shape.dim)):
-            return OutputKind.PROBABILITIES, Activation.SOFTMAX
-    return OutputKind.VALUES, Activation.NONE
+def _with_kind(spec: OutputSpec, model: onnx.ModelProto, value: onnx.ValueInfoProto, class_axis: int) -> OutputSpec:
+    """An output with what its numbers are, by the operator in which it ends; `class_axis` is that of the file."""
+    found = onnx_vjp.final_activation(model, value.name)
+    rank = len(value.type.tensor_type.shape.dim)
+    if found is None or (found.operator == "Softmax" and (not rank or found.axis(rank) != class_axis)):
+        return spec
+    activation = Activation(found.operator.lower())
+    return replace(spec, kind=OutputKind.PROBABILITIES, activation=activation, pre_activation=found.source)
 
 
 def element_type(value: onnx.ValueInfoProto) -> np.dtype[np.generic]:

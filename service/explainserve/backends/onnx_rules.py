@@ -26,6 +26,7 @@ from explainserve.onnx_vjp import (
     RECTIFIER_RULES,
     Gap,
     Table,
+    append_score_head,
     behind_layers,
     find_gaps,
     has_rectifiers,
@@ -80,11 +81,14 @@ class OnnxRules:
             return str(error)
 
     def _first_gap(self, rule: str) -> str:
-        """Of a rule that not every operator has, or ""; known between inputs and outputs only."""
-        wrt, weights = self._signature.differentiable_inputs, self._weights.of(self._graph)
-        output = self._signature.differentiable_outputs[0]
+        """Of a rule that not every operator has, or ""; known only between inputs and the first output, or what the
+        softmax or sigmoid takes in which that ends."""
+        wrt, output = self._signature.differentiable_inputs, self._signature.differentiable_outputs[0]
+        head = self._signature.output(output).head_before_activation
+        graph, score = append_score_head(self._graph, output, head.value, axis=1)
+        table, weights = self.table(GradientRule(rule), wrt), self._weights.of(graph)
         try:
-            gaps = find_gaps(self._graph, wrt, output, rules=self.table(GradientRule(rule), wrt), weights=weights)
+            gaps = find_gaps(graph, wrt, score, rules=table, weights=weights)
         except ValueError as error:
             return str(error)
         return str(operator_gaps(gaps[:1])[0]) if gaps else ""

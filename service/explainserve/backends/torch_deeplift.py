@@ -73,7 +73,7 @@ def copied(graph: Graph, node: Node, copies: Mapping[Node, Any]) -> Node:
 def headed(output: Tensor, head: ScoreHead, axis: int) -> Tensor:
     """The score of a batch and of what it is compared with."""
     functions: dict[ScoreHead, Callable[[Tensor], Tensor]] = {
-        ScoreHead.IDENTITY: lambda x: x,
+        **dict.fromkeys((ScoreHead.IDENTITY, ScoreHead.PRE_ACTIVATION), lambda x: x),
         ScoreHead.SOFTMAX: lambda x: softmax(x, axis),
         ScoreHead.LOG_SOFTMAX: lambda x: log_softmax(x, axis),
         ScoreHead.SIGMOID: lambda x: rescaled(x, x.sigmoid()),

@@ -260,9 +260,10 @@ class TorchModel:
         return torch_deeplift.headed(output, function.head, _class_axis(spec))[: len(output) // 2]
 
     def _is_plain(self, function: Differentiation) -> bool:
-        """Whether the model is evaluated as it is, from its inputs."""
+        """Whether the model is evaluated as it is, from its inputs to its outputs."""
         inputs = {spec.name for spec in self.signature.inputs}
-        return function.rule == STANDARD and not function.taps and not function.cut and inputs.issuperset(function.wrt)
+        whole = function.rule == STANDARD and function.head is not ScoreHead.PRE_ACTIVATION
+        return whole and not function.taps and not function.cut and inputs.issuperset(function.wrt)
 
     def _of_graph(self, function: Differentiation) -> GraphFunction:
         assert self._named is not None, "A capability that the model lacks was asked of it. This is a bug."
@@ -418,7 +419,7 @@ def _class_axis(spec: OutputSpec) -> int:
 def _with_head(output: Tensor, head: ScoreHead, spec: OutputSpec) -> Tensor:
     axis = _class_axis(spec)
     match head:
-        case ScoreHead.IDENTITY:
+        case ScoreHead.IDENTITY | ScoreHead.PRE_ACTIVATION:
             return output
         case ScoreHead.SOFTMAX:
             return output.softmax(axis)

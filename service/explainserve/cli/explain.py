@@ -27,7 +27,9 @@ VersionOption = Annotated[
 ]
 ScoreOption = Annotated[
     Score | None,
-    typer.Option("--score", case_sensitive=False, help="Unit of the scores; the output as it is by default."),
+    typer.Option(
+        "--score", case_sensitive=False, help="Unit of the scores; the output as it is, or a method's own, by default."
+    ),
 ]
 
 

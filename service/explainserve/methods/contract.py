@@ -29,6 +29,8 @@ class ReadingGuide:
         tier: what it needs of a model: "T0" values, "T1" also input gradients, "T2" also activations within, "T3" also
             altered backward rules.
         fails_randomization: whether the literature found that its maps hardly change when weights are randomized.
+        score_before_activation: whether it is defined on the score before the softmax or sigmoid, which it then
+            explains where a request names no score and the model file shows that one.
     """
 
     family: str
@@ -41,6 +43,7 @@ class ReadingGuide:
     fails_randomization: bool = False
     pools_baselines: bool = False
     complete_by_construction: bool = False
+    score_before_activation: bool = False
 
     @property
     def one_map_per_baseline(self) -> bool:

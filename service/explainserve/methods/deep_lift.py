@@ -28,6 +28,7 @@ class DeepLift(Method):
         paper="Shrikumar, Greenside, Kundaje: Learning Important Features Through Propagating Activation Differences, "
         "ICML 2017, arXiv:1704.02685",
         tier="T3",
+        score_before_activation=True,
     )
 
     @property

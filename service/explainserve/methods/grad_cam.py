@@ -24,6 +24,7 @@ class GradCam(ActivationMap):
         deterministic=True,
         paper="Selvaraju et al.: Grad-CAM, ICCV 2017, arXiv:1610.02391",
         tier="T2",
+        score_before_activation=True,
     )
 
     def combined(self, activation: NDArray[np.float64], gradient: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -24,6 +24,7 @@ class GradCamPlusPlus(ActivationMap):
         deterministic=True,
         paper="Chattopadhay et al.: Grad-CAM++, WACV 2018, arXiv:1710.11063",
         tier="T2",
+        score_before_activation=True,
     )
 
     def combined(self, activation: NDArray[np.float64], gradient: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -60,8 +60,8 @@ class Grid:
 def grid(subject: Subject, layer: str | None) -> Grid:
     """The grid of a layer; of the default one where none is named.
 
-    The default is the first that the model's owner picked, else the last with a grid of more than one cell; of tokens
-    the last before the last attention, for after it only the class token reaches the score.
+    The default is the first that the model's owner picked, else the last with a grid of more than one cell that is no
+    score itself; of tokens the last before the last attention, for after it only the class token reaches the score.
 
     Raises:
         InvalidRequest: there is no such layer (UNKNOWN_LAYER), or it has no grid (LAYER_WITHOUT_GRID).
@@ -99,14 +99,15 @@ def upsampled(values: NDArray[np.float64], extent: tuple[int, int], how: str) ->
 
 def _default(subject: Subject, covers: str) -> Grid:
     size = extent(subject, covers)
-    found = [(place, own) for place, layer in enumerate(subject.layers) if (own := _grid(layer, covers, size))]
+    layers = [layer for layer in subject.layers if layer.name not in subject.pre_activations]
+    found = [(place, own) for place, layer in enumerate(layers) if (own := _grid(layer, covers, size))]
     spread = [(place, own) for place, own in found if own.rows * own.columns > 1]
     if not spread:
         raise Unsupported("NO_GRID_LAYER", "no layer of known shape has a grid of more than one cell; name one")
     last = spread[-1][1]
     if last.layout != "TC":
         return last
-    mixing = [place for place, layer in enumerate(subject.layers) if _mixes_tokens(layer)]
+    mixing = [place for place, layer in enumerate(layers) if _mixes_tokens(layer)]
     before = [own for place, own in spread if own.layout == "TC" and mixing and place < mixing[-1]]
     return before[-1] if before else last
 

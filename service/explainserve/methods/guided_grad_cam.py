@@ -69,6 +69,7 @@ class GuidedGradCam(Method):
             complete=False,
             paper="Selvaraju et al.: Grad-CAM, ICCV 2017, arXiv:1610.02391",
             tier="T3",
+            score_before_activation=True,
         )
 
     @property

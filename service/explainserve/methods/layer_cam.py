@@ -24,6 +24,7 @@ class LayerCam(ActivationMap):
         deterministic=True,
         paper="Jiang et al.: LayerCAM, IEEE Transactions on Image Processing 2021",
         tier="T2",
+        score_before_activation=True,
     )
 
     def combined(self, activation: NDArray[np.float64], gradient: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -66,6 +66,7 @@ class Lrp(InstanceGradient):
             paper="Bach et al.: On Pixel-Wise Explanations for Non-Linear Classifier Decisions by Layer-Wise Relevance "
             "Propagation, PLOS ONE 2015, doi:10.1371/journal.pone.0130140",
             tier="T3",
+            score_before_activation=True,
             fails_randomization=self.rule in _INDEPENDENT_OF_LATER_LAYERS,
         )
 

@@ -23,6 +23,7 @@ class PatternAttribution(InstanceGradient):
         deterministic=True,
         paper="Kindermans et al.: Learning How to Explain Neural Networks, ICLR 2018, arXiv:1705.05598",
         tier="T3",
+        score_before_activation=True,
         fails_randomization=True,  # Sixt, Granz, Landgraf: When Explanations Lie, ICML 2020
     )
     gradient_rule: ClassVar[GradientRule] = GradientRule("pattern_attribution")

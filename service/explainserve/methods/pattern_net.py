@@ -23,5 +23,6 @@ class PatternNet(InstanceGradient):
         deterministic=True,
         paper="Kindermans et al.: Learning How to Explain Neural Networks, ICLR 2018, arXiv:1705.05598",
         tier="T3",
+        score_before_activation=True,
     )
     gradient_rule: ClassVar[GradientRule] = GradientRule("pattern_net")

@@ -5,9 +5,10 @@ the three states of an operator.
 """
 
 from explainserve.onnx_vjp.cut import Bypass, Cut, cut
+from explainserve.onnx_vjp.final_activation import FinalActivation, final_activation
 from explainserve.onnx_vjp.gaps import Gap, UnsupportedOperators
 from explainserve.onnx_vjp.gradient import GradientGraph, find_gaps, input_gradient
-from explainserve.onnx_vjp.heads import HEADS, append_score_head
+from explainserve.onnx_vjp.heads import HEADS, HEADS_BEFORE_ACTIVATION, append_score_head
 from explainserve.onnx_vjp.layers import Layer, layers
 from explainserve.onnx_vjp.lrp import behind_layers
 from explainserve.onnx_vjp.registry import (
@@ -43,12 +44,14 @@ __all__ = [
     "FIRST_LAYER_RULES",
     "GRADIENT_RULES",
     "HEADS",
+    "HEADS_BEFORE_ACTIVATION",
     "LRP_RULES",
     "PATTERN_RULES",
     "RECTIFIER_RULES",
     "Bypass",
     "Composition",
     "Cut",
+    "FinalActivation",
     "Gap",
     "GradientGraph",
     "Layer",
@@ -64,6 +67,7 @@ __all__ = [
     "behind_layers",
     "composition",
     "cut",
+    "final_activation",
     "find_gaps",
     "has_rectifiers",
     "input_gradient",

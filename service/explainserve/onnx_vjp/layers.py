@@ -10,6 +10,7 @@ import onnx
 from onnx import NodeProto
 
 from explainserve.onnx_vjp.arguments import check_model
+from explainserve.onnx_vjp.final_activation import final_activation
 from explainserve.onnx_vjp.functions import make_readable
 from explainserve.onnx_vjp.graph import FLOATS, Graph
 from explainserve.onnx_vjp.malformed import malformed_as_value_error
@@ -61,7 +62,8 @@ class Layer:
 
 def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
     """The tensors that OPERATORS compute from a model's inputs and that an output depends on, in topological order: of
-    a recurrent layer, each of its outputs that is used.
+    a recurrent layer, each of its outputs that is used. No output is among them, nor its softmax or sigmoid before it
+    was renamed, cast or rearranged.
 
     Raises ValueError for a malformed graph, and for one of which `cut` could not read the tensors; UnsupportedOperators
     for nodes of old operator sets that newer ones have no form of; TypeError for what is no model.
@@ -76,6 +78,8 @@ def _layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
     offered = list(_offered(graph))
     make_readable(graph)
     outputs = [value.name for value in graph.proto.graph.output]
+    activations = [final_activation(graph.proto, output) for output in outputs]
+    same = {name for own in activations if own is not None for name in own.results}
     reached = outputs_reached(graph.nodes, outputs)
     sources = [value.name for value in graph.proto.graph.input]
     dependent = {source: dependents(graph.nodes, source) for source in sources}
@@ -90,7 +94,7 @@ def _layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
         )
         for node, name in offered
         if graph.dtype(name) in FLOATS
-        and name not in outputs
+        and name not in {*outputs, *same}
         and reached.get(name)
         and any(name in dependent[source] for source in sources)
     )

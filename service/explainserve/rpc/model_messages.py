@@ -175,6 +175,7 @@ def _output_spec(spec: OutputSpec) -> model_pb2.OutputSpec:
         activation=_ACTIVATIONS[spec.activation],
         class_axis=spec.class_axis,
         labels=spec.labels,
+        pre_activation=spec.pre_activation,
     )
 
 

@@ -122,8 +122,12 @@ def _joint_bytes(request: Explain, maps: int, sizes: Sequence[int]) -> int:
     pair = sum(count * (_PAIR_BYTES + _text_bytes(name)) for name, count in views.items())
     total = 0
     if request.figures.joint:
-        signature = request.query.model.signature
-        units = {(spec.function(signature).output, spec.score) for spec in request.query.targets}
+        query = request.query
+        units = {
+            (spec.function(query.model.signature).output, spec.score)
+            for method in query.methods
+            for spec in query.scored_targets(method)
+        }
         total += _MEMBER_BYTES * maps + sum(_GROUP_BYTES + _text_bytes(output) + figures for output, _ in units)
     for group, size in zip(request.groups, sizes, strict=True):
         total += _GROUP_BYTES + _text_bytes(group.name) + _MEMBER_BYTES * size + figures

@@ -24,6 +24,7 @@ def input_subject(model: ServedModel, instance: Instance) -> Subject:
         shapes={name: array.shape for name, array in instance.moving.items()},
         layers=model.layers,
         configured_layers=model.config.layers,
+        pre_activations=tuple(spec.pre_activation for spec in model.signature.outputs if spec.pre_activation),
     )
 
 

@@ -45,7 +45,7 @@ def targets(messages: Sequence[target_pb2.Target], model: ServedModel) -> tuple[
     default = model.default_target
     selection = domain_targets.Argmax() if default is None else domain_targets.Element((default,))
     output = "" if default is None else model.signature.outputs[0].name
-    return (domain_targets.TargetSpec(output, Score.OUTPUT, selection),)
+    return (domain_targets.TargetSpec(output, Score.OUTPUT, selection, names_score=False),)
 
 
 def _target(message: target_pb2.Target, position: int) -> domain_targets.TargetSpec:
@@ -56,6 +56,7 @@ def _target(message: target_pb2.Target, position: int) -> domain_targets.TargetS
         reduction=looked_up(REDUCTIONS, message.reduction, "reduction"),
         instance_index=message.instance_index if message.HasField("instance_index") else None,
         request_index=position,
+        names_score=message.score != target_pb2.SCORE_UNSPECIFIED,
     )
 
 

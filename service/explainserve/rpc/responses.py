@@ -283,7 +283,7 @@ def _delta(entry: Entry) -> float | None:
 def _map_cautions(entry: Entry, request: Explain, answer: Answer) -> list[Caution]:
     model = request.query.model
     own = answer.baselines[entry.instance_index]
-    guide = entry.method.reading_guide
+    guide, target = entry.method.reading_guide, entry.target
     used = own if entry.folded else [] if entry.baseline_index is None else [own[entry.baseline_index]]
     return cautions_for_map(
         out_of_range_inputs=request.out_of_range,
@@ -294,6 +294,8 @@ def _map_cautions(entry: Entry, request: Explain, answer: Answer) -> list[Cautio
         constant_baseline=not guide.complete_by_construction and any(_is_constant(baseline) for baseline in used),
         fails_randomization=guide.fails_randomization,
         complete_by_construction=guide.complete_by_construction,
+        behind_activation=guide.score_before_activation
+        and model.signature.output(target.output).is_behind_activation(target.score),
         incomplete=_incomplete(entry),
     )
 

@@ -121,6 +121,8 @@ class _CautionKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CautionKi
     """Elements equal to the baseline get exactly zero, whatever they mean."""
     CAUTION_KIND_COMPLETE_BY_CONSTRUCTION: _CautionKind.ValueType  # 13
     """The sum of the attributions holds by construction and says nothing about their accuracy."""
+    CAUTION_KIND_BEHIND_ACTIVATION: _CautionKind.ValueType  # 14
+    """The method is defined on the score before the softmax or sigmoid, and the score lies behind it."""
     CAUTION_KIND_INCOMPLETE: _CautionKind.ValueType  # 15
     """The attributions of a fixed number of steps or samples do not sum to the change of the score within 5%."""
 
@@ -154,6 +156,8 @@ CAUTION_KIND_BLIND_TO_BASELINE: CautionKind.ValueType  # 12
 """Elements equal to the baseline get exactly zero, whatever they mean."""
 CAUTION_KIND_COMPLETE_BY_CONSTRUCTION: CautionKind.ValueType  # 13
 """The sum of the attributions holds by construction and says nothing about their accuracy."""
+CAUTION_KIND_BEHIND_ACTIVATION: CautionKind.ValueType  # 14
+"""The method is defined on the score before the softmax or sigmoid, and the score lies behind it."""
 CAUTION_KIND_INCOMPLETE: CautionKind.ValueType  # 15
 """The attributions of a fixed number of steps or samples do not sum to the change of the score within 5%."""
 Global___CautionKind: _TypeAlias = CautionKind  # noqa: Y015

@@ -659,8 +659,8 @@ Global___Idgi: _TypeAlias = Idgi  # noqa: Y015
 @_typing.final
 class GradCam(_message.Message):
     """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391): the sum over channels k of a layer of alpha_k A_k, with alpha_k the mean
-    over positions of dF/dA_k. Signed, in the layer's grid, unless the options say otherwise. Explain a score before the
-    softmax: ask for SCORE_LOGIT where there is one.
+    over positions of dF/dA_k. Signed, in the layer's grid, unless the options say otherwise. It is defined on
+    the score before the softmax, which it explains where a target names no score and the model file shows it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -483,6 +483,7 @@ class OutputSpec(_message.Message):
     ACTIVATION_FIELD_NUMBER: _builtins.int
     CLASS_AXIS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    PRE_ACTIVATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the output in the model file."""
     data_type: _tensor_pb2.DataType.ValueType
@@ -493,6 +494,10 @@ class OutputSpec(_message.Message):
     """The function between logits and probabilities."""
     class_axis: _builtins.int
     """Position of the class axis, batch axis counted; absent where there is none. Default 1."""
+    pre_activation: _builtins.str
+    """Of probabilities: name of the tensor in the model file that their softmax or sigmoid is computed from. SCORE_LOGIT explains
+    it. Empty where the file does not show it.
+    """
     @_builtins.property
     def axes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Axis]:
         """Axes in order, the batch axis first."""
@@ -511,10 +516,11 @@ class OutputSpec(_message.Message):
         activation: Global___Activation.ValueType = ...,
         class_axis: _builtins.int | None = ...,
         labels: _abc.Iterable[_builtins.str] | None = ...,
+        pre_activation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_class_axis", b"_class_axis", "class_axis", b"class_axis"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_class_axis", b"_class_axis", "activation", b"activation", "axes", b"axes", "class_axis", b"class_axis", "data_type", b"data_type", "kind", b"kind", "labels", b"labels", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_class_axis", b"_class_axis", "activation", b"activation", "axes", b"axes", "class_axis", b"class_axis", "data_type", b"data_type", "kind", b"kind", "labels", b"labels", "name", b"name", "pre_activation", b"pre_activation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__class_axis: _TypeAlias = _typing.Literal["class_axis"]  # noqa: Y015
     _WhichOneofArgType__class_axis: _TypeAlias = _typing.Literal["_class_axis", b"_class_axis"]  # noqa: Y015
@@ -744,6 +750,7 @@ class ReadingGuide(_message.Message):
     FAILS_RANDOMIZATION_FIELD_NUMBER: _builtins.int
     POOLS_BASELINES_FIELD_NUMBER: _builtins.int
     COMPLETE_BY_CONSTRUCTION_FIELD_NUMBER: _builtins.int
+    SCORE_BEFORE_ACTIVATION_FIELD_NUMBER: _builtins.int
     family: _builtins.str
     """"gradient" (what a change of an element changes), "path" (relative to a baseline), "activation", "backward rule" (an altered
     backward pass), "perturbation" or "region".
@@ -768,6 +775,10 @@ class ReadingGuide(_message.Message):
     """Whether all baselines of an instance make one map."""
     complete_by_construction: _builtins.bool
     """Whether attributions sum to F(x) - F(x') whatever the number of steps, so that the sum says nothing about accuracy."""
+    score_before_activation: _builtins.bool
+    """Whether it is defined on the score before the softmax or sigmoid. It explains SCORE_LOGIT where a target names no score and
+    the output has a `pre_activation`.
+    """
     def __init__(
         self,
         *,
@@ -781,10 +792,11 @@ class ReadingGuide(_message.Message):
         fails_randomization: _builtins.bool = ...,
         pools_baselines: _builtins.bool = ...,
         complete_by_construction: _builtins.bool = ...,
+        score_before_activation: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "complete_by_construction", b"complete_by_construction", "deterministic", b"deterministic", "fails_randomization", b"fails_randomization", "family", b"family", "needs_baseline", b"needs_baseline", "paper", b"paper", "pools_baselines", b"pools_baselines", "tier", b"tier", "units", b"units"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "complete_by_construction", b"complete_by_construction", "deterministic", b"deterministic", "fails_randomization", b"fails_randomization", "family", b"family", "needs_baseline", b"needs_baseline", "paper", b"paper", "pools_baselines", b"pools_baselines", "score_before_activation", b"score_before_activation", "tier", b"tier", "units", b"units"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,11 +27,15 @@ class _Score:
 class _ScoreEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Score.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SCORE_UNSPECIFIED: _Score.ValueType  # 0
-    """Means SCORE_OUTPUT."""
+    """The method's own: SCORE_LOGIT of probabilities whose file shows what stands before their softmax or sigmoid, for methods
+    that are defined on it (`ReadingGuide.score_before_activation`); else SCORE_OUTPUT. `ResolvedTarget.score` tells which.
+    """
     SCORE_OUTPUT: _Score.ValueType  # 1
     """The output tensor as it is."""
     SCORE_LOGIT: _Score.ValueType  # 2
-    """The logits. Refused for outputs of kind probabilities or values."""
+    """The logits: the output itself, or what the softmax or sigmoid of probabilities is computed from. Refused for probabilities
+    whose file does not show that (`OutputSpec.pre_activation`), and for values.
+    """
     SCORE_PROBABILITY: _Score.ValueType  # 3
     """The activation of the logits, or the output itself where it holds probabilities. Refused for values."""
     SCORE_LOG_PROBABILITY: _Score.ValueType  # 4
@@ -41,11 +45,15 @@ class Score(_Score, metaclass=_ScoreEnumTypeWrapper):
     """The unit in which an output is explained. Every value in a response is in this unit."""
 
 SCORE_UNSPECIFIED: Score.ValueType  # 0
-"""Means SCORE_OUTPUT."""
+"""The method's own: SCORE_LOGIT of probabilities whose file shows what stands before their softmax or sigmoid, for methods
+that are defined on it (`ReadingGuide.score_before_activation`); else SCORE_OUTPUT. `ResolvedTarget.score` tells which.
+"""
 SCORE_OUTPUT: Score.ValueType  # 1
 """The output tensor as it is."""
 SCORE_LOGIT: Score.ValueType  # 2
-"""The logits. Refused for outputs of kind probabilities or values."""
+"""The logits: the output itself, or what the softmax or sigmoid of probabilities is computed from. Refused for probabilities
+whose file does not show that (`OutputSpec.pre_activation`), and for values.
+"""
 SCORE_PROBABILITY: Score.ValueType  # 3
 """The activation of the logits, or the output itself where it holds probabilities. Refused for values."""
 SCORE_LOG_PROBABILITY: Score.ValueType  # 4
@@ -217,7 +225,7 @@ class Target(_message.Message):
     output: _builtins.str
     """Optional. Name of the output. Default: the only output; required where the model has several."""
     score: Global___Score.ValueType
-    """Optional. Unit of the explained number. Default SCORE_OUTPUT."""
+    """Optional. Unit of the explained number. Default: the method's own, which is SCORE_OUTPUT for most."""
     reduction: Global___Reduction.ValueType
     """Optional. How remaining axes are folded when an index path is shorter than the output's rank. Default: refused."""
     instance_index: _builtins.int

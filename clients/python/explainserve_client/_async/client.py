@@ -143,6 +143,8 @@ class AsyncClient:
             baselines: one or a list of "zeros", "black", "gray", "white", "random", arrays, typed baselines, or dicts
                 of these by input; None is the model's default.
             score: "OUTPUT", "LOGIT", "PROBABILITY" or "LOG_PROBABILITY", for every target that does not name its own.
+                None is each method's own: the output as it is, or what stands before its softmax or sigmoid for methods
+                that are defined on it, where the model file shows it.
             regions: boxes or boolean masks by name, whose attributions are summed.
             groups: by name, lists of AttributionSelector whose figures are wanted together.
             fixed_inputs: names of inputs that keep the instance's value and get no attribution.
