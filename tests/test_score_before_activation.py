@@ -34,7 +34,7 @@ from golden_networks import IMAGE, Filters
 from models import ModelCase, Port
 from three_formats import relative, serving, tiny
 
-FORMATS = ("onnx",)
+FORMATS = ("onnx", "pt2")
 TOLERANCE = 1e-5
 X = np.random.default_rng(41).standard_normal(IMAGE).astype(np.float32)
 BEFORE = (

@@ -22,6 +22,7 @@ from explainserve.backends.contract import (
     not_differentiable,
     unknown_layer,
 )
+from explainserve.backends.exported_activation import final_activation
 from explainserve.backends.exported_relevance import explained
 from explainserve.backends.exported_rule import Copies, NoRule, Route, Stated
 from explainserve.backends.exported_rules import HANDED_DOWN, PATTERN_RULES, copy_by
@@ -62,6 +63,7 @@ class NamedGraph:
         inputs: by the names of the signature.
         constants: of other placeholders.
         outputs: by the names of the signature.
+        pre_activations: what the outputs would be without the softmax or sigmoid in which they end, of those that do.
         stated: what rules take that the file does not hold.
     """
 
@@ -69,6 +71,7 @@ class NamedGraph:
     inputs: Mapping[str, Node]
     constants: Mapping[Node, Any]
     outputs: Mapping[str, Node]
+    pre_activations: Mapping[str, Node]
     stated: Stated
     _functions: dict[Differentiation, GraphFunction] = field(default_factory=dict, init=False, repr=False)
 
@@ -96,11 +99,14 @@ class NamedGraph:
         tensors = [node for node, leaf in zip(placeholders, leaves, strict=True) if leaf is None]
         constants = {node: leaf for node, leaf in zip(placeholders, leaves, strict=True) if leaf is not None}
         results: Any = module.graph.output_node().args[0]
+        outputs = {spec.name: results[position] for spec, position in zip(signature.outputs, kept, strict=True)}
+        activations = {name: final_activation(node) for name, node in outputs.items()}
         return cls(
             module,
             {spec.name: node for spec, node in zip(signature.inputs, tensors, strict=True)},
             constants,
-            {spec.name: results[position] for spec, position in zip(signature.outputs, kept, strict=True)},
+            outputs,
+            {name: found.left_out(module.graph) for name, found in activations.items() if found is not None},
             Stated({spec.name: spec.bounds for spec in signature.inputs if spec.bounds is not None}, patterns),
         )
 
@@ -114,13 +120,15 @@ class NamedGraph:
             {name: twins[node] for name, node in self.inputs.items()},
             {twins[node]: leaf for node, leaf in self.constants.items()},
             {name: twins[node] for name, node in self.outputs.items()},
+            {name: twins[node] for name, node in self.pre_activations.items()},
             self.stated,
         )
 
     def layers(self, signature: Signature) -> tuple[Layer, ...]:
         """What a person can pick."""
-        nodes = list(self.module.graph.nodes)
-        return exported_layers.layers(nodes, self.inputs, set(self.outputs.values()), signature)
+        nodes, outputs = list(self.module.graph.nodes), set(self.outputs.values())
+        same = {node for found in map(final_activation, outputs) if found is not None for node in found.results}
+        return exported_layers.layers(nodes, self.inputs, outputs | same, signature)
 
     def gradient_rules(self, signature: Signature) -> dict[str, str]:
         """Every rule, and why the graph cannot follow it: "" where it can."""
@@ -136,12 +144,14 @@ class NamedGraph:
         }
 
     def _first_gap(self, rule: str, signature: Signature) -> str:
-        """Of a rule that not every operator has, or ""; known between inputs and outputs only."""
+        """Of a rule that not every operator has, or ""; known only between inputs and the first output, or what the
+        softmax or sigmoid takes in which that ends."""
         if signature.undifferentiable_reason:
             return ""
         output, wrt = signature.differentiable_outputs[0], signature.differentiable_inputs
+        head = signature.output(output).head_before_activation
         try:
-            self._built(Differentiation(output, ScoreHead.IDENTITY, wrt, GradientRule(rule)))
+            self._built(Differentiation(output, head, wrt, GradientRule(rule)))
         except NoRule as refusal:
             return str(refusal)
         return ""
@@ -154,9 +164,10 @@ class NamedGraph:
                 (LAYER_NOT_ON_PATH), or on another layer that is cut as well (LAYERS_NOT_CUT).
             Unsupported: an operator, or the head of the score, does not have the rule (NOT_DIFFERENTIABLE).
         """
-        if asked.rule.name in HANDED_DOWN and asked.head is not ScoreHead.IDENTITY:
-            raise not_differentiable([_head_gap(asked)])
-        asked = replace(asked, head=ScoreHead.IDENTITY)
+        if asked.head is not ScoreHead.PRE_ACTIVATION:
+            if asked.rule.name in HANDED_DOWN and asked.head is not ScoreHead.IDENTITY:
+                raise not_differentiable([_head_gap(asked)])
+            asked = replace(asked, head=ScoreHead.IDENTITY)
         if asked not in self._functions:
             if len(self._functions) >= _MOST_FUNCTIONS:
                 del self._functions[next(iter(self._functions))]
@@ -167,7 +178,7 @@ class NamedGraph:
         return self._functions[asked]
 
     def _built(self, asked: Differentiation) -> GraphFunction:
-        output = self.outputs[asked.output]
+        output = self._result(asked)
         cut = {name: self._layer(name) for name in asked.cut}
         roots = {name: self._layer(name) for name in asked.wrt if name not in self.inputs and name not in cut}
         tapped = {name: cut.get(name) or self._layer(name) for name in asked.taps}
@@ -191,6 +202,10 @@ class NamedGraph:
         without = [node for node in needed if (value := tensor_of(node)) is not None and not value.is_floating_point()]
         varying = frozenset().union(*(dependents(node, without) for node in explained)).intersection(needed)
         return Route(self.module, self.inputs, sources, explained, varying, frozenset(layers))
+
+    def _result(self, asked: Differentiation) -> Node:
+        results = self.pre_activations if asked.head is ScoreHead.PRE_ACTIVATION else self.outputs
+        return results[asked.output]
 
     def _layer(self, name: str) -> Node:
         found: Node | None = next((node for node in self.module.graph.nodes if node.name == name), None)

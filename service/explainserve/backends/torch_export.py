@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from explainserve.backends import pattern_file
 from explainserve.backends.contract import LoadedModel, LoadOptions
+from explainserve.backends.exported_activation import with_kind
 from explainserve.backends.exported_function import NamedGraph
 from explainserve.backends.exported_layers import axes
 from explainserve.backends.torch_archive import require_exported_program
@@ -60,7 +61,7 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> LoadedModel:
     use_threads(options.thread_count)
     program = _read(path)
     _require_evaluation_mode(program)
-    signature = config.signature(_renamed(_found_signature(program), config))
+    signature = config.signature(_with_kinds(_renamed(_found_signature(program), config), program, config))
     _require_batch_axis(signature)
     fixed_batch = any(spec.batched and spec.axes[0].size == 1 for spec in signature.inputs)
     if device.type != "cpu":
@@ -210,6 +211,16 @@ def _dtype(name: str, value: torch.Tensor) -> np.dtype[np.generic]:
 
 def _renamed(found: Signature, config: ModelConfig) -> Signature:
     return Signature(_in_order(found.inputs, config.inputs), _in_order(found.outputs, config.outputs))
+
+
+def _with_kinds(found: Signature, program: ExportedProgram, config: ModelConfig) -> Signature:
+    """With what the numbers of outputs are, which end in a softmax over classes, along the axis that `config` states or
+    1, or in a sigmoid."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    ends = [nodes[a.name] for a in _user_outputs(program) if not isinstance(a, ConstantArgument)]
+    class_axes = {table.name: table.class_axis for table in config.outputs}
+    outputs = zip(found.outputs, ends, strict=True)
+    return replace(found, outputs=tuple(with_kind(own, end, class_axes.get(own.name) or 1) for own, end in outputs))
 
 
 def _in_order(
