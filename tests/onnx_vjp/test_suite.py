@@ -100,9 +100,10 @@ def _has_other_types(entry: Case) -> bool:
     return bool(entry.wrt and entry.outputs and kinds != {"float32"})
 
 
-def test_gradients_in_other_types_agree_with_those_in_float32() -> None:
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_gradients_in_other_types_agree_with_those_in_float32(every: int) -> None:
     failures, count = [], 0
-    for entry in filter(_has_other_types, (case(name, in_float32=False) for name in suite())):
+    for entry in filter(_has_other_types, (case(name, in_float32=False) for name in [*suite()][::every])):
         try:
             check_types(entry, case(entry.name))
             count += 1
@@ -111,7 +112,7 @@ def test_gradients_in_other_types_agree_with_those_in_float32() -> None:
         except Exception as error:
             failures.append(f"{entry.name}: {type(error).__name__}: {error}")
     assert not failures, "\n".join(failures)
-    assert count > 50
+    assert count > 50 / every
 
 
 def test_the_record_covers_all_cases() -> None:
