@@ -1,8 +1,10 @@
 """Whether two answers to one request are equal, as the contract defines it.
 
-Maps of a fixed rule agree to a relative L2 distance of 1e-5 or the model's noise floor, whichever is larger. So do
-those of the adaptive rule where it chose the same points; where it did not, the estimates of their errors cover the
-distance. Maps that are further apart get a second look (`second_look.py`).
+Maps of a fixed rule agree to a relative L2 distance of 1e-5 or the model's noise floor, whichever is larger. Where
+values are differences of scores, what these have in common cancels and their rounding stays, so the noise floor of the
+map is that of the scores over how much they differ. So do maps of the adaptive rule where it chose the same points;
+where it did not, the estimates of their errors cover the distance. Maps that are further apart get a second look
+(`second_look.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1.tensor_pb2 import DATA_TYPE_FLOAT32, Tensor
 
 RELATIVE_DISTANCE = 1e-5
+SCORE_ROUNDING = 2.0**-22
+"""Relative, of a float32 score in micro-batches of other sizes: two units in the last place, as a small network has."""
+DIFFERENCES = frozenset({"occlusion", "feature_ablation"})
+"""Methods whose values are differences of two scores."""
 NEGLIGIBLE = 1e-9
 """Absolute distance of maps that are zero but for rounding."""
 
@@ -44,12 +50,23 @@ def differences(answer: pb.ExplainResponse, alone: pb.ExplainResponse) -> Iterat
 def unequal_maps(answer: pb.ExplainResponse, alone: pb.ExplainResponse) -> list[int]:
     """Positions of maps of other points, or further apart than maps of the same points may be."""
     pairs = enumerate(zip(answer.attributions, alone.attributions, strict=True))
-    return [index for index, pair in pairs if not (same_points(*pair) and distance(*pair) <= tolerance(alone))]
+    return [index for index, pair in pairs if not (same_points(*pair) and distance(*pair) <= tolerance(alone, index))]
 
 
-def tolerance(alone: pb.ExplainResponse) -> float:
-    """Relative distance of equal maps of the same points."""
-    return max(RELATIVE_DISTANCE, alone.provenance.noise_floor)
+def tolerance(alone: pb.ExplainResponse, position: int) -> float:
+    """Relative distance of a map at a position and an equal one of the same points."""
+    line, noise_floor = alone.attributions[position], alone.provenance.noise_floor
+    used = [spec.WhichOneof("method") for spec in alone.provenance.effective_methods[line.method_index :]]
+    of_scores = 2 * max(noise_floor, SCORE_ROUNDING) * _cancellation(line) if {*used[:1]} & DIFFERENCES else 0.0
+    return max(RELATIVE_DISTANCE, noise_floor, of_scores)
+
+
+def _cancellation(line: attribution_pb2.Attribution) -> float:
+    """How many times larger the scores are than their differences, which the map holds: at most, by their mean."""
+    values = _whole_map(line)
+    values = values[np.isfinite(values)]
+    size = float(np.sqrt(np.square(values).mean())) if values.size else 0.0
+    return (abs(line.instance_output_value) + float(np.abs(values).max())) / size if size else 0.0
 
 
 def distance(found: attribution_pb2.Attribution, alone: attribution_pb2.Attribution) -> float:

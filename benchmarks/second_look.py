@@ -61,7 +61,7 @@ class Doubt:
             reference = self._map(ask(request))
         if not equality.same_points(found, reference):
             return self._by_estimates(found, alone)
-        distance, allowed = equality.distance(found, reference), equality.tolerance(self.alone)
+        distance, allowed = equality.distance(found, reference), equality.tolerance(self.alone, self.position)
         if distance <= allowed:
             return "equal to the map alone after as many steps", ""
         conditioning = self._conditioning(reference.step_count, ask)

@@ -68,6 +68,28 @@ def test_unequal_maps_need_a_second_look(values: np.ndarray[Any, Any]) -> None:
     assert unequal_maps(answer(MAP + np.float32(1e-6)), answer()) == []
 
 
+@pytest.mark.parametrize(
+    ("method", "moved", "equal"),
+    [
+        ("occlusion", 2e-5, True),
+        ("occlusion", 2e-3, False),
+        ("feature_ablation", 2e-5, True),
+        ("integrated_gradients", 2e-5, False),
+    ],
+)
+def test_maps_of_small_differences_of_scores_have_the_rounding_of_the_scores(
+    method: str, moved: float, equal: bool
+) -> None:
+    """A score of 100 whose differences are 3 and 4, and a noise floor of 1e-6."""
+
+    def given(values: np.ndarray[Any, Any]) -> pb.ExplainResponse:
+        response = answer(values, instance_output_value=100.0)
+        getattr(response.provenance.effective_methods.add(), method).SetInParent()
+        return response
+
+    assert unequal_maps(given(MAP * np.float32(1 + moved)), given(MAP)) == ([] if equal else [0])
+
+
 ADAPTIVE: dict[str, Any] = {"map_error": 0.01, "stop_reason": "STOP_REASON_CONVERGED", "baseline_index": 0}
 REQUEST = pb.ExplainRequest(inputs={"x": encode(np.ones(2, np.float32))})
 

@@ -554,7 +554,9 @@ class Provenance(_message.Message):
     model.toml chose: "tf32", "bfloat16" or "float16", with scores and sums in float32.
     """
     noise_floor: _builtins.float
-    """Relative L2 noise of the model's gradients, measured at load; absent where not measured."""
+    """Relative L2 noise of the model's gradients, measured at load; absent where not measured. That of a map of small differences
+    of scores (occlusion, feature ablation), or of a score that saturates, is larger: rounding stays where values cancel.
+    """
     row_count: _builtins.int
     """Rows evaluated: points, each for all targets that share it."""
     forward_count: _builtins.int
