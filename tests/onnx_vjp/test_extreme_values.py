@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import erf, pi, sqrt
+
 import numpy as np
 import onnx
 import pytest
@@ -95,6 +97,25 @@ def test_squares_that_are_too_large_leave_the_slope(
 ) -> None:
     x = np.array(points, kind)
     np.testing.assert_allclose(slopes(operator, x), slopes(operator, x.astype(np.float64)), rtol=1e-2)
+
+
+@pytest.mark.parametrize(("kind", "digits"), [(np.float64, 6e-8), (np.float32, 4e-7), (np.float16, 2e-3)])
+def test_gelu_has_the_slope_of_its_closed_form(kind: type[np.floating], digits: float) -> None:
+    """The reference evaluator rounds Erf to float32, of float64 too."""
+    x = np.linspace(-14, 14, 561).astype(kind)
+    distribution = np.array([(1 + erf(value / sqrt(2))) / 2 for value in x])
+    density = np.exp(-(x.astype(np.float64) ** 2) / 2) / sqrt(2 * pi)
+    np.testing.assert_allclose(slopes("Gelu", x), distribution + x * density, rtol=0, atol=digits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "huge"), [(np.float64, 1e300), (np.float32, 14), (np.float32, 1e38), (np.float16, 300), (np.float16, 6e4)]
+)
+def test_gelu_is_a_rectifier_far_out(kind: type[np.floating], huge: float) -> None:
+    """The square that its slope is divided by the exponential of is too large a number there, or that is."""
+    x = np.array([-huge, huge], kind)
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(slopes("Gelu", x), [0, 1], rtol=0, atol=1e-40)
 
 
 @pytest.mark.parametrize(("kind", "huge"), [(np.float32, 1e30), (np.float16, 300), (np.float16, 6e4)])

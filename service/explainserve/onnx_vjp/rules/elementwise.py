@@ -6,6 +6,7 @@ from functools import reduce
 from math import pi, sqrt
 
 import numpy as np
+from onnx import TensorProto
 
 from explainserve.onnx_vjp.emitter import Emitter, Node
 from explainserve.onnx_vjp.registry import Gradients, Refusal, rule
@@ -282,10 +283,22 @@ def gelu(op: Emitter, node: Node, g: str) -> Gradients:
 
 
 def gelu_erf_slope(op: Emitter, x: str) -> str:
-    """Phi(x) + x phi(x), the normal distribution and its density."""
-    distribution = op.Add(op.Mul(op.Erf(op.Mul(x, sqrt(0.5))), 0.5), 0.5)
-    density = op.Mul(op.Exp(op.Mul(op.Mul(x, x), -0.5)), 1 / sqrt(2 * pi))
-    return op.Add(distribution, op.Mul(x, density))
+    """Phi(x) + x phi(x), the normal distribution and its density: with s = x / sqrt(2), (1 + erf(s)) / 2 +
+    s exp(-s^2) / sqrt(pi).
+
+    The time of each step is that of a pass over memory, and Erf and the square share s; dividing by exp(s^2), which may
+    overflow to the limit 0, spares the pass that changes the sign.
+    """
+    s = op.Mul(x, sqrt(0.5))
+    along = op.Mul(op.Div(s, op.Exp(op.Mul(s, s))), 1 / sqrt(pi))
+    return op.Add(_to_unit(op, op.Erf(s)), along)
+
+
+def _to_unit(op: Emitter, value: str) -> str:
+    """(1 + value) / 2 of what lies between -1 and 1; in one step of float32, the only type onnxruntime has it for."""
+    if op.graph.dtype(value) == TensorProto.FLOAT:
+        return op.HardSigmoid(value, alpha=0.5, beta=0.5)
+    return op.Add(op.Mul(value, 0.5), 0.5)
 
 
 def gelu_tanh_slope(op: Emitter, x: str) -> str:
