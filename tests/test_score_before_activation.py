@@ -34,7 +34,10 @@ from golden_networks import IMAGE, Filters
 from models import ModelCase, Port
 from three_formats import relative, serving, tiny
 
-FORMATS = ("onnx", "pt2")
+FORMATS = ("onnx", "pt2", "pt")
+WITH_LAYERS = ("onnx", "pt2")
+"""Formats that carry methods of layers and altered backward rules."""
+
 TOLERANCE = 1e-5
 X = np.random.default_rng(41).standard_normal(IMAGE).astype(np.float32)
 BEFORE = (
@@ -90,12 +93,12 @@ CASES = (
     case("logits", lambda z: z, "logits"),
     case("softmax", lambda z: z.softmax(1), "probabilities"),
     case("sigmoid", lambda z: z.sigmoid(), "probabilities"),
-    case("rearranged", lambda z: z[:, :, None].sigmoid().flatten(1), "probabilities"),
+    case("rearranged", lambda z: z.unsqueeze(2).sigmoid().flatten(1), "probabilities"),
     case("opaque", lambda z: z.exp() / z.exp().sum(1, keepdim=True), "probabilities"),
     case("stated", lambda z: z.softmax(1), "values"),
     segmentation("pixels", lambda z: z),
     segmentation("pixels_softmax", lambda z: z.softmax(1)),
-    segmentation("pixels_sigmoid", lambda z: z.sigmoid()[:, :, :, None].flatten(2).reshape(z.shape)),
+    segmentation("pixels_sigmoid", lambda z: z.sigmoid().unsqueeze(4).squeeze(4)),
 )
 ENDINGS = ("softmax", "sigmoid", "rearranged")
 
@@ -108,6 +111,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 
 
 every_format = pytest.mark.parametrize("file_format", FORMATS)
+formats_with_layers = pytest.mark.parametrize("file_format", WITH_LAYERS)
 
 
 def explain(client: Client, name: str, method: Method | list[Method], **fields: Any) -> ExplainResult:
@@ -129,7 +133,7 @@ def cautions(found: Attribution) -> list[str]:
     return [caution.kind for caution in found.cautions]
 
 
-@every_format
+@formats_with_layers
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("method", BEFORE, ids=lambda method: type(method).__name__)
 def test_maps_of_a_file_with_its_activation_equal_those_without(
@@ -143,7 +147,7 @@ def test_maps_of_a_file_with_its_activation_equal_those_without(
     assert "BEHIND_ACTIVATION" not in cautions(found) + cautions(expected)
 
 
-@every_format
+@formats_with_layers
 @pytest.mark.parametrize("ending", ["pixels_softmax", "pixels_sigmoid"])
 def test_the_layer_of_pixels_is_the_last_before_their_scores(client: Client, file_format: str, ending: str) -> None:
     found, expected = (
@@ -165,7 +169,7 @@ def test_other_methods_explain_it_when_it_is_asked_for(client: Client, file_form
     assert relative(tensor(found), tensor(expected)) < TOLERANCE
 
 
-@every_format
+@formats_with_layers
 def test_methods_of_one_request_explain_each_its_own_score(client: Client, file_format: str) -> None:
     methods: list[Method] = [IntegratedGradients(step_count=5), DeepLift(), GradCam()]
     name = f"softmax-{file_format}"
@@ -181,7 +185,7 @@ def test_methods_of_one_request_explain_each_its_own_score(client: Client, file_
     assert {name for name in together.joint if "OUTPUT" in name} and {n for n in together.joint if "LOGIT" in n}
 
 
-@every_format
+@formats_with_layers
 def test_the_cost_of_mixed_scores_is_what_was_estimated(client: Client, file_format: str) -> None:
     """Two ends for each of the two scores, and the rows of each method."""
     asked: dict[str, Any] = {"method": [IntegratedGradients(step_count=5), DeepLift()], "targets": 0}
@@ -191,7 +195,7 @@ def test_the_cost_of_mixed_scores_is_what_was_estimated(client: Client, file_for
     assert estimate.min_row_count == estimate.max_row_count == used.row_count == 2 * 2 + 5 + 1
 
 
-@every_format
+@formats_with_layers
 def test_a_score_behind_the_activation_is_cautioned_of(client: Client, file_format: str) -> None:
     asked = the_map(client, f"softmax-{file_format}", GradCam(), score="PROBABILITY")
     of_logits = the_map(client, f"logits-{file_format}", GradCam(), score="PROBABILITY")
@@ -209,7 +213,8 @@ def test_what_the_file_does_not_show_or_the_owner_denies_is_refused(client: Clie
         with pytest.raises(InvalidArgument) as refused:
             the_map(client, f"{name}-{file_format}", Gradient(), score="LOGIT")
         assert refused.value.reason == "SCORE_NOT_AVAILABLE"
-    assert the_map(client, f"stated-{file_format}", GradCam()).target.score == "OUTPUT"
+    if file_format in WITH_LAYERS:
+        assert the_map(client, f"stated-{file_format}", GradCam()).target.score == "OUTPUT"
 
 
 @every_format

@@ -58,6 +58,8 @@ class TorchModel:
         queue: of its device.
         weight_bytes: what it holds for good.
         named: the graph of `forward`, where the file tells it, for functions that reach layers or follow a rule.
+        pre_activations: the same as `forward` without the softmax or sigmoid in which outputs end, where the file shows
+            it without a graph.
         memory_format: of the images that `forward` is given.
     """
 
@@ -75,6 +77,7 @@ class TorchModel:
         queue: Queue | None = None,
         weight_bytes: int = 0,
         named: NamedGraph | None = None,
+        pre_activations: Forward | None = None,
     ) -> None:
         self.backend = backend
         self.signature = signature
@@ -89,14 +92,18 @@ class TorchModel:
         self._weight_bytes = weight_bytes
         self._forward = forward
         self._named = named
+        self._pre_activations = pre_activations
         self._memory_format = memory_format
         self._queue = queue or queue_of(arithmetic.device)
         self._graphs = self._new_graphs()
 
-    def in_channels_last(self, forward: Forward, named: NamedGraph | None = None) -> TorchModel:
+    def in_channels_last(
+        self, forward: Forward, named: NamedGraph | None = None, pre_activations: Forward | None = None
+    ) -> TorchModel:
         """The same model around a function whose weights have their channels last; images are laid out alike."""
         other = copy.copy(self)
-        other._forward, other._named, other._memory_format = forward, named, torch.channels_last
+        other._forward, other._named, other._pre_activations = forward, named, pre_activations
+        other._memory_format = torch.channels_last
         other._graphs = other._new_graphs()
         return other
 
@@ -240,17 +247,22 @@ class TorchModel:
         spec, values = self.signature.output(function.output), dict[str, Tensor]()
         with self._arithmetic.forward():
             if self._is_plain(function):
-                output = self._plain_output(self.signature.outputs.index(spec), points)
+                output = self._plain_output(self._forward_of(function), self.signature.outputs.index(spec), points)
             else:
                 taken = _with_starts(points) if _compares(function) else self._as_taken(points)
                 output, values = self._of_graph(function)(taken)
             return output.to(torch_dtype(spec.dtype)), values
 
-    def _plain_output(self, position: int, points: Mapping[str, Tensor]) -> Tensor:
+    def _forward_of(self, function: Differentiation) -> Forward:
+        own = self._pre_activations if function.head is ScoreHead.PRE_ACTIVATION else self._forward
+        assert own is not None, "A score that the file does not show was asked of it. This is a bug."
+        return own
+
+    def _plain_output(self, forward: Forward, position: int, points: Mapping[str, Tensor]) -> Tensor:
         inputs = [points[spec.name] for spec in self.signature.inputs]
         if not self.fixed_batch:
-            return self._forward(inputs)[position]
-        return torch.cat([self._forward(self._one_row(inputs, row))[position] for row in range(len(inputs[0]))])
+            return forward(inputs)[position]
+        return torch.cat([forward(self._one_row(inputs, row))[position] for row in range(len(inputs[0]))])
 
     def _scored(self, function: Differentiation, output: Tensor) -> Tensor:
         """The score tensors of all rows."""
@@ -262,7 +274,7 @@ class TorchModel:
     def _is_plain(self, function: Differentiation) -> bool:
         """Whether the model is evaluated as it is, from its inputs to its outputs."""
         inputs = {spec.name for spec in self.signature.inputs}
-        whole = function.rule == STANDARD and function.head is not ScoreHead.PRE_ACTIVATION
+        whole = function.rule == STANDARD and (self._named is None or function.head is not ScoreHead.PRE_ACTIVATION)
         return whole and not function.taps and not function.cut and inputs.issuperset(function.wrt)
 
     def _of_graph(self, function: Differentiation) -> GraphFunction:

@@ -18,6 +18,7 @@ import torch
 
 from explainserve.backends.contract import LoadedModel, LoadOptions
 from explainserve.backends.probe import LIKELIEST, FreeExtents, free_extents, sample_instances
+from explainserve.backends.scripted_activation import with_kinds, without_activations
 from explainserve.backends.torch_archive import require_torchscript
 from explainserve.backends.torch_gradient import gradient_gaps
 from explainserve.backends.torch_layout import in_faster_layout
@@ -54,32 +55,42 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> LoadedModel:
         script = _read(path, device)
         _require_arity(script, signature)
         trial = _Trial.of(_Forward.of(script, signature), signature, device)
-        return _model(script, trial, arithmetic, "no_grad" in source)
+        return _model(script, trial, arithmetic, config, "no_grad" in source)
 
 
-def _model(script: Module, trial: _Trial, arithmetic: Arithmetic, captured_no_grad: bool) -> LoadedModel:
+def _model(
+    script: Module, trial: _Trial, arithmetic: Arithmetic, config: ModelConfig, captured_no_grad: bool
+) -> LoadedModel:
     """The model as it is served: frozen, and in the layout that is faster."""
     frozen = _frozen(script, trial)
     _require_evaluation_mode(frozen)
-    forward = _Forward.of(frozen, trial.signature)
+    signature = config.signature(with_kinds(trial.signature, frozen))
+    forward = _Forward.of(frozen, signature)
     fixed_batch = not _accepts_two_rows(forward, trial)
-    weight_bytes = sum(weights.nbytes for weights in script.state_dict().values())
-    model = TorchModel("torchscript", trial.signature, forward, arithmetic, fixed_batch, weight_bytes=weight_bytes)
+    model = TorchModel(
+        "torchscript",
+        signature,
+        forward,
+        arithmetic,
+        fixed_batch,
+        weight_bytes=sum(weights.nbytes for weights in script.state_dict().values()),
+        pre_activations=_before_activations(frozen, signature),
+    )
     model.gaps = gradient_gaps(model, captured_no_grad)
     if not _has_convolutions(frozen):
         return model
-    return in_faster_layout(model, lambda: model.in_channels_last(_in_channels_last(script, trial)))
+    return in_faster_layout(model, lambda: _in_channels_last(model, script, trial))
 
 
 @dataclass(frozen=True, eq=False)
 class _Forward:
-    """Calls the module with tensors in order."""
+    """Calls the module, or a function made of it, with tensors in order."""
 
-    module: Module
+    module: Callable[..., Any]
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, module: Module, signature: Signature) -> _Forward:
+    def of(cls, module: Callable[..., Any], signature: Signature) -> _Forward:
         return cls(module, tuple(spec.name for spec in signature.outputs))
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -192,12 +203,21 @@ def _frozen(script: Module, trial: _Trial) -> Module:
     return frozen if same else script
 
 
-def _in_channels_last(script: Module, trial: _Trial) -> _Forward:
-    """The frozen module on weights with their channels last, which a file that was frozen before keeps as they are."""
+def _in_channels_last(model: TorchModel, script: Module, trial: _Trial) -> TorchModel:
+    """The model on weights with their channels last, which a file that was frozen before keeps as they are."""
     copied: Any = copy.deepcopy(script)
     copied.to(memory_format=torch.channels_last)
     copied.eval()  # copying forgets the mode of a module that was frozen
-    return _Forward.of(_frozen(copied, trial), trial.signature)
+    frozen, signature = _frozen(copied, trial), model.signature
+    return model.in_channels_last(
+        _Forward.of(frozen, signature), pre_activations=_before_activations(frozen, signature)
+    )
+
+
+def _before_activations(frozen: Module, signature: Signature) -> _Forward | None:
+    """The module without the softmax or sigmoid in which outputs end; None where none does."""
+    shown = any(spec.pre_activation for spec in signature.outputs)
+    return _Forward.of(without_activations(frozen), signature) if shown else None
 
 
 def _has_convolutions(module: Module) -> bool:
