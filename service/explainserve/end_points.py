@@ -27,15 +27,24 @@ class EndPoints:
     positions: dict[tuple[Differentiation, int, int | None], int]
 
 
-def first_rows(query: Query, baselines: Baselines) -> int:
-    """Rows at the ends of all paths; where layers are explained, those that give their values there come on top."""
+def first_points(query: Query, baselines: Baselines) -> EndPoints:
+    """What is evaluated first: the ends of all paths, or where layers are explained what gives their values there."""
+    return distinct_taps(query, baselines) if query.subject.cut else distinct_end_points(query, baselines)
+
+
+def first_rows(query: Query, baselines: Baselines, first: EndPoints) -> int:
+    """Rows at the ends of all paths; where layers are explained, those that give their values there come on top.
+
+    Args:
+        first: as `first_points` gives them.
+    """
     if not query.subject.cut:
-        return distinct_end_points(query, baselines).plan.row_count
+        return first.plan.row_count
     behind = replace(query, instances=tuple(map(_kept_beside_layers, query.instances)))
     stated = tuple(
         tuple(replace(one, moving={**one.moving, **one.layers}) for one in of_instance) for of_instance in baselines
     )
-    return distinct_taps(query, baselines).plan.row_count + distinct_end_points(behind, stated).plan.row_count
+    return first.plan.row_count + distinct_end_points(behind, stated).plan.row_count
 
 
 def _kept_beside_layers(instance: Instance) -> Instance:

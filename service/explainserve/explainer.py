@@ -16,8 +16,8 @@ from explainserve.devices import Devices
 from explainserve.end_points import (
     EndPoints,
     distinct_end_points,
-    distinct_taps,
     end_point_bound,
+    first_points,
     first_rows,
     point,
     score_tensor,
@@ -173,7 +173,8 @@ class Explainer:
         refused = self._cost(query, 0).max_rows > self._max_request_rows or query.held_bytes > self._max_request_bytes
         if refused:
             return self._cost(query, end_point_bound(query))
-        return self._cost(query, first_rows(query, all_baselines(query)))
+        baselines = all_baselines(query)
+        return self._cost(query, first_rows(query, baselines, first_points(query, baselines)))
 
     def prepare(self, query: Query) -> Prepared:
         """Makes the baselines, finds the distinct end points and states the cost, without evaluating anything.
@@ -184,8 +185,8 @@ class Explainer:
         """
         self._admit(query, self._cost(query, 0))  # before baselines take memory
         baselines = all_baselines(query)
-        end_points = distinct_taps(query, baselines) if query.subject.cut else distinct_end_points(query, baselines)
-        cost = self._cost(query, first_rows(query, baselines))
+        end_points = first_points(query, baselines)
+        cost = self._cost(query, first_rows(query, baselines, end_points))
         self._admit(query, cost)
         return Prepared(query, baselines, end_points, cost)
 
@@ -425,6 +426,8 @@ def _parts(whole: Sequence[T], limit: int) -> Iterator[Sequence[T]]:
 
 async def _all(coroutines: Sequence[Coroutine[object, object, T]]) -> tuple[T, ...]:
     """Runs them together; the first error cancels the others and is raised alone."""
+    if len(coroutines) == 1:  # as usual, and without the cost of a task
+        return (await coroutines[0],)
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in coroutines]

@@ -9,7 +9,7 @@ itself and added where it belongs. What comes back is dealt out again, so that a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -63,11 +63,11 @@ def shared(plans: Sequence[Plan]) -> SharedPlan:
         for segment in plan.segments:
             for part, _ in _parts(segment, common):
                 merged.add(part)
-    places = merged.places
+    places = merged.places()
     pieces = tuple(
         tuple(own for segment in plan.segments for own in _pieces(segment, common, places)) for plan in plans
     )
-    return SharedPlan(Plan(merged.segments), pieces)
+    return SharedPlan(Plan(merged.segments()), pieces)
 
 
 class _Merged:
@@ -83,21 +83,21 @@ class _Merged:
         own = self._selectors.setdefault(key, {})
         own.update({_selector_key(selector): selector for selector in segment.selectors})
 
-    @property
     def segments(self) -> tuple[Segment, ...]:
         return tuple(
-            replace(segment, selectors=tuple(self._selectors[key].values())) for key, segment in self._rows.items()
+            _with_selectors(segment, tuple(self._selectors[key].values())) for key, segment in self._rows.items()
         )
 
-    @property
     def places(self) -> dict[Hashable, int]:
         """Position of each evaluation, by what it is of."""
-        every = (place for segment in self.segments for place in _places(segment))
+        every = (place for rows, selectors in self._selectors.items() for place in _places(rows, selectors))
         return {place: position for position, place in enumerate(every)}
 
 
 def _common_points(segments: Sequence[Segment]) -> frozenset[Hashable]:
     """Points that stand in several segments."""
+    if len(segments) < 2:
+        return frozenset()
     counts = Counter(point for segment in segments for point in _points(segment))
     return frozenset(point for point, count in counts.items() if count > 1)
 
@@ -127,7 +127,8 @@ def _pieces(
     segment: Segment, common: frozenset[Hashable], places: Mapping[Hashable, int]
 ) -> Iterator[tuple[Piece, ...]]:
     """For each evaluation of a segment what it is put together from."""
-    parts = [(_places(part), part, rows) for part, rows in _parts(segment, common)]
+    selectors = list(map(_selector_key, segment.selectors))
+    parts = [(_places(_row_key(part), selectors), part, rows) for part, rows in _parts(segment, common)]
     for number in range(segment.evaluation_count):
         yield tuple(
             Piece(places[own[number]], rows, _weight(segment, rows) if part.weights is _ONE else None)
@@ -165,10 +166,13 @@ def _gradient_sums(parts: Sequence[tuple[Piece, SegmentEvaluation]]) -> dict[str
     return sums
 
 
-def _places(segment: Segment) -> list[Hashable]:
-    """What each evaluation of a segment is of."""
-    rows = _row_key(segment)
-    return [(rows, _selector_key(selector)) for selector in segment.selectors] or [rows]
+def _with_selectors(segment: Segment, selectors: tuple[Selector, ...]) -> Segment:
+    return segment if segment.selectors == selectors else replace(segment, selectors=selectors)
+
+
+def _places(rows: Hashable, selectors: Iterable[Hashable]) -> list[Hashable]:
+    """What each evaluation of rows with these keys is of."""
+    return [(rows, selector) for selector in selectors] or [rows]
 
 
 def _points(segment: Segment) -> list[Hashable]:

@@ -25,9 +25,12 @@ REQUEST_ID_KEY = "x-request-id"
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 _OWN_SERVICES = "/explainserve."
-"""Their messages may be large: workers read and write them. Those of others are small, and a health check must not wait
-until a worker is free.
+"""Their messages may be large: workers write them, and read those that are not small. Those of others are small, and a
+health check must not wait until a worker is free.
 """
+
+_SMALL_MESSAGE_BYTES = 1 << 16
+"""Up to here reading a message takes less than the turn of a worker that would do it."""
 
 Deserializer = Callable[[bytes], Any]
 Serializer = Callable[[Any], bytes]
@@ -75,11 +78,12 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
         return handler
 
     def _serialized(self, handler: Any, serialize: Serializer | None, convert: Conversion) -> Handler:
-        """Writes the reply itself: grpc would refuse a large one without a reason, after it was logged as OK."""
+        """Writes the reply itself, unless its handler did: grpc would refuse a large one without a reason, after it was
+        logged as OK."""
 
         async def serialized(message: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             reply = await handler(message, context)
-            data = reply if serialize is None else await convert(serialize, reply)
+            data = reply if serialize is None or isinstance(reply, bytes) else await convert(serialize, reply)
             size, limit = len(data), self._max_message_bytes
             if size > limit:
                 text = f"the reply has {size} bytes, the limit is {limit}"
@@ -93,8 +97,9 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
         if size > limit:
             text = f"the request has {size} bytes, the limit is {limit}"
             raise LimitExceeded("MESSAGE_TOO_LARGE", text, size=size, limit=limit)
+        read = _at_once if size <= _SMALL_MESSAGE_BYTES else convert
         try:
-            return data if deserialize is None else await convert(deserialize, data)
+            return data if deserialize is None else await read(deserialize, data)
         except DecodeError as error:
             raise InvalidRequest("MESSAGE_MALFORMED", f"the bytes are no message of this method: {error}") from error
 

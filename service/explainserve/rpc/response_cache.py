@@ -57,11 +57,14 @@ class ResponseCache:
     Args:
         capacity_bytes: of all kept responses; 0 keeps none.
         metrics: instruments to feed.
+
+    Attributes:
+        enabled: whether any is kept.
     """
 
     def __init__(self, capacity_bytes: int, metrics: Metrics) -> None:
         self._cache = ByteCache(capacity_bytes)
-        self._enabled = capacity_bytes > 0
+        self.enabled = capacity_bytes > 0
         self._metrics = metrics
 
     async def lookup(self, request: Explain) -> Lookup:
@@ -70,7 +73,7 @@ class ResponseCache:
         Raises:
             InvalidRequest, NotFound: an output or the range of a noise baseline is not known, as when it is computed.
         """
-        if not self._enabled:
+        if not self.enabled:
             return Lookup()
         key = await asyncio.to_thread(response_key, request)
         data = self._cache.get(key)

@@ -6,15 +6,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 
 from explainserve.errors import DeadlineExceeded, LimitExceeded, Unimplemented
-from explainserve.explainer import Explainer, Observer, Prepared, Round, unobserved
+from explainserve.explainer import Answer, Explainer, Observer, Prepared, Round, unobserved
 from explainserve.memory import Memory
 from explainserve.methods import name_of
 from explainserve.metrics import Metrics
@@ -41,6 +41,7 @@ from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceServicer
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Reply = TypeVar("Reply")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,16 +70,19 @@ class Servicer(ExplainerServiceServicer):
         self._settings = settings
         self._cache = ResponseCache(settings.response_cache_bytes, metrics)
 
-    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
+    async def Explain(  # type: ignore[override]  # bytes where the worker that made the response wrote it too
+        self, request: pb.ExplainRequest, context: Context
+    ) -> pb.ExplainResponse | bytes:
         """Raw attributions with all figures."""
-        checked = await self._checked(request, context)
+        checked, admissible = await self._asked(request, context)
         lookup = await self._cache.lookup(checked)
         if lookup.response is not None:
             self._hold(reply_size.memory_of_messages(0, lookup.byte_count), context)
             return lookup.response
-        admissible = await asyncio.to_thread(self._admissible, checked, request, streamed=False)
+        if admissible is None:
+            admissible = await asyncio.to_thread(self._admissible, checked, request, streamed=False)
         self._hold(admissible.message_memory, context)
-        return await self._computed(checked, admissible, lookup)
+        return await self._computed(checked, admissible, lookup, pb.ExplainResponse.SerializeToString)
 
     async def ExplainStream(  # type: ignore[override]  # a coroutine that writes to the context is a stream too
         self, request: pb.ExplainStreamRequest, context: Context
@@ -167,7 +171,7 @@ class Servicer(ExplainerServiceServicer):
             return chunks.round(*await asyncio.to_thread(messages, latest))
 
         return await streaming.watched(
-            functools.partial(self._computed, checked, admissible, lookup),
+            functools.partial(self._computed, checked, admissible, lookup, _as_it_is),
             events,
             functools.partial(streaming.write, context),
         )
@@ -192,22 +196,51 @@ class Servicer(ExplainerServiceServicer):
         context.add_done_callback(lambda _: held.close())  # type: ignore[arg-type]  # the stubs know no such callable
 
     async def _computed(
-        self, checked: requests.Explain, admissible: _Admissible, lookup: Lookup, observe: Observer = unobserved
-    ) -> pb.ExplainResponse:
-        """The response of Explain, which is kept where the cache has none."""
+        self,
+        checked: requests.Explain,
+        admissible: _Admissible,
+        lookup: Lookup,
+        write: Callable[[pb.ExplainResponse], Reply],
+        observe: Observer = unobserved,
+    ) -> Reply:
+        """What is written of the response of Explain, which is kept where the cache has none."""
         answer = await self._explainer.explain(admissible.prepared, observe)
+        response, reply = await asyncio.to_thread(self._written, checked, answer, write)
+        self._observe(response, [name_of(method) for method in checked.query.methods])
+        await self._cache.keep(lookup, answer, response, admissible.reply.tensor_bytes)
+        return reply
+
+    def _written(
+        self, checked: requests.Explain, answer: Answer, write: Callable[[pb.ExplainResponse], Reply]
+    ) -> tuple[pb.ExplainResponse, Reply]:
+        """The response, and what is written of it, in one turn of a worker."""
         started = time.monotonic()
-        response = await asyncio.to_thread(responses.explain_response, checked, answer)
+        response = responses.explain_response(checked, answer)
         seconds = time.monotonic() - started
         provenance.set_serialize_duration(response.provenance, seconds)
         self._metrics.serialize_seconds.labels(checked.query.model.name).observe(seconds)
-        self._observe(response, [name_of(method) for method in checked.query.methods])
-        await self._cache.keep(lookup, answer, response, admissible.reply.tensor_bytes)
-        return response
+        return response, write(response)
+
+    async def _asked(self, request: pb.ExplainRequest, context: Context) -> tuple[requests.Explain, _Admissible | None]:
+        """The checked request and, in the same turn of a worker where no answer to it can have been kept, what is to be
+        evaluated."""
+        if self._cache.enabled:
+            return await self._checked(request, context), None
+        check = self._check(request, context)
+
+        def both() -> tuple[requests.Explain, _Admissible]:
+            checked = check()
+            return checked, self._admissible(checked, request, streamed=False)
+
+        return await asyncio.to_thread(both)
 
     async def _checked(self, request: pb.ExplainRequest, context: Context) -> requests.Explain:
+        return await asyncio.to_thread(self._check(request, context))
+
+    def _check(self, request: pb.ExplainRequest, context: Context) -> Callable[[], requests.Explain]:
+        """What checks a request that came now."""
         arrived, model, deadline = time.monotonic(), self._model(request.model), self._deadline(context)
-        return await asyncio.to_thread(requests.explain, request, model, self._settings, arrived, deadline)
+        return functools.partial(requests.explain, request, model, self._settings, arrived, deadline)
 
     def _model(self, reference: model_pb2.ModelRef) -> ServedModel:
         return self._repository.get(*model_name(reference))
@@ -269,6 +302,11 @@ class Servicer(ExplainerServiceServicer):
                 self._metrics.convergence_delta.labels(model, method).observe(delta)
             if attribution.HasField("map_error"):
                 self._metrics.map_error.labels(model, method).observe(attribution.map_error)
+
+
+def _as_it_is(response: pb.ExplainResponse) -> pb.ExplainResponse:
+    """Of a stream, which writes it in pieces."""
+    return response
 
 
 def _stated_shape(spec: OutputSpec) -> tuple[int, ...] | None:
