@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
@@ -57,6 +61,96 @@ CASES: dict[str, dict[str, Any]] = {
 NAMES = sorted(CASES)
 GAP = {"named": {"name": "gap"}}
 BASELINES = [every(zeros={}), every(constant={"values": [0.5]})]
+
+
+def write_rectified_torch(root: Path) -> None:
+    """`rectified` as torch exports it, whose nodes name the patterns, and as it scripts it."""
+    import torch
+
+    weights, patterns = rectified_arrays()
+    kernel, bias, second, last = (torch.from_numpy(weights[name]) for name in "kblv")
+
+    class Rectified(torch.nn.Module):
+        def forward(self, image: Any) -> Any:
+            hidden = torch.nn.functional.conv2d(image, kernel, bias, padding=1).relu()
+            grid = torch.nn.functional.conv2d(hidden, second, padding=1, stride=2).relu()
+            return torch.nn.functional.adaptive_avg_pool2d(grid, 1).flatten(1) @ last
+
+    shapes = {"image": [3, 6, 8], "logits": [4]}  # a TorchScript file does not tell them
+    shaped = RECTIFIED_TOML
+    for name, shape in shapes.items():
+        shaped = shaped.replace(f'name = "{name}"\n', f'name = "{name}"\nshape = {["batch", *shape]}\n')
+    for name, toml in (("exported", RECTIFIED_TOML), ("scripted", shaped)):
+        (root / name / "1").mkdir(parents=True)
+        (root / name / "model.toml").write_text(toml, encoding="utf-8")
+    example, axes = torch.zeros(2, 3, 6, 8), ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(Rectified(), (example,), dynamic_shapes=axes)
+    torch.export.save(program, root / "exported" / "1" / "model.pt2")
+    layers = zip(("conv2d", "conv2d_1", "matmul"), patterns.values(), strict=True)
+    np.savez(root / "exported" / "1" / "patterns.npz", **dict(layers))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces the end of TorchScript
+        torch.jit.save(torch.jit.trace(Rectified(), example), root / "scripted" / "1" / "model.pt")
+
+
+@pytest.fixture(scope="module")
+def torch_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    """A server of `rectified` as a `.pt2` and as a TorchScript file."""
+    pytest.importorskip("torch")
+    root = tmp_path_factory.mktemp("torch")
+    write_rectified_torch(root)
+    server = Loopback(Settings(models=root, **LIMITS))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def exported(torch_service: Loopback) -> ExplainerServiceStub:
+    """A client of it."""
+    return torch_service.stub
+
+
+@dataclass(frozen=True)
+class Place:
+    """A model file and the server that has it."""
+
+    service: Loopback
+    model: str
+
+    @cached_property
+    def supported(self) -> dict[str, bool]:
+        """Methods by name."""
+        named = pb.GetModelRequest(model={"named": {"name": self.model}})
+        return {m.method: m.supported for m in self.service.stub.GetModel(named).model.methods}
+
+    @property
+    def counted(self) -> Array:
+        """Rows and backward evaluations that the engine did for the model so far."""
+        names = "explainserve_rows_total", "explainserve_backward_evaluations_total"
+        return np.array([self.service.metric(name, model=self.model) for name in names])
+
+    def explain(self, *methods: dict[str, Any], **fields: Any) -> pb.ExplainResponse:
+        return self.service.stub.Explain(self.asked(*methods, **fields), timeout=120)
+
+    def asked(self, *methods: dict[str, Any], **fields: Any) -> pb.ExplainRequest:
+        """One target, unless the fields say otherwise."""
+        usual: dict[str, Any] = {"targets": [element(1)], "baselines": BASELINES}
+        return request(self.model, {"image": X}, methods=methods, **(usual | fields))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("service", "rectified"),
+        pytest.param(("torch_service", "exported"), marks=pytest.mark.torch),
+        pytest.param(("torch_service", "scripted"), marks=pytest.mark.torch),
+    ],
+    ids=["onnx", "pt2", "pt"],
+)
+def place(request: pytest.FixtureRequest) -> Place:
+    """`rectified` in each format."""
+    service, model = request.param
+    return Place(request.getfixturevalue(service), model)
 
 
 def spec(name: str) -> dict[str, Any]:
@@ -135,28 +229,78 @@ def test_methods_mixed_in_one_request_give_what_each_gives_alone(stub: Explainer
     assert [a.method_index for a in response.attributions] == sorted(a.method_index for a in response.attributions)
 
 
-def test_methods_mixed_in_one_load_give_what_each_gives_alone(stub: ExplainerServiceStub) -> None:
-    found: dict[str, list[Any]] = {}
-    threads = [threading.Thread(target=lambda n=n: found.update({n: tensors(explain(stub, n), 0)})) for n in NAMES]
+def test_methods_mixed_in_one_load_give_what_each_gives_alone(place: Place) -> None:
+    """Each that the format supports, all of them at once and each next to others of its own kind."""
+    names = [name for name in NAMES if place.supported[name]]
+    alone = {name: tensors(place.explain(spec(name)), 0) for name in names}
+    found: list[tuple[str, list[Any]]] = []
+    threads = [
+        threading.Thread(target=lambda n=name: found.append((n, tensors(place.explain(spec(n)), 0))))
+        for name in [*names, *reversed(names)]
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for name in NAMES:
-        for own, other in zip(found[name], tensors(explain(stub, name), 0), strict=True):
-            assert agree(own, other)
+
+    assert sorted(name for name, _ in found) == sorted(2 * names)
+    for name, maps in found:
+        assert all(agree(own, other) for own, other in zip(maps, alone[name], strict=True)), name
+
+
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "integrated_gradients": {"integrated_gradients": {"max_step_count": 64}},
+    "smooth_grad": {"smooth_grad": {"sample_count": 3, "base": {"integrated_gradients": {"max_step_count": 32}}}},
+    "lime": spec("lime"),
+    "shapley_value_sampling": spec("shapley_value_sampling"),
+}
+"""Methods with options whose rows are known only once they are evaluated: by a tolerance, or by equal draws."""
+
+FIXED = {name: spec(name) for name in NAMES if name not in ("lime", "shapley_value_sampling")}
+
+
+def cost(place: Place, asked: pb.ExplainRequest) -> dict[str, tuple[int, int, int]]:
+    """The least and most that were estimated and what was used, by what is counted, and as the engine counted it."""
+    stated = place.service.stub.EstimateCost(pb.EstimateCostRequest(explain=asked))
+    before = place.counted
+    own = place.service.stub.Explain(asked, timeout=120).provenance
+    assert (place.counted - before).tolist() == [own.row_count, own.backward_count]
+    return {
+        "rows": (stated.min_row_count, own.row_count, stated.max_row_count),
+        "forward": (stated.min_forward_count, own.forward_count, stated.max_forward_count),
+        "backward": (stated.min_backward_count, own.backward_count, stated.max_backward_count),
+    }
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_method_of_fixed_cost_takes_what_was_estimated(place: Place, name: str) -> None:
+    """On an idle server without a cache, in each format; where it is not supported, neither is a word of its cost."""
+    asked = place.asked(FIXED[name])
+    if not place.supported[name]:
+        refused = refusal(lambda: place.service.stub.Explain(asked))
+        estimated = refusal(lambda: place.service.stub.EstimateCost(pb.EstimateCostRequest(explain=asked)))
+        assert (refused.code, refused.reason) == (estimated.code, estimated.reason)
+        assert refused.code == grpc.StatusCode.FAILED_PRECONDITION
+        return
+    for counted, (least, used, most) in cost(place, asked).items():
+        assert least == used == most, counted
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_a_method_of_adaptive_cost_takes_between_what_was_estimated(place: Place, name: str) -> None:
+    for counted, (least, used, most) in cost(place, place.asked(ADAPTIVE[name])).items():
+        assert least <= used <= most, counted
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cost_is_what_was_estimated(stub: ExplainerServiceStub, name: str) -> None:
+def test_cost_of_several_targets_is_between_what_was_estimated(service: Loopback, name: str) -> None:
+    """They may share all rows or only some; and the answer tells the options that were asked for."""
     asked = request("rectified", {"image": X}, targets=[element(1), element(3)], methods=[spec(name)])
-    cost = stub.EstimateCost(pb.EstimateCostRequest(explain=asked))
-    own = stub.Explain(asked, timeout=120).provenance
-
-    assert cost.min_row_count <= own.row_count <= cost.max_row_count
-    assert cost.min_backward_count <= own.backward_count <= cost.max_backward_count
-    used, asked_for = read(own.effective_methods[0]), read(method_pb2.MethodSpec(**spec(name)))
-    assert {option: getattr(used, option) for option in CASES[name]} == {
+    for counted, (least, used, most) in cost(Place(service, "rectified"), asked).items():
+        assert least <= used <= most, counted
+    effective = read(service.stub.Explain(asked, timeout=120).provenance.effective_methods[0])
+    asked_for = read(method_pb2.MethodSpec(**spec(name)))
+    assert {option: getattr(effective, option) for option in CASES[name]} == {
         option: getattr(asked_for, option) for option in CASES[name]
     }
 
@@ -172,39 +316,6 @@ def test_a_method_without_gradients_explains_a_model_without_them(stub: Explaine
     assert response.provenance.backward_count == 0
     assert response.provenance.gradient_rule == ""
     assert support.supported and support.reading_guide.tier == "T0"
-
-
-def write_rectified_pt2(root: Path) -> None:
-    """`rectified` as torch exports it, whose nodes name the patterns."""
-    import torch
-
-    weights, patterns = rectified_arrays()
-    kernel, bias, second, last = (torch.from_numpy(weights[name]) for name in "kblv")
-
-    class Rectified(torch.nn.Module):
-        def forward(self, image: Any) -> Any:
-            hidden = torch.nn.functional.conv2d(image, kernel, bias, padding=1).relu()
-            grid = torch.nn.functional.conv2d(hidden, second, padding=1, stride=2).relu()
-            return torch.nn.functional.adaptive_avg_pool2d(grid, 1).flatten(1) @ last
-
-    folder, axes = root / "exported" / "1", ({0: torch.export.Dim("batch")},)
-    folder.mkdir(parents=True)
-    program = torch.export.export(Rectified(), (torch.zeros(2, 3, 6, 8),), dynamic_shapes=axes)
-    torch.export.save(program, folder / "model.pt2")
-    (root / "exported" / "model.toml").write_text(RECTIFIED_TOML, encoding="utf-8")
-    layers = zip(("conv2d", "conv2d_1", "matmul"), patterns.values(), strict=True)
-    np.savez(folder / "patterns.npz", **dict(layers))
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExplainerServiceStub]:
-    """A server of `rectified` as a `.pt2` file."""
-    pytest.importorskip("torch")
-    root = tmp_path_factory.mktemp("exported")
-    write_rectified_pt2(root)
-    server = Loopback(Settings(models=root, **LIMITS))
-    yield server.stub
-    server.stop()
 
 
 @pytest.mark.torch
@@ -252,6 +363,27 @@ def test_one_path_yields_integrated_gradients_idgi_and_the_gradient(stub: Explai
     by_construction = attribution_pb2.CAUTION_KIND_COMPLETE_BY_CONSTRUCTION
     assert [by_construction in own for own in kinds] == [False, True, False, False]
     assert attribution_pb2.CAUTION_KIND_BLIND_TO_BASELINE not in kinds[1]
+
+
+def test_saved_rows_are_those_that_the_methods_take_alone(service: Loopback) -> None:
+    """By the rows that the engine counts, not by what the answers say of themselves."""
+    path = {"integrated_gradients": {"step_count": 5, "quadrature": "QUADRATURE_TRAPEZOID"}}
+    several = [path, {"idgi": {"path": path}}, {"gradient": {}}, {"gradient_x_input": {}}]
+    place = Place(service, "rectified")
+
+    def counted(*methods: dict[str, Any]) -> tuple[pb.ExplainResponse, int]:
+        before = place.counted
+        response = place.explain(*methods, targets=[element(1), element(3)])
+        return response, int((place.counted - before)[0])
+
+    together, rows = counted(*several)
+    alone = [counted(own) for own in several]
+
+    assert rows == together.provenance.row_count
+    beside = sum(own for _, own in alone) + sum(own.provenance.saved_row_count for own, _ in alone)
+    assert together.provenance.saved_row_count == beside - rows
+    for index, (own, _) in enumerate(alone):
+        assert all(agree(a, b) for a, b in zip(tensors(together, index), tensors(own, 0), strict=True))
 
 
 def test_methods_that_fail_the_randomization_check_say_so(stub: ExplainerServiceStub) -> None:
