@@ -209,8 +209,9 @@ TEMPLATE = """\
 Written by `{command}`, which exports small networks ({networks}) as ONNX, `.pt2` and
 TorchScript, serves them, and compares maps over gRPC with those that other libraries make of the torch modules, with
 the same options. Libraries: {versions}. Not installed where the page was written: {missing}.
-Quantus measures maps and makes none, so it has nothing to compare; lime's tabular explainer draws its samples from the
-distribution of training data, which a served model does not have.
+Quantus measures maps and makes none, and this server has none of its measures yet (`Evaluate` answers UNIMPLEMENTED):
+there is nothing to compare. Lime's tabular explainer draws its samples from the distribution of training data, which a
+served model does not have.
 
 A figure is the largest over the networks: the relative L2 distance of the whole map, where the limit is
 {tolerance:.0e}; or, of methods that draw samples, the distance in standard errors (SE) of the difference of the means

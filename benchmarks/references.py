@@ -541,6 +541,10 @@ def _answers(case: Case) -> Callable[..., dict[str, Array]]:
 RECTIFIED = ("rectifiers", "max pooling")
 
 
+LOW, HIGH = -2.0, 2.0
+"""The value range that the served networks state, as the network sees it."""
+
+
 def of_zennit() -> list[Comparison]:
     """Gradients, and relevance handed down from the score."""
     flat = "EpsilonPlusFlat"
@@ -572,6 +576,19 @@ def of_zennit() -> list[Comparison]:
             lambda case: _composite(case, flat, relevance=True),
             networks=RECTIFIED,
         ),
+        _zennit(
+            "lrp",
+            {"rule": "epsilon_gamma_box"},
+            f"EpsilonGammaBox, low={LOW:g}, high={HIGH:g}",
+            lambda case: _composite(
+                case,
+                "EpsilonGammaBox",
+                relevance=True,
+                low=torch.full_like(case.x, LOW),
+                high=torch.full_like(case.x, HIGH),
+            ),
+            networks=RECTIFIED,
+        ),
     ]
 
 
@@ -599,10 +616,10 @@ def _attributed(case: Case, attributor: str, **options: Any) -> Tensor:
     return found
 
 
-def _composite(case: Case, name: str, *, relevance: bool = False) -> Tensor:
+def _composite(case: Case, name: str, *, relevance: bool = False, **options: Any) -> Tensor:
     from zennit import composites
 
-    return _handed_down(case, getattr(composites, name)(), relevance=relevance)
+    return _handed_down(case, getattr(composites, name)(**options), relevance=relevance)
 
 
 def _handed_down(case: Case, composite: Any, *, relevance: bool = True) -> Tensor:
@@ -645,6 +662,18 @@ def of_shap() -> list[Comparison]:
         *(
             _shap(method, quarterly, name, _by_quarter(explain), reading=exact)
             for name, (method, explain) in explainers.items()
+        ),
+        _shap(
+            "shapley_value_sampling",
+            quarterly,
+            "PermutationExplainer",
+            _by_quarter(
+                lambda shap, f: (
+                    shap.explainers.PermutationExplainer(f, shap.maskers.Independent(ABSENT))(PRESENT).values
+                )
+            ),
+            reading="exact here; theirs draws orders, each with its reverse",
+            sampled=True,
         ),
         _shap(
             "expected_gradients",
