@@ -40,6 +40,7 @@ from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
 from explainserve_client import (
     AttributionSelector,
     Box,
+    DataBaseline,
     GradientXInput,
     Label,
     Margin,
@@ -354,15 +355,23 @@ def test_devices_are_a_repeated_flag(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("margin:3:goldfinch", Margin(3, "goldfinch")),
         ("label:3", Label("3")),
         ("label:argmax", Label("argmax")),
+        ("label:output:a:3", Label("output:a:3")),
     ],
 )
 def test_targets(text: str, expected: object) -> None:
     assert spellings.target(text) == expected
 
 
+def test_a_target_names_its_output() -> None:
+    found = spellings.target("output:kinds:margin:3:8")
+
+    assert (found.output, found.selection) == ("kinds", Margin(3, 8))
+
+
 def test_baselines(picture: Path) -> None:
     assert spellings.baseline("gray") == "gray"
     assert np.array_equal(spellings.baseline(str(picture)), instance())
+    assert spellings.baseline("data:mean") == DataBaseline("mean")
     by_input = spellings.baseline(f"image=gray,mask={picture}")
     assert by_input["image"] == "gray"
     assert np.array_equal(by_input["mask"], instance())
@@ -847,6 +856,30 @@ def test_predict_shows_the_classes_that_the_model_itself_gives(server: Running, 
 
     assert [int(row[2]) for row in rows] == [line["index"] for line in found] == order.tolist()
     assert [line["score"] for line in found] == pytest.approx(probabilities[order], abs=1e-5)
+
+
+def test_predict_shows_outputs_of_one_number(tmp_path: Path) -> None:
+    nodes = [node("ReduceSum", ["x", "axis"], ["sum"], keepdims=0)]
+    sums = model(nodes, [("x", ["batch", 3])], [("sum", ["batch"])], {"axis": np.array([1])})
+    (tmp_path / "models" / "sums" / "1").mkdir(parents=True)
+    onnx.save(sums, tmp_path / "models" / "sums" / "1" / "model.onnx")
+    np.save(tmp_path / "x.npy", np.array([[1, 2, 3], [4, 5, 6]], np.float32))
+    answer = call("predict", tmp_path / "x.npy", "--model", "sums", "--models", tmp_path / "models")
+
+    assert [line.split() for line in answer.out.splitlines()[1:]] == [
+        ["0", "sum", "-", "-", "6"],
+        ["1", "sum", "-", "-", "15"],
+    ]
+
+
+def test_explain_takes_a_layer_and_an_output(server: Running, picture: Path, tmp_path: Path) -> None:
+    arguments = ["explain", picture, "--model", "two-digits", "--server", server.grpc, "--output", tmp_path / "map"]
+    answer = call(*arguments, "--layer", "getitem", "--target", "output:logits:3", "--steps", "8")
+
+    assert answer.exit_code == 0, answer.err
+    (found,) = json.loads((tmp_path / "map.json").read_text())["attributions"]
+    assert list(found["inputs"]) == ["getitem"]
+    assert (found["target"]["output"], found["target"]["index"]) == ("logits", [3])
 
 
 def test_models_lists_those_that_failed_with_their_reason(server: Running) -> None:

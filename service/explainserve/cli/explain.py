@@ -46,7 +46,8 @@ def explain(
             "-t",
             metavar="TARGET",
             help="What is explained, repeatable: a class index, an index path such as 2,10,12, a label, argmax, top5, "
-            "margin:3:8 (one minus another), or label:TEXT for any label. "
+            "margin:3:8 (one minus another), or label:TEXT for any label; output:NAME: in front of it names the output "
+            "of a model with several. "
             "If left out, the model's default, else argmax.",
         ),
     ] = None,
@@ -57,8 +58,17 @@ def explain(
             "--baseline",
             "-b",
             metavar="BASELINE",
-            help="Where paths start, repeatable: zeros, black, gray, white, random, a .npy file in model space, or "
-            "INPUT=BASELINE,... If left out, the model's default, else zeros.",
+            help="Where paths start, repeatable: zeros, black, gray, white, random, data:NAME of the model's own, a "
+            ".npy file in model space, or INPUT=BASELINE,... If left out, the model's default, else zeros.",
+        ),
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--layer",
+            metavar="NAME",
+            help="A layer that is explained in the place of the inputs, such as an embedding, repeatable: "
+            "`explainserve models NAME` lists those of a model.",
         ),
     ] = None,
     named: Annotated[
@@ -172,6 +182,7 @@ def explain(
             method=methods,
             targets=targets,
             baselines=baselines,
+            layers=tuple(layer or ()),
             score=None if score is None else score.name,
             regions=given.regions(boxes),
             views=_views(view),

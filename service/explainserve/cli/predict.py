@@ -25,13 +25,22 @@ def predict(
     tensors: Annotated[bool, typer.Option("--tensors", help="With --json: include the raw outputs.")] = False,
     timeout: TimeoutOption = 60.0,
 ) -> None:
-    """Show the highest classes that a model answers."""
+    """Show the highest classes that a model answers, and outputs of one number."""
     if tensors and not as_json:
         raise typer.BadParameter("--tensors needs --json", param_hint="--tensors")
     unit = None if score is None else score.name
     with connected(server, models, timeout) as client:
-        given = read_inputs(client, client.model(model, version), version, inputs, resize, crop)
-        result = client.predict(model, given.argument, version=version, top_k=top, score=unit, include_tensors=tensors)
+        info = client.model(model, version)
+        given = read_inputs(client, info, version, inputs, resize, crop)
+        numbers = any(len(spec.axes) == 1 for spec in info.outputs.values())  # of shape [batch]; they come as tensors
+        result = client.predict(
+            model,
+            given.argument,
+            version=version,
+            top_k=top,
+            score=unit,
+            include_tensors=tensors or (numbers and not as_json),
+        )
     from explainserve.cli import documents, tables
 
     typer.echo(documents.document(result) if as_json else tables.predictions(result))

@@ -70,9 +70,12 @@ class Scale(StrEnum):
 
 
 def target(text: str) -> Any:
-    """3, 2,10,12 (index path), a label, argmax, top5, margin:3:8, or label:TEXT for any label."""
-    from explainserve_client import Label, Margin, TopK
+    """3, 2,10,12 (index path), a label, argmax, top5, margin:3:8, label:TEXT for any label, or output:NAME: and any of
+    these, of a model with several outputs."""
+    from explainserve_client import Label, Margin, Target, TopK
 
+    if of_output := re.fullmatch(r"output:([^:]+):(.+)", text):
+        return Target(target(of_output[2]), output=of_output[1])
     if top := re.fullmatch(r"top([1-9]\d*)", text):
         return TopK(int(top[1]))
     if text.startswith("label:"):
@@ -93,15 +96,19 @@ def _element(text: str) -> int | tuple[int, ...] | str:
 
 
 def baseline(text: str) -> Any:
-    """A keyword, a .npy file in model space, or several by input: image=gray,mask=mask.npy."""
+    """A keyword, data:NAME of model.toml, a .npy file in model space, or several by input: image=gray,mask=mask.npy."""
+    from explainserve_client import DataBaseline
+
     if text in BASELINES:
         return text
+    if text.startswith("data:"):
+        return DataBaseline(text.removeprefix("data:"))
     if Path(text).is_file():
         return array(Path(text), "--baseline")
     if "=" in text:
         named = [part.partition("=") for part in text.split(",")]
         return {name: baseline(kind) for name, _, kind in named}
-    expected = f"{', '.join(BASELINES)}, a .npy file, or INPUT=BASELINE,..."
+    expected = f"{', '.join(BASELINES)}, data:NAME, a .npy file, or INPUT=BASELINE,..."
     raise typer.BadParameter(f"{text!r} is no baseline and no file; expected {expected}", param_hint="--baseline")
 
 

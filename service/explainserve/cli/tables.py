@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from explainserve_client import Attribution, ExplainResult, Memory, ModelInfo, ModelSummary, PredictResult
+    from explainserve_client import (
+        Attribution,
+        ExplainResult,
+        Memory,
+        ModelInfo,
+        ModelSummary,
+        Prediction,
+        PredictResult,
+    )
 
 Row = Sequence[str]
 
@@ -53,16 +61,19 @@ def regions(result: ExplainResult) -> str:
 
 
 def predictions(result: PredictResult) -> str:
-    """One row per class; outputs that have none are named."""
+    """One row per class, or for an output of one number; outputs that have neither are named."""
     heading = ("instance", "output", "class", "label", "score")
-    rows = [
-        (str(line.instance_index), line.output, str(found.index), found.label or "-", _number(found.score))
-        for line in result.predictions
-        for found in line.classes
-    ]
-    without = {line.output for line in result.predictions if not line.classes}
+    rows = [row for line in result.predictions for row in _prediction_rows(line)]
+    without = {line.output for line in result.predictions if not any(_prediction_rows(line))}
     notes = [f"output {name} has no classes; --json with --tensors shows its values" for name in sorted(without)]
     return "\n".join([*([columns(heading, rows)] if rows else []), *notes])
+
+
+def _prediction_rows(line: Prediction) -> list[Row]:
+    place = (str(line.instance_index), line.output)
+    if line.tensor is not None and line.tensor.ndim == 0:
+        return [(*place, "-", "-", _number(float(line.tensor)))]
+    return [(*place, str(found.index), found.label or "-", _number(found.score)) for found in line.classes]
 
 
 def models(summaries: Sequence[ModelSummary]) -> str:
