@@ -104,6 +104,13 @@ def test_what_does_not_fit_is_refused(selection: Selection, reason: str) -> None
     assert refused.value.reason == reason
 
 
+def test_only_a_path_that_is_too_short_is_told_of_reductions() -> None:
+    for path, told in [((), True), ((1, 0), False)]:
+        with pytest.raises(InvalidRequest) as refused:
+            resolve(Element(path), CLASSES)
+        assert ("reduction" in refused.value.message) is told
+
+
 def test_ranking_needs_classes() -> None:
     with pytest.raises(InvalidRequest) as refused:
         resolve(Argmax(), np.zeros((2, 3), np.float32))

@@ -214,11 +214,13 @@ class _Resolution:
 
     def _index(self, element: Element) -> tuple[int, ...]:
         index = element.index if element.label is None else self._class_path(element.label)
-        if len(index) > self.scores.ndim or (len(index) < self.scores.ndim and not self.spec.reduction):
+        shorter = len(index) < self.scores.ndim
+        if len(index) > self.scores.ndim or (shorter and not self.spec.reduction):
             raise InvalidRequest(
                 "TARGET_PATH_LENGTH",
                 f"output {self.output.name!r} has {self.scores.ndim} axes after the batch axis, the index path "
-                f"{list(index)} has {len(index)} entries; a shorter path needs reduction SUM or MEAN",
+                f"{list(index)} has {len(index)} entries"
+                + ("; a shorter path needs reduction SUM or MEAN" if shorter else ""),
                 output=self.output.name,
                 path=list(index),
                 shape=list(self.scores.shape),

@@ -42,6 +42,14 @@ def embedded() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
 
 
+def test_extents_that_are_computed_from_those_of_inputs_have_no_symbol() -> None:
+    """Words of all texts in one axis: it is neither of the file's, and no name for it means anything to a person."""
+    nodes = [node("Reshape", "x rows", "words"), node("MatMul", "words w", "h"), node("Tanh", "h", "y")]
+    constants = {"rows": np.array([-1, 4]), "w": np.eye(4, dtype=np.float32)}
+    (layer,) = layers(model(nodes, {"x": ["n", "length", 4]}, ["y"], constants))
+    assert layer.shape == (None, 4)
+
+
 @pytest.mark.parametrize("tensor", ["stem", "branch", "sum"])
 def test_the_parts_together_are_the_model(tensor: str) -> None:
     whole = residual()

@@ -47,10 +47,10 @@ class Layer:
     """A floating-point tensor between the inputs and the outputs.
 
     `module` is the path of the module that computes it, where the exporter tells (`layer1.0.conv1`), else empty.
-    `shape` has an int, a symbol or None (unknown) per axis, or is None where even the rank is unknown; of a tensor that
-    the file lays out in blocks it is that of `cut`, with the channels of zeros that fill up the last block. `bypassed`
-    names the inputs whose values reach the tensor, and around it too an output that depends on it, such as past a
-    branch of a residual block. They are those of the `bypasses` of its cut.
+    `shape` has an int, a symbol of the inputs or None (unknown, or computed from theirs) per axis, or is None where
+    even the rank is unknown; of a tensor that the file lays out in blocks it is that of `cut`, with the channels of
+    zeros that fill up the last block. `bypassed` names the inputs whose values reach it, and around it too an output
+    that depends on it, such as past a branch of a residual block. They are those of the `bypasses` of its cut.
     """
 
     name: str
@@ -89,7 +89,7 @@ def _layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
             name,
             node.op_type,
             _module(node),
-            graph.shape(name),
+            _in_terms_of_inputs(graph, name),
             tuple(source for source in sources if name in around[source]),
         )
         for node, name in offered
@@ -104,6 +104,12 @@ def _offered(graph: Graph) -> Iterator[tuple[NodeProto, str]]:
     for node in graph.nodes:
         if node.op_type in OPERATORS.get(canonical_domain(node.domain), ()):
             yield from ((node, name) for name in node.output if name)
+
+
+def _in_terms_of_inputs(graph: Graph, name: str) -> Shape | None:
+    """The shape of a tensor with symbols of the file alone."""
+    shape = graph.shapes.stated(name).shape
+    return shape and tuple(None if isinstance(d, str) and d.startswith("?") else d for d in shape)
 
 
 def _module(node: NodeProto) -> str:
