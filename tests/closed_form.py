@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explainserve.backends import OperatorGap
-from explainserve.backends.contract import Collect
+from explainserve.backends.contract import Collect, Compilation
 from explainserve.backends.probe import ProbeResult
 from explainserve.model_config import ModelConfig
 from explainserve.plan import STANDARD, Differentiation, Rows, Segment, SegmentEvaluation, Selector
@@ -47,6 +47,7 @@ class ClosedForm:
     gradient_rules: Mapping[str, str] = {STANDARD.name: ""}
     layers_refusal = "it has none"
     library_versions: Mapping[str, str] = {}
+    compilation: Compilation | None = None
     signature = Signature(
         (InputSpec("x", np.dtype(np.float32), (Axis("batch"), Axis("", 3))),),
         (OutputSpec("y", np.dtype(np.float32), (Axis("batch"), Axis("", 2))),),

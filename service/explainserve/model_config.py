@@ -40,6 +40,13 @@ class Precision(enum.Enum):
     FLOAT16 = "float16"
 
 
+class Compile(enum.Enum):
+    """Whether the graph of a model is compiled for the processor or GPU that it is loaded on."""
+
+    OFF = "off"
+    WHEN_FASTER = "when-faster"
+
+
 Extent = Annotated[int, Field(ge=1, strict=True)]
 Position = Annotated[int, Field(strict=True)]
 """Strict: `true` and 1.0 are no positions."""
@@ -119,6 +126,7 @@ class ModelConfig(_Table):
     default_baseline: str = "zeros"
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     precision: Precision = Precision.FLOAT32
+    compile: Compile = Compile.OFF
     devices: tuple[str, ...] = ()
     replicas: Extent | None = None
     layers: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ from explainserve.backends.probe import ProbeResult
 from explainserve.backends.trial import Trials
 from explainserve.baselines import NAMED
 from explainserve.errors import ModelRefused
-from explainserve.model_config import BaselineConfig, ModelConfig, Precision
+from explainserve.model_config import BaselineConfig, Compile, ModelConfig, Precision
 from explainserve.model_folder import ModelFolder, cause
 from explainserve.served_model import ServedModel, row_by_row
 from explainserve.signature import InputSpec, Signature
@@ -79,7 +79,7 @@ def _checked(loaded: LoadedModel, path: Path, config: ModelConfig, options: Load
     """What is found out about a model, beside itself in float32 where it is served in another precision."""
     if config.precision is Precision.FLOAT32:
         return probe.check(loaded)
-    in_float32 = config.model_copy(update={"precision": Precision.FLOAT32})
+    in_float32 = config.model_copy(update={"precision": Precision.FLOAT32, "compile": Compile.OFF})
     reference = backends.load(path, in_float32, precision.reference_options(options))
     return precision.check(loaded, reference, config.precision.value)
 

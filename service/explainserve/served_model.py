@@ -16,7 +16,7 @@ from explainserve.backends.probe import ProbeResult
 from explainserve.baselines import NAMED, Data, InputBaseline
 from explainserve.errors import Unsupported
 from explainserve.fingerprint import fingerprint
-from explainserve.model_config import ModelConfig, Precision
+from explainserve.model_config import Compile, ModelConfig, Precision
 from explainserve.signature import Layer, Signature
 
 Baselines = Mapping[str, Mapping[str, NDArray[np.float32]]]
@@ -87,6 +87,25 @@ class ServedModel:
     def row_by_row(self) -> bool:
         """Whether rows cannot be evaluated together."""
         return row_by_row(self.loaded, self.probe)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was found out at load, as sentences for people."""
+        return (*self.probe.warnings, *self._not_compiled)
+
+    @property
+    def _not_compiled(self) -> tuple[str, ...]:
+        if self.config.compile is Compile.OFF:
+            return ()
+        compilation = self.loaded.compilation
+        why = "only .pt2 files are, and only by servers that allow it" if compilation is None else compilation.refusal
+        return (f"the model is not compiled: {why}",) if why else ()
+
+    @property
+    def execution_map_error(self) -> float | None:
+        """Relative L2 error that compiling makes in whole maps; None where it runs as it is in the file."""
+        compilation = self.loaded.compilation
+        return None if compilation is None else compilation.map_error
 
     @property
     def runs_on(self) -> str:

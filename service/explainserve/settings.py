@@ -47,8 +47,9 @@ class Settings(BaseSettings):
         default_timeout_seconds: limit of requests that come without a deadline.
         trial_seconds: time that a model file gets in the process that tries it first; 0 loads files without a trial.
         trial_memory_bytes: memory that a model file gets there.
-        cache: folder for what can be found out again: gradient graphs, and which files were tried; None keeps it in
-            memory.
+        compile_seconds: time that compiling a model may take, where its model.toml asks for it; 0 compiles none.
+        cache: folder for what can be found out again: gradient graphs, compiled code, and which files were tried; None
+            keeps it as long as the process.
         log_format: "json" lines or "console" text.
     """
 
@@ -78,6 +79,7 @@ class Settings(BaseSettings):
     default_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     trial_seconds: Annotated[float, Field(ge=0)] = 60.0
     trial_memory_bytes: PositiveInt = 4 * 1024 * 1024 * 1024
+    compile_seconds: Annotated[float, Field(ge=0)] = 600.0
     cache: Path | None = None
     log_format: Literal["json", "console"] = "json"
 

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 from closed_form import ClosedForm, served
+from explainserve.backends.contract import Compilation
 from explainserve.backends.probe import ProbeResult
 from explainserve.explainer import Usage
 from explainserve.explanation import Attribution, StopReason, Target
 from explainserve.figures import Entry
 from explainserve.methods import IntegratedGradients
+from explainserve.model_config import Compile, ModelConfig
 from explainserve.plan import Selector
 from explainserve.rpc import responses
+from explainserve.served_model import ServedModel
 from explainserve.signature import Score, ScoreHead
 
 TARGET = Target("y", Score.OUTPUT, ScoreHead.IDENTITY, Selector(np.array([0]), np.ones(1, np.float32)))
@@ -67,3 +70,27 @@ def test_noise_floor_is_absent_where_it_was_not_measured(measured: float | None)
 
     assert own.HasField("noise_floor") == (measured is not None)
     assert own.noise_floor == (measured or 0.0)
+
+
+def asked_to_be_compiled(found: Compilation | None) -> ServedModel:
+    loaded = ClosedForm()
+    loaded.compilation = found
+    return replace(served(loaded), config=ModelConfig(compile=Compile.WHEN_FASTER))
+
+
+def test_what_compiling_changes_is_told() -> None:
+    model = asked_to_be_compiled(Compilation(map_error=2e-6))
+
+    assert responses.provenance(model, Usage(), []).execution_map_error == 2e-6
+    assert model.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("found", "why"), [(Compilation(refusal="no compiler"), "no compiler"), (None, "only .pt2 files")]
+)
+def test_why_nothing_is_compiled_is_told(found: Compilation | None, why: str) -> None:
+    model = asked_to_be_compiled(found)
+    (warning,) = model.warnings
+
+    assert why in warning
+    assert not responses.provenance(model, Usage(), []).HasField("execution_map_error")

@@ -319,6 +319,7 @@ class Replica:
 
     device: str
     execution: str
+    execution_map_error: float | None
     precision_map_error: float | None
     noise_floor: float | None
     memory: Memory | None
@@ -345,12 +346,14 @@ class ModelInfo:
         inputs, outputs: by name, in the order of the model file.
         suppressed_outputs: outputs of the file that are not served, by name.
         batching: "ROWS", or "ROW_BY_ROW" where rows depend on each other.
-        warnings: what the check at load found.
+        warnings: what was found at load.
         methods: by name, such as "integrated_gradients".
         gaps: operators without a gradient, all of them.
         layers: intermediate tensors that can be picked, by name, in the order of the graph.
         device: the first of those that hold it; what was measured at load is that of this one.
         execution: how the backend runs it where it has a choice, such as "channels_last"; "" where it has none.
+        execution_map_error: relative L2 error of whole maps that compiling makes, measured at load; None where nothing
+            compiled runs.
         precision_map_error: relative L2 error of whole maps that a reduced precision makes, measured at load; None in
             float32.
         noise_floor: relative L2 noise of the gradients; None where there is none.
@@ -374,6 +377,7 @@ class ModelInfo:
     backend: str
     device: str
     execution: str
+    execution_map_error: float | None
     precision: str
     precision_map_error: float | None
     noise_floor: float | None
@@ -439,6 +443,7 @@ def _found_at_load(message: model_pb2.Model | model_pb2.Replica) -> dict[str, An
     return {
         "device": message.device,
         "execution": message.execution,
+        "execution_map_error": message.execution_map_error if message.HasField("execution_map_error") else None,
         "precision_map_error": message.precision_map_error if message.HasField("precision_map_error") else None,
         "noise_floor": message.noise_floor if message.HasField("noise_floor") else None,
         "memory": Memory.from_proto(message.memory) if message.HasField("memory") else None,

@@ -208,6 +208,8 @@ class Provenance:
         gradient_mode: "gradient_graph", "autograd" or "black_box"; `gradient_rule`: "standard" or one that alters the
             pass.
         execution: how the backend ran the model where it has a choice, such as "channels_last"; "" where it has none.
+        execution_map_error: relative L2 error of whole maps that compiling makes, measured at load; None where nothing
+            compiled runs.
         precision_map_error: relative L2 error of whole maps that a reduced precision makes, measured at load; None in
             float32.
         noise_floor: relative L2 noise of the gradients; None where not measured.
@@ -229,6 +231,7 @@ class Provenance:
     gradient_rule: str
     device: str
     execution: str
+    execution_map_error: float | None
     precision: str
     precision_map_error: float | None
     noise_floor: float | None
@@ -256,6 +259,7 @@ class Provenance:
             gradient_rule=message.gradient_rule,
             device=message.device,
             execution=message.execution,
+            execution_map_error=message.execution_map_error if message.HasField("execution_map_error") else None,
             precision=message.precision,
             precision_map_error=message.precision_map_error if message.HasField("precision_map_error") else None,
             noise_floor=message.noise_floor if message.HasField("noise_floor") else None,

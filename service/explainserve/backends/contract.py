@@ -26,6 +26,8 @@ class LoadOptions:
         share_weights: hold each weight once for all sessions, without the packed copies that compute faster.
         precision: of products; the ONNX loader takes it from the model's configuration.
         captures: record on CUDA what a session runs and run it again as a whole; the ONNX loader decides it.
+        channels_last: how a torch model lays images out; None has the loader time both.
+        compile_seconds: that compiling a model may take, where its configuration asks for it; 0 compiles none.
     """
 
     device: str = "cpu"
@@ -35,6 +37,8 @@ class LoadOptions:
     share_weights: bool = False
     precision: Precision = Precision.FLOAT32
     captures: bool = False
+    channels_last: bool | None = None
+    compile_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,20 @@ class Memory:
     weight_bytes: int
     gradient_bytes: int
     session_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What came of compiling a model.
+
+    Attributes:
+        map_error: relative L2 error of whole maps of random rows, beside the model as it was before; None where nothing
+            compiled runs. See `precision.map_error`.
+        refusal: why nothing compiled runs, or "".
+    """
+
+    map_error: float | None = None
+    refusal: str = ""
 
 
 NO_RECTIFIERS = "the network has no rectifiers, on which it is defined"
@@ -123,6 +141,7 @@ class LoadedModel(Protocol):
         layers_refusal: why layers cannot be tapped, differentiated and cut; "" where they can. Rules that
             `gradient_rules` does not name are refused for the same reason.
         library_versions: of the libraries that compute, by name.
+        compilation: what came of compiling it; None where that was not asked for, or the backend has no compiler.
     """
 
     backend: str
@@ -133,6 +152,7 @@ class LoadedModel(Protocol):
     gradient_rules: Mapping[str, str]
     layers_refusal: str
     library_versions: Mapping[str, str]
+    compilation: Compilation | None
 
     @property
     def gradient_mode(self) -> str:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from explainserve.backends import onnx_file, onnx_graph, pattern_file
 from explainserve.backends.contract import (
     Collect,
+    Compilation,
     LoadedModel,
     LoadOptions,
     Memory,
@@ -117,6 +118,7 @@ class OnnxModel:
 
     backend = "onnxruntime"
     runs_ahead = False
+    compilation: Compilation | None = None
 
     def __init__(
         self,

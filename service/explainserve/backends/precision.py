@@ -21,7 +21,8 @@ LARGEST_MAP_ERROR = 0.5
 """Relative L2 error above which a map says more about the precision than about the model."""
 
 _INSTANCES = 3
-_STEPS = 16
+STEPS = 16
+"""Rows of the path of a map."""
 
 
 def check(model: LoadedModel, reference: LoadedModel, precision: str) -> ProbeResult:
@@ -100,9 +101,9 @@ def _in_precision(model: LoadedModel, path: Segment) -> NDArray[np.float64]:
 
 def _path(point: Segment) -> Segment:
     """The straight path from zeros to a point."""
-    alphas = (np.arange(_STEPS) + 0.5) / _STEPS
+    alphas = (np.arange(STEPS) + 0.5) / STEPS
     zeros = {name: np.zeros_like(value) for name, value in point.end.items()}
-    return replace(point, start=zeros, alphas=alphas, weights=np.full(_STEPS, 1 / _STEPS))
+    return replace(point, start=zeros, alphas=alphas, weights=np.full(STEPS, 1 / STEPS))
 
 
 def _map(model: LoadedModel, path: Segment) -> NDArray[np.float64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 
 import numpy as np
 
@@ -16,6 +17,10 @@ from explainserve.plan import Rows, Segment
 _RUNS = 2
 _LEAST_SECONDS = 0.01
 """An evaluation is run at least `_RUNS` times, and until it has taken this long: short runs are noisy."""
+
+_ROUNDS = 5
+_COMPARED_SECONDS = 0.1
+"""Two models are run in turn at least `_ROUNDS` times, and until the rounds have taken this long."""
 
 
 def random_row(model: LoadedModel) -> Segment:
@@ -42,7 +47,24 @@ def least_seconds(model: LoadedModel, rows: Rows, clock: Callable[[], float] = t
     model.evaluate(rows)
     times: list[float] = []
     while len(times) < _RUNS or sum(times) < _LEAST_SECONDS:
-        started = clock()
-        model.evaluate(rows)
-        times.append(clock() - started)
+        times.append(_seconds(model, rows, clock))
     return min(times)
+
+
+def is_faster(
+    model: LoadedModel, other: LoadedModel, rows: Rows, clock: Callable[[], float] = time.perf_counter
+) -> bool:
+    """Whether a model evaluates a micro-batch faster than another one by more than its runs differ: half of them take
+    less than the fastest of the other."""
+    rounds: list[tuple[float, float]] = []
+    for each in (model, other):
+        each.evaluate(rows)
+    while len(rounds) < _ROUNDS or sum(map(sum, rounds)) < _COMPARED_SECONDS:
+        rounds.append((_seconds(model, rows, clock), _seconds(other, rows, clock)))
+    return median(own for own, _ in rounds) < min(others for _, others in rounds)
+
+
+def _seconds(model: LoadedModel, rows: Rows, clock: Callable[[], float]) -> float:
+    started = clock()
+    model.evaluate(rows)
+    return clock() - started

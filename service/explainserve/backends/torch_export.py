@@ -7,9 +7,10 @@ file has, its names are given in order.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,14 +29,17 @@ from explainserve.backends.contract import LoadedModel, LoadOptions
 from explainserve.backends.exported_activation import with_kind
 from explainserve.backends.exported_function import NamedGraph
 from explainserve.backends.exported_layers import axes
+from explainserve.backends.onnx_verification import LARGEST_DIFFERENCES
 from explainserve.backends.torch_archive import require_exported_program
+from explainserve.backends.torch_compilation import code_folder, compile_elsewhere, typical_rows, where_faster
 from explainserve.backends.torch_folding import fold_batch_norm
 from explainserve.backends.torch_gradient import gradient_gaps
+from explainserve.backends.torch_inductor import compiler_cache, with_compiled_gradient
 from explainserve.backends.torch_layout import in_faster_layout
 from explainserve.backends.torch_precision import Arithmetic
-from explainserve.backends.torch_rows import TorchModel, resolve_device, use_threads
+from explainserve.backends.torch_rows import Forward, TorchModel, resolve_device, use_threads
 from explainserve.errors import ModelRefused, first_line
-from explainserve.model_config import InputConfig, ModelConfig, OutputConfig
+from explainserve.model_config import Compile, InputConfig, ModelConfig, OutputConfig
 from explainserve.signature import InputSpec, OutputSpec, Signature
 
 _TRAINING_ARGUMENTS = {"aten.batch_norm": 5, "aten.dropout": 2, "aten.feature_dropout": 2, "aten.alpha_dropout": 2}
@@ -56,6 +60,47 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> LoadedModel:
             (NO_GRADIENT), or its device or precision is missing (DEVICE_UNAVAILABLE, PRECISION_UNAVAILABLE); see
             `pattern_file.read` too.
     """
+    model = _read_model(path, config, options)
+    if config.compile is Compile.OFF or options.compile_seconds == 0:
+        return model
+    options = replace(options, channels_last=model.channels_last)
+
+    def in_code() -> TorchModel:
+        compile_elsewhere(path, config, options)
+        return compiled(model, code_folder(config, options))
+
+    return where_faster(model, in_code, LARGEST_DIFFERENCES[config.precision])
+
+
+def compile_into_cache(path: Path, config: ModelConfig, options: LoadOptions) -> None:
+    """Compiles a model whose layout the options tell, and keeps the code for those who `load` it.
+
+    Raises:
+        Exception: whatever `load` or the compiler raises.
+    """
+    compiled(_read_model(path, config, options), code_folder(config, options))
+
+
+def compiled(model: TorchModel, folder: Path) -> TorchModel:
+    """The same model in code that is kept in a folder, or taken from it.
+
+    Raises:
+        Exception: whatever the compiler raises.
+    """
+    with compiler_cache(folder):
+        found = model.compiled(functools.partial(_compiled_forward, any_rows=not model.fixed_batch))
+        found.evaluate(typical_rows(model))  # a backward pass may be compiled when it is run
+    return found
+
+
+def _compiled_forward(forward: Forward, examples: Sequence[torch.Tensor], *, any_rows: bool) -> Forward:
+    assert isinstance(forward, _Forward)
+    threads = torch.get_num_threads()
+    return with_compiled_gradient(forward, forward.of_tensors(), examples, any_rows=any_rows, thread_count=threads)
+
+
+def _read_model(path: Path, config: ModelConfig, options: LoadOptions) -> TorchModel:
+    """The model as it is in the file, in the faster layout."""
     device = resolve_device(options)
     require_exported_program(path)
     use_threads(options.thread_count)
@@ -75,9 +120,16 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> LoadedModel:
         "torch.export", signature, forward, arithmetic, fixed_batch, weight_bytes=weight_bytes, named=named
     )
     model.gaps = gradient_gaps(model, _captured_no_grad(program))
-    if not forward.has_convolutions:
-        return model
-    return in_faster_layout(model, lambda: _in_channels_last(model, program, named))
+    return _laid_out(model, forward, lambda: _in_channels_last(model, program, named), options)
+
+
+def _laid_out(
+    model: TorchModel, forward: _Forward, in_channels_last: Callable[[], TorchModel], options: LoadOptions
+) -> TorchModel:
+    """The model with its images as the options say, or else as is faster."""
+    if options.channels_last is None:
+        return in_faster_layout(model, in_channels_last) if forward.has_convolutions else model
+    return in_channels_last() if options.channels_last else model
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +159,21 @@ class _Forward:
     def has_convolutions(self) -> bool:
         """Whether it convolves images."""
         return any(node.target in _CONVOLUTIONS for node in self.module.graph.nodes)
+
+    def of_tensors(self) -> torch.fx.GraphModule:
+        """Its graph from tensors, one by one, to the tuple of the outputs that are tensors."""
+        graph, nodes = torch.fx.Graph(), list(self.module.graph.nodes)
+        placeholders = [node for node in nodes if node.op == "placeholder"]
+        copies: dict[torch.fx.Node, Any] = {
+            node: graph.placeholder(node.name) if leaf is None else leaf
+            for node, leaf in zip(placeholders, self.leaves, strict=True)
+        }
+        for node in nodes:
+            if node.op not in ("placeholder", "output"):
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        results: Any = self.module.graph.output_node().args[0]
+        graph.output(tuple(copies[results[position]] for position in self.kept))
+        return torch.fx.GraphModule(self.module, graph)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         tensors = iter(inputs)

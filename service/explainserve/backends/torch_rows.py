@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from explainserve.backends import torch_deeplift
-from explainserve.backends.contract import Collect, LoadOptions, Memory, OperatorGap
+from explainserve.backends.contract import Collect, Compilation, LoadOptions, Memory, OperatorGap
 from explainserve.backends.exported_function import GraphFunction, NamedGraph
 from explainserve.backends.exported_rules import HANDED_DOWN
 from explainserve.backends.resident_memory import peak_growth
@@ -34,6 +34,11 @@ from explainserve.signature import Layer, OutputSpec, ScoreHead, Signature
 
 Forward = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Outputs of a batch, in the order of the signature, from its inputs in that order."""
+
+Compiler = Callable[[Forward, Sequence[Tensor]], Forward]
+"""A function that computes the same, from a function and inputs that have the layout of all that it will be given."""
+
+_EXAMPLE_ROWS = 2
 
 _UNNAMED = (
     "a TorchScript file does not name its tensors for others to reach; export the model with torch.export, or to ONNX"
@@ -61,6 +66,9 @@ class TorchModel:
         pre_activations: the same as `forward` without the softmax or sigmoid in which outputs end, where the file shows
             it without a graph.
         memory_format: of the images that `forward` is given.
+
+    Attributes:
+        compilation: see `contract.LoadedModel`.
     """
 
     gradient_mode = "autograd"
@@ -94,6 +102,8 @@ class TorchModel:
         self._named = named
         self._pre_activations = pre_activations
         self._memory_format = memory_format
+        self._compiled = False
+        self.compilation: Compilation | None = None
         self._queue = queue or queue_of(arithmetic.device)
         self._graphs = self._new_graphs()
 
@@ -106,6 +116,31 @@ class TorchModel:
         other._memory_format = torch.channels_last
         other._graphs = other._new_graphs()
         return other
+
+    def compiled(self, compiler: Compiler) -> TorchModel:
+        """The same model around what a compiler makes of its function.
+
+        Raises:
+            Exception: whatever the compiler raises.
+        """
+        other = copy.copy(self)
+        with self._arithmetic.evaluation(), self._arithmetic.forward():
+            other._forward, other._compiled = compiler(self._forward, self._examples()), True
+        other._graphs = other._new_graphs()
+        return other
+
+    def _examples(self) -> list[Tensor]:
+        """Inputs of the function as it is given them, without values."""
+        inputs = [
+            self._empty((_EXAMPLE_ROWS, *(axis.size or 1 for axis in spec.instance_axes)), torch_dtype(spec.dtype))
+            for spec in self.signature.inputs
+        ]
+        return self._one_row(inputs, 0) if self.fixed_batch else inputs
+
+    @property
+    def channels_last(self) -> bool:
+        """How images are laid out."""
+        return self._memory_format is torch.channels_last
 
     def _rules(self, named: NamedGraph) -> dict[str, str]:
         """Every rule of the graph, and why the model cannot follow it."""
@@ -122,7 +157,9 @@ class TorchModel:
     @property
     def execution(self) -> str:
         """See `contract.LoadedModel`."""
-        parts = ["channels_last" if self._memory_format is torch.channels_last else "contiguous"]
+        parts = ["channels_last" if self.channels_last else "contiguous"]
+        if self._compiled:
+            parts.append("compiled")
         if self._graphs is not None:
             parts.append("no_cuda_graphs" if self._graphs.refusal else "cuda_graphs")
         return "+".join(parts)

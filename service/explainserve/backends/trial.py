@@ -10,7 +10,7 @@ against a file that takes the process over.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from explainserve.backends.contract import LoadOptions
@@ -93,7 +93,7 @@ class Trials:
         """
         key = model_key(sha256, config, options, step)
         if key not in self._tried:
-            self._answer(self._task(step, files, config, options))
+            self._answer(self._task(step, files, config, replace(options, compile_seconds=0)))
             self._tried.add(key)
 
     def _task(self, step: str, files: Sequence[Path], config: ModelConfig, options: LoadOptions) -> Task:

@@ -40,7 +40,7 @@ class Task:
 
     Attributes:
         step: "files" finds the files that belong to the model, "load" loads and evaluates it as a server does,
-            "inspect" loads it as `explainserve inspect` does.
+            "inspect" loads it as `explainserve inspect` does, "compile" keeps the code of a `.pt2` file in the cache.
         seconds: processor time on each core.
         memory_bytes: how much this process may grow; no file that it writes may be larger either.
     """
@@ -118,6 +118,11 @@ def _tried(task: Task) -> Iterable[Path]:
         from explainserve.backends import onnx_file
 
         return onnx_file.files(task.path)
+    if task.step == "compile":
+        from explainserve.backends import torch_export
+
+        torch_export.compile_into_cache(task.path, task.config, task.options)
+        return ()
     loaded = load(task.path, task.config, task.options)
     if task.step == "load":
         probe.check(loaded)

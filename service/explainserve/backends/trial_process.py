@@ -30,9 +30,33 @@ _MAIN = "import sys; from explainserve.backends.trial_main import main; main(int
 _MAX_ANSWER_BYTES = 1 << 20
 _QUOTED_BYTES = 4096
 _ENVIRONMENT = frozenset(
-    {"PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD", "MALLOC_ARENA_MAX"}
+    {
+        "PATH",
+        "CXX",
+        "HOME",
+        "USER",
+        "LOGNAME",
+        "LANG",
+        "TZ",
+        "TMPDIR",
+        "LD_LIBRARY_PATH",
+        "LD_PRELOAD",
+        "MALLOC_ARENA_MAX",
+    }
 )
-_ENVIRONMENT_OF_LIBRARIES = ("LC_", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "ORT_", "CUDA_", "NVIDIA_", "PYTORCH_")
+_ENVIRONMENT_OF_LIBRARIES = (
+    "LC_",
+    "OMP_",
+    "KMP_",
+    "MKL_",
+    "OPENBLAS_",
+    "ORT_",
+    "CUDA_",
+    "NVIDIA_",
+    "PYTORCH_",
+    "TORCH",
+    "TRITON_",
+)
 
 
 class Patience:
@@ -105,8 +129,9 @@ class TrialProcess:
         return answer
 
     def kill(self) -> None:
-        """Ends it now, whatever it is at."""
-        self._process.kill()
+        """Ends it now, and the compilers that it may have started, whatever they are at."""
+        if self._process.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
         self._process.communicate()
         self._printed.close()
 

@@ -145,9 +145,22 @@ def serve(
         int,
         _knob("trial_memory_bytes", "Memory that it gets there, and 12 more for each byte of the file.", min=1),
     ] = 4 * 1024 * 1024 * 1024,
+    compile_seconds: Annotated[
+        float,
+        _knob(
+            "compile_seconds",
+            "Seconds that compiling a .pt2 model may take, where its model.toml asks for it; 0 compiles none.",
+            "SECONDS",
+            min=0,
+        ),
+    ] = 600.0,
     cache: Annotated[
         Path | None,
-        _knob("cache", "Folder that keeps gradient graphs, and which files were tried, for the next start.", "DIR"),
+        _knob(
+            "cache",
+            "Folder that keeps gradient graphs, compiled code, and which files were tried, for the next start.",
+            "DIR",
+        ),
     ] = None,
     log_format: Annotated[
         LogFormat, _knob("log_format", "Log lines on standard error.", "json|console")

@@ -29,6 +29,7 @@ def provenance(model: ServedModel, usage: Usage, methods: Sequence[Method]) -> a
         gradient_rule=", ".join(dict.fromkeys(method.needs.rule for method in methods if method.needs.rule)),
         device=model.runs_on,
         execution=loaded.execution,
+        execution_map_error=model.execution_map_error,
         precision=model.precision,
         noise_floor=noise_floor(model),
         precision_map_error=model.probe.precision_map_error,

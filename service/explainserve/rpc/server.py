@@ -103,6 +103,7 @@ class Server:
             thread_count=placement.thread_count(settings.thread_count, names),
             cache=settings.cache,
             share_weights=settings.share_weights,
+            compile_seconds=settings.compile_seconds,
         )
         limits = TrialLimits(settings.trial_seconds, settings.trial_memory_bytes) if settings.trial_seconds else None
         tried = Tried(settings.cache and settings.cache / "tried")

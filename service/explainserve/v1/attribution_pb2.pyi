@@ -535,6 +535,7 @@ class Provenance(_message.Message):
     FROM_CACHE_FIELD_NUMBER: _builtins.int
     EXECUTION_FIELD_NUMBER: _builtins.int
     PRECISION_MAP_ERROR_FIELD_NUMBER: _builtins.int
+    EXECUTION_MAP_ERROR_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Name of the model."""
     model_version: _builtins.int
@@ -575,13 +576,17 @@ class Provenance(_message.Message):
     """
     execution: _builtins.str
     """How the backend ran the model where it has a choice, made for speed: "contiguous" or "channels_last", the memory layout of
-    images in torch, with "+cuda_graphs" where its passes are recorded and replayed, "+no_cuda_graphs" where they cannot be;
-    "divided_rows", where each thread evaluates some rows of a micro-batch of an ONNX model. Maps differ by rounding between
-    choices. Empty where there is none.
+    images in torch, with "+compiled" where gradients are computed by code that was generated for the model, "+cuda_graphs" where
+    its passes are recorded and replayed, "+no_cuda_graphs" where they cannot be; "divided_rows", where each thread evaluates
+    some rows of a micro-batch of an ONNX model. Maps differ by rounding between choices. Empty where there is none.
     """
     precision_map_error: _builtins.float
     """Relative L2 error of whole maps that a chosen precision makes, beside float32: the median of Integrated Gradients of random
     rows, measured at load. `Attribution.map_error` does not hold it. Absent where no precision was chosen.
+    """
+    execution_map_error: _builtins.float
+    """Relative L2 error of whole maps that compiling a model makes, beside the same model run one operator at a time, measured as
+    `precision_map_error` is. Absent where nothing compiled runs.
     """
     @_builtins.property
     def effective_methods(self) -> _containers.RepeatedCompositeFieldContainer[_method_pb2.MethodSpec]:
@@ -628,15 +633,20 @@ class Provenance(_message.Message):
         from_cache: _builtins.bool = ...,
         execution: _builtins.str = ...,
         precision_map_error: _builtins.float | None = ...,
+        execution_map_error: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "compute_duration", b"compute_duration", "noise_floor", b"noise_floor", "precision_map_error", b"precision_map_error", "queue_duration", b"queue_duration", "serialize_duration", b"serialize_duration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_execution_map_error", b"_execution_map_error", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "compute_duration", b"compute_duration", "execution_map_error", b"execution_map_error", "noise_floor", b"noise_floor", "precision_map_error", b"precision_map_error", "queue_duration", b"queue_duration", "serialize_duration", b"serialize_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "backend", b"backend", "backward_count", b"backward_count", "compute_duration", b"compute_duration", "device", b"device", "effective_methods", b"effective_methods", "execution", b"execution", "forward_count", b"forward_count", "from_cache", b"from_cache", "gradient_mode", b"gradient_mode", "gradient_rule", b"gradient_rule", "library_versions", b"library_versions", "model_name", b"model_name", "model_sha256", b"model_sha256", "model_version", b"model_version", "noise_floor", b"noise_floor", "precision", b"precision", "precision_map_error", b"precision_map_error", "queue_duration", b"queue_duration", "row_count", b"row_count", "saved_row_count", b"saved_row_count", "serialize_duration", b"serialize_duration", "server_version", b"server_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_execution_map_error", b"_execution_map_error", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "backend", b"backend", "backward_count", b"backward_count", "compute_duration", b"compute_duration", "device", b"device", "effective_methods", b"effective_methods", "execution", b"execution", "execution_map_error", b"execution_map_error", "forward_count", b"forward_count", "from_cache", b"from_cache", "gradient_mode", b"gradient_mode", "gradient_rule", b"gradient_rule", "library_versions", b"library_versions", "model_name", b"model_name", "model_sha256", b"model_sha256", "model_version", b"model_version", "noise_floor", b"noise_floor", "precision", b"precision", "precision_map_error", b"precision_map_error", "queue_duration", b"queue_duration", "row_count", b"row_count", "saved_row_count", b"saved_row_count", "serialize_duration", b"serialize_duration", "server_version", b"server_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__execution_map_error: _TypeAlias = _typing.Literal["execution_map_error"]  # noqa: Y015
+    _WhichOneofArgType__execution_map_error: _TypeAlias = _typing.Literal["_execution_map_error", b"_execution_map_error"]  # noqa: Y015
     _WhichOneofReturnType__noise_floor: _TypeAlias = _typing.Literal["noise_floor"]  # noqa: Y015
     _WhichOneofArgType__noise_floor: _TypeAlias = _typing.Literal["_noise_floor", b"_noise_floor"]  # noqa: Y015
     _WhichOneofReturnType__precision_map_error: _TypeAlias = _typing.Literal["precision_map_error"]  # noqa: Y015
     _WhichOneofArgType__precision_map_error: _TypeAlias = _typing.Literal["_precision_map_error", b"_precision_map_error"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__execution_map_error) -> _WhichOneofReturnType__execution_map_error | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_floor) -> _WhichOneofReturnType__noise_floor | None: ...
     @_typing.overload

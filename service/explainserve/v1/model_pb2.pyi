@@ -852,6 +852,7 @@ class Replica(_message.Message):
     MAX_BATCH_ROWS_FIELD_NUMBER: _builtins.int
     ROW_DURATION_FIELD_NUMBER: _builtins.int
     MICRO_BATCH_BYTES_FIELD_NUMBER: _builtins.int
+    EXECUTION_MAP_ERROR_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """Name of the device, such as "cuda:1"."""
     execution: _builtins.str
@@ -864,6 +865,8 @@ class Replica(_message.Message):
     """Rows that are evaluated together at most, found to be fastest."""
     micro_batch_bytes: _builtins.int
     """Most memory that such a micro-batch takes while it is evaluated for one target; absent where it was not measured."""
+    execution_map_error: _builtins.float
+    """Error that compiling makes in whole maps, as in `Provenance`; absent where nothing compiled runs."""
     @_builtins.property
     def memory(self) -> Global___Memory:
         """What it takes; absent where the backend does not tell."""
@@ -885,17 +888,22 @@ class Replica(_message.Message):
         max_batch_rows: _builtins.int = ...,
         row_duration: _duration_pb2.Duration | None = ...,
         micro_batch_bytes: _builtins.int | None = ...,
+        execution_map_error: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_micro_batch_bytes", b"_micro_batch_bytes", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "memory", b"memory", "micro_batch_bytes", b"micro_batch_bytes", "noise_floor", b"noise_floor", "precision_map_error", b"precision_map_error", "row_duration", b"row_duration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_execution_map_error", b"_execution_map_error", "_micro_batch_bytes", b"_micro_batch_bytes", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "execution_map_error", b"execution_map_error", "memory", b"memory", "micro_batch_bytes", b"micro_batch_bytes", "noise_floor", b"noise_floor", "precision_map_error", b"precision_map_error", "row_duration", b"row_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_micro_batch_bytes", b"_micro_batch_bytes", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "device", b"device", "execution", b"execution", "max_batch_rows", b"max_batch_rows", "memory", b"memory", "micro_batch_bytes", b"micro_batch_bytes", "noise_floor", b"noise_floor", "precision_map_error", b"precision_map_error", "row_duration", b"row_duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_execution_map_error", b"_execution_map_error", "_micro_batch_bytes", b"_micro_batch_bytes", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "device", b"device", "execution", b"execution", "execution_map_error", b"execution_map_error", "max_batch_rows", b"max_batch_rows", "memory", b"memory", "micro_batch_bytes", b"micro_batch_bytes", "noise_floor", b"noise_floor", "precision_map_error", b"precision_map_error", "row_duration", b"row_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__execution_map_error: _TypeAlias = _typing.Literal["execution_map_error"]  # noqa: Y015
+    _WhichOneofArgType__execution_map_error: _TypeAlias = _typing.Literal["_execution_map_error", b"_execution_map_error"]  # noqa: Y015
     _WhichOneofReturnType__micro_batch_bytes: _TypeAlias = _typing.Literal["micro_batch_bytes"]  # noqa: Y015
     _WhichOneofArgType__micro_batch_bytes: _TypeAlias = _typing.Literal["_micro_batch_bytes", b"_micro_batch_bytes"]  # noqa: Y015
     _WhichOneofReturnType__noise_floor: _TypeAlias = _typing.Literal["noise_floor"]  # noqa: Y015
     _WhichOneofArgType__noise_floor: _TypeAlias = _typing.Literal["_noise_floor", b"_noise_floor"]  # noqa: Y015
     _WhichOneofReturnType__precision_map_error: _TypeAlias = _typing.Literal["precision_map_error"]  # noqa: Y015
     _WhichOneofArgType__precision_map_error: _TypeAlias = _typing.Literal["_precision_map_error", b"_precision_map_error"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__execution_map_error) -> _WhichOneofReturnType__execution_map_error | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__micro_batch_bytes) -> _WhichOneofReturnType__micro_batch_bytes | None: ...
     @_typing.overload
@@ -935,6 +943,7 @@ class Model(_message.Message):
     PRECISION_MAP_ERROR_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     SUPPRESSED_OUTPUTS_FIELD_NUMBER: _builtins.int
+    EXECUTION_MAP_ERROR_FIELD_NUMBER: _builtins.int
     sha256: _builtins.str
     """SHA-256 of the model file, lower-case hexadecimal."""
     batching: Global___Batching.ValueType
@@ -963,6 +972,8 @@ class Model(_message.Message):
     """Arithmetic in which it is evaluated, and the error that a chosen one makes in whole maps, as in `Provenance`."""
     precision_map_error: _builtins.float
     """Absent where no precision was chosen."""
+    execution_map_error: _builtins.float
+    """Error that compiling makes in whole maps, as in `Provenance`; absent where nothing compiled runs."""
     @_builtins.property
     def summary(self) -> Global___ModelSummary:
         """Name, version, state."""
@@ -977,7 +988,7 @@ class Model(_message.Message):
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What the check at load found, such as rows that depend on each other."""
+        """What was found at load, such as rows that depend on each other, or why the model is not compiled."""
 
     @_builtins.property
     def methods(self) -> _containers.RepeatedCompositeFieldContainer[Global___MethodSupport]:
@@ -1040,19 +1051,24 @@ class Model(_message.Message):
         precision_map_error: _builtins.float | None = ...,
         replicas: _abc.Iterable[Global___Replica] | None = ...,
         suppressed_outputs: _abc.Iterable[Global___SuppressedOutput] | None = ...,
+        execution_map_error: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "default_target", b"default_target", "memory", b"memory", "noise_floor", b"noise_floor", "precision_map_error", b"precision_map_error", "row_duration", b"row_duration", "summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_execution_map_error", b"_execution_map_error", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "default_target", b"default_target", "execution_map_error", b"execution_map_error", "memory", b"memory", "noise_floor", b"noise_floor", "precision_map_error", b"precision_map_error", "row_duration", b"row_duration", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "backend", b"backend", "batching", b"batching", "data_baselines", b"data_baselines", "default_baseline", b"default_baseline", "default_target", b"default_target", "device", b"device", "differentiable", b"differentiable", "execution", b"execution", "gaps", b"gaps", "inputs", b"inputs", "layers", b"layers", "max_batch_rows", b"max_batch_rows", "memory", b"memory", "methods", b"methods", "noise_floor", b"noise_floor", "outputs", b"outputs", "precision", b"precision", "precision_map_error", b"precision_map_error", "replicas", b"replicas", "row_duration", b"row_duration", "sha256", b"sha256", "summary", b"summary", "suppressed_outputs", b"suppressed_outputs", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_target", b"_default_target", "_execution_map_error", b"_execution_map_error", "_noise_floor", b"_noise_floor", "_precision_map_error", b"_precision_map_error", "backend", b"backend", "batching", b"batching", "data_baselines", b"data_baselines", "default_baseline", b"default_baseline", "default_target", b"default_target", "device", b"device", "differentiable", b"differentiable", "execution", b"execution", "execution_map_error", b"execution_map_error", "gaps", b"gaps", "inputs", b"inputs", "layers", b"layers", "max_batch_rows", b"max_batch_rows", "memory", b"memory", "methods", b"methods", "noise_floor", b"noise_floor", "outputs", b"outputs", "precision", b"precision", "precision_map_error", b"precision_map_error", "replicas", b"replicas", "row_duration", b"row_duration", "sha256", b"sha256", "summary", b"summary", "suppressed_outputs", b"suppressed_outputs", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_target: _TypeAlias = _typing.Literal["default_target"]  # noqa: Y015
     _WhichOneofArgType__default_target: _TypeAlias = _typing.Literal["_default_target", b"_default_target"]  # noqa: Y015
+    _WhichOneofReturnType__execution_map_error: _TypeAlias = _typing.Literal["execution_map_error"]  # noqa: Y015
+    _WhichOneofArgType__execution_map_error: _TypeAlias = _typing.Literal["_execution_map_error", b"_execution_map_error"]  # noqa: Y015
     _WhichOneofReturnType__noise_floor: _TypeAlias = _typing.Literal["noise_floor"]  # noqa: Y015
     _WhichOneofArgType__noise_floor: _TypeAlias = _typing.Literal["_noise_floor", b"_noise_floor"]  # noqa: Y015
     _WhichOneofReturnType__precision_map_error: _TypeAlias = _typing.Literal["precision_map_error"]  # noqa: Y015
     _WhichOneofArgType__precision_map_error: _TypeAlias = _typing.Literal["_precision_map_error", b"_precision_map_error"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__default_target) -> _WhichOneofReturnType__default_target | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__execution_map_error) -> _WhichOneofReturnType__execution_map_error | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_floor) -> _WhichOneofReturnType__noise_floor | None: ...
     @_typing.overload
