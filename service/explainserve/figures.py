@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from explainserve.errors import InvalidRequest
 from explainserve.explainer import Answer, Explanation
 from explainserve.explanation import Attribution, StopReason, Subject, Target
-from explainserve.methods import Method
+from explainserve.methods import Method, name_of
 from explainserve.normalization import Normalization, normalizations
 from explainserve.query import Query
 from explainserve.regions import Box, RegionSum, check_box, check_mask, region_sums
@@ -250,11 +250,11 @@ def entries(answer: Answer, fold_baselines: bool) -> list[Entry]:
     return [own[0] if own[0].baseline_index is None else _mean(own) for own in groups.values()]
 
 
-def check_regions(regions: Sequence[Region], subject: Subject) -> list[Region]:
-    """Names the input of every region and checks that it lies inside.
+def check_regions(regions: Sequence[Region], subject: Subject, methods: Sequence[Method] = ()) -> list[Region]:
+    """Names the input of every region, and checks that it lies inside, and within the maps of all methods.
 
     Raises:
-        InvalidRequest: REGION_OUT_OF_BOUNDS, REGION_INPUT_REQUIRED, REGION_NAME_REPEATED.
+        InvalidRequest: REGION_OUT_OF_BOUNDS, REGION_INPUT_REQUIRED, REGION_NAME_REPEATED, REGION_NOT_IN_MAP.
     """
     named = [_named(region, subject) for region in regions]
     keys = Counter((region.name, region.input, region.instance_index) for region in named)
@@ -263,6 +263,8 @@ def check_regions(regions: Sequence[Region], subject: Subject) -> list[Region]:
             raise InvalidRequest("REGION_NAME_REPEATED", f"two regions are named {name!r}", region=name)
     for region in named:
         _check_area(region, subject.maps[region.input], subject.shapes[region.input])
+        for method in methods:
+            _check_in_map(region, method, subject)
     return named
 
 
@@ -406,6 +408,29 @@ def _check_area(region: Region, spec: MapSpec, shape: tuple[int, ...]) -> None:
         raise InvalidRequest(
             "REGION_OUT_OF_BOUNDS", f"region {region.name!r}: {error}", region=region.name, input=region.input
         ) from error
+
+
+def _check_in_map(region: Region, method: Method, subject: Subject) -> None:
+    """Raises InvalidRequest where a map is not of the region's input, or lacks the channels of its mask."""
+    maps, name = method.maps(subject), name_of(method)
+    spec = maps.get(region.input)
+    if spec is None:
+        raise InvalidRequest(
+            "REGION_NOT_IN_MAP",
+            f"region {region.name!r} is of input {region.input!r}, and the map of {name} of {', '.join(maps)}; leave "
+            "out regions, or ask for that method apart",
+            region=region.name,
+            input=region.input,
+            method=name,
+        )
+    if spec.covers and not isinstance(region.area, Box) and region.area.ndim != len(spec.layout):
+        raise InvalidRequest(
+            "REGION_NOT_IN_MAP",
+            f"the mask of region {region.name!r} has a channel axis, and the map of {name} has none",
+            region=region.name,
+            input=region.input,
+            method=name,
+        )
 
 
 def _by_unit(maps: Sequence[Entry]) -> dict[str, list[int]]:

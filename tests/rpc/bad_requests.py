@@ -402,6 +402,20 @@ REGIONS = {
         INVALID,
         "REGION_INPUT_REQUIRED",
     ),
+    "region of the input beside a map of a layer": Case(
+        request("rectified", {"image": normal(1, 3, 6, 8)}, regions=[box(0, 0, 1, 1)], methods=[{"grad_cam": {}}]),
+        INVALID,
+        "REGION_NOT_IN_MAP",
+        {"region": "r", "input": "image", "method": "grad_cam"},
+    ),
+    "mask of channels for a map without": Case(
+        image(
+            regions=[{"name": "r", "mask": encode(np.ones((3, 6, 8), np.bool_))}], methods=[{"xrai": {"step_count": 2}}]
+        ),
+        INVALID,
+        "REGION_NOT_IN_MAP",
+        {"region": "r", "method": "xrai"},
+    ),
     "region without an area": Case(image(regions=[{"name": "r"}]), INVALID, "REGION_REQUIRED"),
     "region without a name": Case(image(regions=[{"box": {"width": 1, "height": 1}}]), INVALID, "REGION_REQUIRED"),
     "two regions of one name": Case(

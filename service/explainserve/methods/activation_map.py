@@ -4,7 +4,7 @@ its kin have in common."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -40,6 +40,11 @@ class LayerMap(Method):
     def resolved(self, subject: Subject) -> Self:
         """With the layer that is used; see `grids.grid` for the default and for errors."""
         return replace(self, layer=grid(subject, self.layer).layer)
+
+    def maps(self, subject: Subject) -> Mapping[str, MapSpec]:
+        """One, of the layer."""
+        own = grid(subject, self.layer)
+        return {own.layer: own.map_spec}
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 from explainserve.explanation import Attribution, Question, Subject
 from explainserve.plan import STANDARD, Evaluation, Plan
+from explainserve.signature import MapSpec
 
 FLOAT32_BYTES = 4
 WORKING_ARRAYS = 8
@@ -120,6 +122,10 @@ class Method(Protocol):
             Unsupported: the model lacks something that the method needs.
         """
         return self
+
+    def maps(self, subject: Subject) -> Mapping[str, MapSpec]:
+        """How the maps of a resolved method are laid out, by name."""
+        return subject.maps
 
     def cost(self, subject: Subject) -> Cost:
         """Rows that one question needs, of a resolved method."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -17,6 +18,7 @@ from explainserve.methods.grids import grid, upsampled
 from explainserve.methods.guided_backpropagation import GuidedBackpropagation
 from explainserve.methods.planes import extent, laid_over
 from explainserve.plan import Evaluation, Plan
+from explainserve.signature import MapSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +82,11 @@ class GuidedGradCam(Method):
     def resolved(self, subject: Subject) -> Self:
         """With the layer that is used, and the pixel method resolved."""
         return replace(self, layer=grid(subject, self.layer).layer, pixel_method=self._pixels.resolved(subject))
+
+    def maps(self, subject: Subject) -> Mapping[str, MapSpec]:
+        """One, of the input that the grid covers."""
+        covers = grid(subject, self.layer).covers
+        return {covers: subject.maps[covers]}
 
     def cost(self, subject: Subject) -> Cost:
         """That of the pixel method, and one gradient."""

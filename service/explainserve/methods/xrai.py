@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
@@ -119,6 +119,11 @@ class Xrai(Method):
         if self.base_map is not None:
             _check_base_map(self.base_map, spec.name, subject.shapes[spec.name], extents)
         return self
+
+    def maps(self, subject: Subject) -> Mapping[str, MapSpec]:
+        """One, of the places of the input."""
+        name = _only(subject).name
+        return {name: MapSpec(name, "HW", covers=name)}
 
     def cost(self, subject: Subject) -> Cost:
         """Two paths, or the score of the instance alone with a given base map."""

@@ -88,7 +88,7 @@ def explain(
     _check_instance_indices(message, len(query.instances))
     return Explain(
         query=query,
-        regions=tuple(check_regions(regions(message.regions), subject)),
+        regions=tuple(check_regions(regions(message.regions), subject, query.methods)),
         groups=groups(message.groups),
         figures=figure_options(message.response_options),
         fold_baselines=looked_up(FOLDS, message.baseline_reduction, "baseline_reduction"),
