@@ -24,19 +24,19 @@ W = {"a": A, "b": np.random.default_rng(2).standard_normal((5, 2)).astype(np.flo
 
 
 def relevance(
-    graph: onnx.ModelProto, rule: str, x: np.ndarray, index: int = 0, **options: Any
+    graph: onnx.ModelProto, rule: str, x: np.ndarray, index: int = 0, axis: int = 1, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Relevance of x for one element of each row of y, and that element."""
+    """Relevance of x for the elements of y at `index` of an axis, and these."""
     if rule in ("lrp_deep_taylor", "lrp_epsilon_gamma_box"):
         options["bounds"] = BOUNDS
     result = input_gradient(graph, ["x"], "y", rules=GRADIENT_RULES[rule](**options))
     onnx.checker.check_model(result.model)
     (y,) = run(graph, {"x": x}, ["y"])
     cotangent = np.zeros_like(y)
-    cotangent[:, index] = 1
+    cotangent.swapaxes(1, axis)[:, index] = 1
     found, again = run(result.model, {"x": x, result.cotangent: cotangent}, [result.gradients["x"], "y"])
     np.testing.assert_allclose(again, y, rtol=1e-5, atol=1e-6)
-    return found, y[:, index]
+    return found, y.swapaxes(1, axis)[:, index]
 
 
 def gradient_x_input(graph: onnx.ModelProto, x: np.ndarray, index: int = 0) -> np.ndarray:
@@ -184,6 +184,29 @@ def test_a_normalization_is_merged_with_the_convolution_before_it(rule: str) -> 
     for graph in (headed(apart, STATISTICS), headed([*spelled, node("Add", "t c", "z")], column)):
         found, _ = relevance(graph, rule, IMAGE)
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("rule", sorted(LRP_RULES))
+@pytest.mark.parametrize("shape", [["n", 4, 3], ["n", "places", 3], ["n", "heads", 2, 3]])
+def test_a_bias_is_merged_with_a_dense_layer_of_any_number_of_axes(rule: str, shape: list[Any]) -> None:
+    """Each place has the relevance that it would have as a row of two axes."""
+    stored = {**W, "c": f32(0.5, -0.3, 0.2, 1.0, -0.7), "s": f32(2.0), "d": 2 * A}
+    nodes = [node("MatMul", "x a", "z"), node("Mul", "z s", "t"), node("Add", "c t", "u"), node("Relu", "u", "h")]
+    places = (2, 4, 2)[: len(shape) - 1]
+    x = np.random.default_rng(7).uniform(LOW, HIGH, (*places, 3)).astype(np.float32)
+    found, _ = relevance(model([*nodes, node("MatMul", "h b", "y")], {"x": shape}, ["y"], stored), rule, x, axis=-1)
+    rows = [node("Gemm", "x d c", "u"), node("Relu", "u", "h"), node("MatMul", "h b", "y")]
+    expected, _ = relevance(model(rows, {"x": ["n", 3]}, ["y"], stored), rule, x.reshape(-1, 3))
+
+    np.testing.assert_allclose(found.reshape(-1, 3), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_constant_that_adds_an_axis_is_not_merged() -> None:
+    stored = {**W, "c": f32(0.5, -0.3, 0.2, 1.0, -0.7)[None, None]}
+    nodes = [node("MatMul", "x a", "z"), node("Add", "z c", "u"), node("Relu", "u", "h"), node("MatMul", "h b", "y")]
+    found, y = relevance(model(nodes, {"x": ["n", 3]}, ["y"], stored), "lrp_epsilon", X, axis=-1)
+
+    assert (found.shape, y.shape) == ((1, 3), (1, 1))
 
 
 @pytest.mark.parametrize("rule", ["lrp_composite", "lrp_deep_taylor"])

@@ -6,13 +6,14 @@ together (Montavon et al. 2019, section 10.3.2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
+from explainserve.onnx_vjp.emitter import Emitter
 from explainserve.onnx_vjp.graph import Graph
 from explainserve.onnx_vjp.subgraphs import is_standard
 
@@ -27,51 +28,82 @@ class _Affine(NamedTuple):
     shift: Array
 
 
+class _Layer(NamedTuple):
+    """A linear layer with weights and a bias of its own, whose channels run along `axis` of the weights."""
+
+    node: NodeProto
+    weights: Array
+    bias: Array
+    axis: int
+
+
 def merge_affine(graph: Graph, kept: Collection[str]) -> None:
     """Put a layer of merged weights in the place of each BatchNormalization behind a linear layer with stored weights,
     and of each constant that is added, subtracted, multiplied or divided by there.
 
     The layer itself stays for what else reads it, and outputs that are `kept` stay apart from what is behind them. A
-    MatMul of two axes becomes a Gemm.
+    MatMul becomes a Gemm, between reshapes where its input has more than two axes.
     """
+    merged: dict[str, _Layer] = {}
+    for node in graph.nodes:
+        layer = None if set(kept).intersection(node.input) else _merged(graph, node, merged)
+        if layer is not None:
+            merged[node.output[0]] = layer
     nodes = []
     for node in graph.nodes:
-        merged = None if set(kept).intersection(node.input) else _merged(graph, node)
-        if merged is not None:
-            graph.register(merged)
-        nodes.append(node if merged is None else merged)
+        layer = merged.get(node.output[0]) if node.output else None
+        nodes += [node] if layer is None else _written(graph, layer, node.output[0])
     graph.rewrite(nodes)
 
 
-def _merged(graph: Graph, node: NodeProto) -> NodeProto | None:
+def _merged(graph: Graph, node: NodeProto, before: Mapping[str, _Layer]) -> _Layer | None:
+    """The layer that a node and the one in front of it are together, `before` being such layers by their output."""
     affine = _affine(graph, node)
-    layer = None if affine is None else graph.producers.get(affine.source)
-    axis = None if layer is None else _channel_axis(graph, layer)
-    if affine is None or layer is None or axis is None:
+    layer = None if affine is None else before.get(affine.source) or _layer(graph, affine.source)
+    if affine is None or layer is None or _adds_axes(graph, affine):
         return None
-    weights, bias = graph.constant(layer.input[1]), _bias(graph, layer)
-    if weights is None or bias is None:
-        return None
-    count, trailing = weights.shape[axis], _trailing(graph, affine.source)
-    vectors = [_vector(affine.scale, trailing, count), _vector(affine.shift, trailing, count), _vector(bias, 0, count)]
+    count, trailing = layer.weights.shape[layer.axis], _trailing(graph, layer.node)
+    vectors = [_vector(affine.scale, trailing, count), _vector(affine.shift, trailing, count)]
     if any(vector is None for vector in vectors):
         return None
-    scale, shift, offset = (np.broadcast_to(vector, count) for vector in vectors if vector is not None)
-    along = [-1 if index == axis else 1 for index in range(weights.ndim)]
-    return _layer(graph, node, layer, weights * scale.reshape(along), offset * scale + shift)
+    scale, shift = (np.broadcast_to(vector, count) for vector in vectors if vector is not None)
+    along = [-1 if index == layer.axis else 1 for index in range(layer.weights.ndim)]
+    return layer._replace(weights=layer.weights * scale.reshape(along), bias=layer.bias * scale + shift)
 
 
-def _layer(graph: Graph, node: NodeProto, layer: NodeProto, weights: Array, bias: Array) -> NodeProto:
-    """`layer` with other weights, in the place of `node`."""
-    own, kind = f"{node.output[0]}/merged", helper.tensor_dtype_to_np_dtype(graph.dtype(layer.input[1]))
-    merged = NodeProto()
-    merged.CopyFrom(layer)
-    merged.op_type = "Gemm" if layer.op_type == "MatMul" else layer.op_type
-    parameters = [graph.add_constant(np.ascontiguousarray(value, kind), own) for value in (weights, bias)]
-    merged.input[:] = [layer.input[0], *parameters]
-    merged.output[:] = node.output[:1]
-    merged.name = graph.fresh(own)
-    return merged
+def _layer(graph: Graph, name: str) -> _Layer | None:
+    """The layer whose output a tensor is, if it is one to merge into."""
+    node = graph.producers.get(name)
+    axis = None if node is None else _channel_axis(graph, node)
+    if node is None or axis is None:
+        return None
+    weights, bias = graph.constant(node.input[1]), _bias(graph, node)
+    if weights is None or bias is None:
+        return None
+    vector = _vector(bias, 0, weights.shape[axis])
+    return None if vector is None else _Layer(node, weights, np.broadcast_to(vector, weights.shape[axis]), axis)
+
+
+def _written(graph: Graph, layer: _Layer, output: str) -> list[NodeProto]:
+    """The nodes of a merged layer that compute `output`."""
+    node, own = layer.node, f"{output}/merged"
+    kind = helper.tensor_dtype_to_np_dtype(graph.dtype(node.input[1]))
+    parameters = [graph.add_constant(np.ascontiguousarray(value, kind), own) for value in (layer.weights, layer.bias)]
+    if node.op_type != "MatMul":
+        written = NodeProto()
+        written.CopyFrom(node)
+        written.input[:] = [node.input[0], *parameters]
+        written.output[:], written.name = [output], graph.fresh(own)
+        graph.register(written)
+        return [written]
+    with graph.collecting() as nodes:
+        op = Emitter(graph)
+        flat = op.rank(node.input[0]) == 2
+        rows = node.input[0] if flat else op.Reshape(node.input[0], [-1, len(layer.weights)])
+        product = op.Gemm(rows, *parameters)
+        value = product if flat else op.reshape_like(product, node.output[0])
+        graph.append(helper.make_node("Identity", [value], [output], name=graph.fresh(own)))
+    return nodes
 
 
 def _channel_axis(graph: Graph, layer: NodeProto) -> int | None:
@@ -84,8 +116,10 @@ def _channel_axis(graph: Graph, layer: NodeProto) -> int | None:
     if is_standard(layer, "Gemm"):
         plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
         return 1 - attributes.get("transB", 0) if plain else None
-    matrices = is_standard(layer, "MatMul") and all(len(graph.shape(name) or ()) == 2 for name in layer.input)
-    return 1 if matrices else None
+    if is_standard(layer, "MatMul"):
+        of_rows, matrix = len(graph.shape(layer.input[0]) or ()) > 1, len(graph.shape(layer.input[1]) or ()) == 2
+        return 1 if of_rows and matrix else None
+    return None
 
 
 def _bias(graph: Graph, layer: NodeProto) -> Array | None:
@@ -93,9 +127,20 @@ def _bias(graph: Graph, layer: NodeProto) -> Array | None:
     return graph.constant(layer.input[2]) if len(layer.input) > 2 and layer.input[2] else np.zeros(1)
 
 
-def _trailing(graph: Graph, source: str) -> int:
-    """The number of axes behind that of the channels, which is the second."""
-    return max(len(graph.shape(source) or ()) - 2, 0)
+def _trailing(graph: Graph, layer: NodeProto) -> int:
+    """The number of axes behind that of the channels, which is the second of a convolution, and the last otherwise."""
+    return _behind_second(graph, layer.output[0]) if layer.op_type in ("Conv", "ConvTranspose") else 0
+
+
+def _behind_second(graph: Graph, name: str) -> int:
+    """The number of a tensor's axes behind its second."""
+    return max(len(graph.shape(name) or ()) - 2, 0)
+
+
+def _adds_axes(graph: Graph, affine: _Affine) -> bool:
+    """Whether the output of an affine map has more axes than its source."""
+    shape = graph.shape(affine.source)
+    return shape is not None and max(affine.scale.ndim, affine.shift.ndim) > len(shape)
 
 
 def _vector(value: Array, trailing: int, count: int) -> Array | None:
@@ -139,7 +184,7 @@ def _normalization(graph: Graph, node: NodeProto) -> _Affine | None:
     stored = [value for value in map(graph.constant, node.input[1:]) if value is not None]
     if len(stored) < 4 or attributes.get("training_mode", 0):
         return None
-    columns = [value.reshape(-1, *[1] * _trailing(graph, node.input[0])).astype(np.float64) for value in stored]
+    columns = [value.reshape(-1, *[1] * _behind_second(graph, node.input[0])).astype(np.float64) for value in stored]
     scale, bias, mean, variance = columns
     slope = scale / np.sqrt(variance + attributes.get("epsilon", 1e-5))
     return _Affine(node.input[0], slope, bias - mean * slope)

@@ -161,16 +161,14 @@ def _is_opaque(graph: Graph, node: NodeProto) -> bool:
 
 
 def _composed(graph: Graph, node: NodeProto, state: Composition) -> list[NodeProto]:
-    around, graph.nodes = graph.nodes, []
-    try:
+    around = graph.nodes
+    with graph.collecting() as nodes:
         values = state.formula(Emitter(graph), Node(node, frozenset()))
         written = {name: value for name, value in zip(node.output, values, strict=False) if name and value}
         _check_unused(graph, [name for name in node.output if name and name not in written], around)
         for name, value in written.items():
             graph.append(helper.make_node("Identity", [value], [name], name=graph.fresh(f"{name}/composed")))
-        return graph.nodes
-    finally:
-        graph.nodes = around
+        return nodes
 
 
 def _check_unused(graph: Graph, names: Sequence[str], nodes: Sequence[NodeProto]) -> None:

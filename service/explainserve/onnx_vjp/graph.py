@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -224,6 +225,15 @@ class Graph:
         """Add a node after all others, and infer the types of its outputs."""
         self.nodes.append(node)
         self.register(node)
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[NodeProto]]:
+        """Collect the nodes that are appended, in the place of adding them."""
+        around, self.nodes = self.nodes, []
+        try:
+            yield self.nodes
+        finally:
+            self.nodes = around
 
     def register(self, node: NodeProto) -> None:
         """Make the outputs of a node known: their producer and, as far as they can be inferred, their types."""
