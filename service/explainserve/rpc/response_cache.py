@@ -27,7 +27,8 @@ from explainserve.metrics import Metrics
 from explainserve.query import Query
 from explainserve.rpc import provenance
 from explainserve.rpc.requests import Explain
-from explainserve.signature import InputSpec
+from explainserve.signature import InputSpec, Signature
+from explainserve.targets import TargetSpec
 from explainserve.v1.explainer_service_pb2 import ExplainResponse, ResponseOptions
 
 _NOT_KEPT = frozenset({StopReason.TIME_BUDGET, StopReason.NON_FINITE})
@@ -115,12 +116,17 @@ def _options(request: Explain) -> dict[str, object]:
         name: value for name, value in (_fields(query) | _fields(request)).items() if name not in _BESIDE_THE_ANSWER
     }
     return stated | {
-        "targets": [replace(spec, output=signature.output(spec.output).name) for spec in query.targets],
+        "targets": [[_effective_target(spec, signature) for spec in query.scored_targets(m)] for m in query.methods],
         "baselines": [effective_baseline(spec, moving) for spec in query.baselines],
         "views": {name: request.figures.views_of(spec) for name, spec in query.subject.maps.items()},
         "figures": replace(request.figures, views=()),
         "options": _without_views(request.options),
     }
+
+
+def _effective_target(spec: TargetSpec, signature: Signature) -> TargetSpec:
+    """With the output by name; the score is that of a method, whoever named it."""
+    return replace(spec, output=signature.output(spec.output).name, names_score=True)
 
 
 def effective_baseline(spec: BaselineSpec, moving: Mapping[str, InputSpec]) -> BaselineSpec:
