@@ -157,6 +157,19 @@ TARGETS = {
     "weights beyond float32": Case(
         plain(targets=[{"weights": encode(np.full(3, 1e300))}]), INVALID, "TARGET_WEIGHTS_MISMATCH"
     ),
+    **{
+        f"reduction of {name}": Case(
+            plain(targets=[{name: selection, "reduction": "REDUCTION_MEAN"}]),
+            INVALID,
+            "REDUCTION_CONFLICT",
+            {"selection": name, "reduction": "mean"},
+        )
+        for name, selection in (
+            ("argmax", {}),
+            ("top_k", {"count": 2}),
+            ("weights", encode(np.ones(3, np.float32))),
+        )
+    },
     "nothing selected": Case(plain(targets=[{}]), INVALID, "TARGET_REQUIRED"),
     "nothing in an element": Case(plain(targets=[{"element": {}}]), INVALID, "TARGET_REQUIRED"),
     "half a margin": Case(

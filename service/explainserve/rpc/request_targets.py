@@ -24,6 +24,8 @@ REDUCTIONS: dict[int, str] = {
     target_pb2.REDUCTION_SUM: "sum",
     target_pb2.REDUCTION_MEAN: "mean",
 }
+WITHOUT_PATH = frozenset({"argmax", "top_k", "weights"})
+"""Selections without an index path, which leave no axis open that a reduction could fold."""
 
 
 def predicted_score(value: int) -> Score:
@@ -53,11 +55,23 @@ def _target(message: target_pb2.Target, position: int) -> domain_targets.TargetS
         output=message.output,
         score=looked_up(SCORES, message.score, "score"),
         selection=_selection(message),
-        reduction=looked_up(REDUCTIONS, message.reduction, "reduction"),
+        reduction=_reduction(message),
         instance_index=message.instance_index if message.HasField("instance_index") else None,
         request_index=position,
         names_score=message.score != target_pb2.SCORE_UNSPECIFIED,
     )
+
+
+def _reduction(message: target_pb2.Target) -> str:
+    reduction, selection = looked_up(REDUCTIONS, message.reduction, "reduction"), message.WhichOneof("selection")
+    if reduction and selection in WITHOUT_PATH:
+        raise InvalidRequest(
+            "REDUCTION_CONFLICT",
+            f"reduction {reduction} folds the axes that an index path leaves open, and {selection} has no path",
+            selection=selection,
+            reduction=reduction,
+        )
+    return reduction
 
 
 def _selection(message: target_pb2.Target) -> domain_targets.Selection:

@@ -227,7 +227,9 @@ class Target(_message.Message):
     score: Global___Score.ValueType
     """Optional. Unit of the explained number. Default: the method's own, which is SCORE_OUTPUT for most."""
     reduction: Global___Reduction.ValueType
-    """Optional. How remaining axes are folded when an index path is shorter than the output's rank. Default: refused."""
+    """Optional. How remaining axes are folded when an index path is shorter than the output's rank. Default: refused. Selections
+    without a path take none: argmax, top_k and weights.
+    """
     instance_index: _builtins.int
     """Optional. The instance this target belongs to, in [0, instances). Default: every instance."""
     @_builtins.property
