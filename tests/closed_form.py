@@ -72,6 +72,9 @@ class ClosedForm:
     def interrupt(self) -> None:
         """A held evaluation cannot be ended, like one of torch."""
 
+    def rule_gap(self, rule: str) -> str:
+        return ""
+
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
         if rows.function.wrt and self.holds_after is not None and self.gradient_rows >= self.holds_after:
             self.entered.set()

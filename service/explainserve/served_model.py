@@ -17,6 +17,7 @@ from explainserve.baselines import NAMED, Data, InputBaseline
 from explainserve.errors import Unsupported
 from explainserve.fingerprint import fingerprint
 from explainserve.model_config import Compile, ModelConfig, Precision
+from explainserve.plan import STANDARD
 from explainserve.signature import Layer, Signature
 
 Baselines = Mapping[str, Mapping[str, NDArray[np.float32]]]
@@ -24,8 +25,8 @@ Baselines = Mapping[str, Mapping[str, NDArray[np.float32]]]
 
 @dataclass(frozen=True)
 class MissingCapability:
-    """What a method needs and a model, or its server, lacks: "gradient", "layers", "spatial_axes", "rule:" and the name
-    of a gradient rule, or "segmentation"."""
+    """What a method needs and a model or its server lacks: "gradient", "layers", "spatial_axes", "grid_layer", "rule:"
+    and the name of a gradient rule, or "segmentation"."""
 
     capability: str
     reason: str
@@ -146,19 +147,24 @@ class ServedModel:
             rule: name of the gradient rule, or "" for none.
             layers: whether layers are reached.
             spatial_axes: whether an input that moves must have H and W axes.
-            cut: whether layers are explained in the place of inputs, which then need no gradient.
+            cut: whether a request names layers that are explained in the place of inputs, which then need no gradient.
         """
-        if rule and not (self.differentiable or cut):
+        at_layers = not self.signature.differentiable_inputs  # nothing else of the model can be explained
+        if rule and not (self.differentiable or cut or at_layers):
             return MissingCapability("gradient", self.undifferentiable_reason)
-        unknown = self.loaded.layers_refusal or f"backend {self.loaded.backend} has no gradient rule {rule!r}"
-        reason = self.loaded.gradient_rules.get(rule, unknown) if rule else ""
+        reason = self._rule_refusal(rule, cut=cut) if rule else ""
         if reason:
-            return MissingCapability(f"rule:{rule}", reason)
-        if layers and self._layers_refusal:
+            return MissingCapability("gradient" if rule == STANDARD.name else f"rule:{rule}", reason)
+        if (layers or at_layers) and self._layers_refusal:
             return MissingCapability("layers", self._layers_refusal)
         if spatial_axes and not self.signature.has_spatial_axes:
             return MissingCapability("spatial_axes", "no floating-point input states a layout with H and W axes")
         return None
+
+    def _rule_refusal(self, rule: str, *, cut: bool) -> str:
+        """Why the model cannot follow a rule, or "". Layers that a request names may lie behind a gap."""
+        unknown = self.loaded.layers_refusal or f"backend {self.loaded.backend} has no gradient rule {rule!r}"
+        return self.loaded.gradient_rules.get(rule, unknown) or ("" if cut else self.loaded.rule_gap(rule))
 
     @property
     def _layers_refusal(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +77,12 @@ class Layer:
     module: str = ""
     axes: tuple[Axis, ...] = ()
     bypassing_inputs: tuple[str, ...] = ()
+
+
+def explained_layers(layers: Sequence[Layer], configured: Sequence[str]) -> tuple[str, ...]:
+    """Names of the layers to explain where no input can be: those `configured`, else embeddings, else all."""
+    embeddings = tuple(layer.name for layer in layers if layer.operator == "Gather")
+    return tuple(configured) or embeddings or tuple(layer.name for layer in layers)
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,7 @@ def test_methods_of_a_model_of_token_ids_are_those_that_explain_its_layers(stub:
     assert all(methods[name].supported for name in ("integrated_gradients", "gradient", "smooth_grad", "kernel_shap"))
     assert methods["xrai"].missing_capability == methods["grad_cam"].missing_capability == "spatial_axes"
     assert methods["guided_backpropagation"].missing_capability == "rule:guided_backpropagation"
+    assert methods["lrp"].supported and methods["deep_lift"].supported
 
 
 def test_methods_that_have_segments_found_name_what_finds_them(

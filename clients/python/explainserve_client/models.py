@@ -198,7 +198,8 @@ class MethodSupport:
         complete_by_construction: whether they sum to that whatever the number of steps.
         score_before_activation: whether it is defined on the score before the softmax or sigmoid, and explains that
             where a target names no score and the output has a `pre_activation`.
-        missing_capability: "gradient", "layers", "spatial_axes", "rule:<name>" or "segmentation"; "" where supported.
+        missing_capability: "gradient", "layers", "spatial_axes", "grid_layer", "rule:<name>" or "segmentation"; ""
+            where supported.
     """
 
     method: str

@@ -67,7 +67,8 @@ class Memory:
 
     Attributes:
         weight_bytes: the initializers of the file; those of 1 KiB and more are held once and shared by all graphs.
-        gradient_bytes: constants of 1 KiB and more that only gradient graphs have, such as flipped kernels.
+        gradient_bytes: what only gradients take: constants of gradient graphs of 1 KiB and more, such as flipped
+            kernels, patterns, and weights that LRP merged with what is behind them.
         session_bytes: by how much the process grew when sessions were opened: weights packed for speed, and buffers.
             Measured, so only about right; None where it cannot be. Of torch, what CUDA graphs keep on the device.
     """
@@ -136,8 +137,8 @@ class LoadedModel(Protocol):
         signature: inputs and outputs, from the file and its configuration.
         fixed_batch: the file accepts one row at a time only.
         layers: what a person can pick for layer methods, in the order of the graph; empty where the file does not tell.
-        gradient_rules: the rules of backward passes that the backend knows, and why this model cannot follow each: ""
-            where it can. They hold for layers in the place of inputs too, where the inputs have gaps.
+        gradient_rules: the rules of backward passes that the backend knows, and why this model cannot follow each,
+            whatever of it is explained: "" where it can.
         layers_refusal: why layers cannot be tapped, differentiated and cut; "" where they can. Rules that
             `gradient_rules` does not name are refused for the same reason.
         library_versions: of the libraries that compute, by name.
@@ -179,6 +180,14 @@ class LoadedModel(Protocol):
     @property
     def memory(self) -> Memory | None:
         """What it takes now; None where the backend does not tell."""
+        ...
+
+    def rule_gap(self, rule: str) -> str:
+        """Why one of these rules ends between the first output and the inputs, such as an operator that does not have
+        it, or ""; of a model without a floating-point input, and the layers that are explained in their place.
+
+        Searched when it is first asked for, on any thread: a second in a graph of a hundred layers.
+        """
         ...
 
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:

@@ -24,7 +24,7 @@ from explainserve.backends.contract import (
 )
 from explainserve.backends.exported_activation import final_activation
 from explainserve.backends.exported_relevance import explained
-from explainserve.backends.exported_rule import Copies, NoRule, Route, Stated
+from explainserve.backends.exported_rule import Copies, HeldParameters, NoRule, Route, Stated
 from explainserve.backends.exported_rules import HANDED_DOWN, PATTERN_RULES, copy_by
 from explainserve.backends.torch_lrp import BOX_RULES, LRP_RULES
 from explainserve.errors import InvalidRequest
@@ -33,6 +33,13 @@ from explainserve.signature import Layer, ScoreHead, Signature
 
 _MOST_FUNCTIONS = 64
 """Graphs of one model that are kept; the oldest goes first."""
+
+_SEARCHED = {
+    torch_deeplift.RULE: torch_deeplift.RULE,
+    **dict.fromkeys(LRP_RULES, "lrp_epsilon"),
+    **dict.fromkeys(PATTERN_RULES, "pattern_net"),
+}
+"""Rules that not every operator has, by the one whose gaps are theirs too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +81,8 @@ class NamedGraph:
     pre_activations: Mapping[str, Node]
     stated: Stated
     _functions: dict[Differentiation, GraphFunction] = field(default_factory=dict, init=False, repr=False)
+    _held: HeldParameters = field(default_factory=HeldParameters, init=False, repr=False)
+    _gaps: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(
@@ -124,6 +133,11 @@ class NamedGraph:
             self.stated,
         )
 
+    @property
+    def gradient_bytes(self) -> int:
+        """What rules hold beside the weights: patterns, and parameters of layers together with what is behind them."""
+        return sum(pattern.nbytes for pattern in self.stated.patterns.values()) + self._held.byte_count
+
     def layers(self, signature: Signature) -> tuple[Layer, ...]:
         """What a person can pick."""
         nodes, outputs = list(self.module.graph.nodes), set(self.outputs.values())
@@ -131,29 +145,41 @@ class NamedGraph:
         return exported_layers.layers(nodes, self.inputs, outputs | same, signature)
 
     def gradient_rules(self, signature: Signature) -> dict[str, str]:
-        """Every rule, and why the graph cannot follow it: "" where it can."""
-        varying = set().union(*map(dependents, self.inputs.values()))
-        of_lrp = self._first_gap("lrp_epsilon", signature)
-        of_patterns = self._first_gap("pattern_net", signature) if self.stated.patterns else pattern_file.MISSING
+        """See `contract.LoadedModel.gradient_rules`."""
         return {
             **torch_rules.gradient_rules(self.module),
-            torch_deeplift.RULE: torch_deeplift.refusal(self.module.graph.nodes, varying),
-            **dict.fromkeys(LRP_RULES, of_lrp),
-            **dict.fromkeys(BOX_RULES, of_lrp or no_value_range(signature)),
-            **dict.fromkeys(PATTERN_RULES, of_patterns),
+            **dict.fromkeys((torch_deeplift.RULE, *LRP_RULES), ""),
+            **dict.fromkeys(BOX_RULES, no_value_range(signature)),
+            **dict.fromkeys(PATTERN_RULES, "" if self.stated.patterns else pattern_file.MISSING),
         }
 
-    def _first_gap(self, rule: str, signature: Signature) -> str:
-        """Of a rule that not every operator has, or ""; known only between inputs and the first output, or what the
-        softmax or sigmoid takes in which that ends."""
-        if signature.undifferentiable_reason:
+    def rule_gap(self, rule: str, signature: Signature, explained: Sequence[str]) -> str:
+        """See `contract.LoadedModel.rule_gap`.
+
+        Args:
+            explained: names of the layers that are explained where no input can be.
+        """
+        searched = _SEARCHED.get(rule)
+        if searched is None or not signature.differentiable_outputs:
             return ""
-        output, wrt = signature.differentiable_outputs[0], signature.differentiable_inputs
-        head = signature.output(output).head_before_activation
-        try:
-            self._built(Differentiation(output, head, wrt, GradientRule(rule)))
-        except NoRule as refusal:
-            return str(refusal)
+        if searched not in self._gaps:
+            inputs = signature.differentiable_inputs
+            alternatives = [inputs] if inputs else [(name,) for name in explained]
+            output = signature.output(signature.differentiable_outputs[0])
+            functions = [Differentiation(output.name, output.head_before_activation, wrt) for wrt in alternatives]
+            self._gaps[searched] = self._first_gap(searched, functions)
+        return self._gaps[searched]
+
+    def _first_gap(self, rule: str, functions: Iterable[Differentiation]) -> str:
+        """Of a rule in any of these functions, or ""."""
+        for function in functions:
+            layers = tuple(name for name in function.wrt if name not in self.inputs)
+            try:
+                self._built(replace(function, rule=GradientRule(rule), cut=layers))
+            except NoRule as refusal:
+                return str(refusal)
+            except InvalidRequest:  # the output does not depend on the layer
+                continue
         return ""
 
     def function(self, asked: Differentiation) -> GraphFunction:
@@ -201,7 +227,7 @@ class NamedGraph:
         sources = explained if explained.issubset(self.inputs.values()) else frozenset(self.inputs.values())
         without = [node for node in needed if (value := tensor_of(node)) is not None and not value.is_floating_point()]
         varying = frozenset().union(*(dependents(node, without) for node in explained)).intersection(needed)
-        return Route(self.module, self.inputs, sources, explained, varying, frozenset(layers))
+        return Route(self.module, self.inputs, sources, explained, varying, frozenset(layers), self._held)
 
     def _result(self, asked: Differentiation) -> Node:
         results = self.pre_activations if asked.head is ScoreHead.PRE_ACTIVATION else self.outputs

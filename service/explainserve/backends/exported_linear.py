@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from explainserve.backends.aten import arguments, called, is_item, operator, tensor_of
-from explainserve.backends.exported_rule import Copies, NoRule, Route
+from explainserve.backends.exported_rule import Copies, HeldParameters, NoRule, Parameters, Route
 
 CONVOLUTIONS = frozenset(
     {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"}
@@ -30,9 +30,7 @@ _PARTS = {
 """Arguments that are a, w and b, "" for a bias that there is none of; of a product a and w change places too."""
 
 _PRODUCTS = frozenset({"mm", "bmm", "matmul", "addmm"})
-
-Parameters = tuple[Tensor, Tensor | None]
-"""Weights and bias."""
+_VIEWS = frozenset({"view", "reshape", "_unsafe_view"})
 
 Function = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """f(a; w, b)."""
@@ -163,18 +161,32 @@ class MergedLayer:
 
     Attributes:
         maps: in order, each with the name of the argument that it maps.
+        views: nodes between them that give the output another shape.
     """
 
     layer: LinearLayer
     maps: tuple[tuple[Node, str], ...] = ()
+    views: tuple[Node, ...] = ()
 
-    def parameters(self, graph: Graph, copies: Copies) -> Any:
+    def parameters(self, graph: Graph, copies: Copies, held: HeldParameters) -> Any:
         """Weights and bias of all together, in another graph."""
-        parameters = self.layer.parameters(graph, copies)
-        for node, mapped in self.maps:
-            given = {name: _copied(value, copies) for name, value in arguments(node).items() if name != mapped}
-            coefficients = graph.call_function(_coefficients(operator(node), mapped), kwargs=given)
-            parameters = graph.call_function(_merged, (parameters, coefficients, self.layer.channel_axis))
+        alone = self.layer.parameters(graph, copies)
+        if not self.maps:
+            return alone
+        given = [
+            {name: _copied(value, copies) for name, value in arguments(node).items() if name != mapped}
+            for node, mapped in self.maps
+        ]
+        nodes = (self.layer.node, *(node for node, _ in self.maps))
+        return graph.call_function(held.once(nodes, self._together), (alone, given))
+
+    def _together(self, parameters: Parameters, given: Sequence[Mapping[str, Any]]) -> Parameters:
+        """Those of the layer and of the maps behind it, each with its other arguments."""
+        axis = self.layer.channel_axis
+        assert axis is not None, "Nothing is merged into a layer without channels. This is a bug."
+        for (node, mapped), others in zip(self.maps, given, strict=True):
+            coefficients = _COEFFICIENTS[operator(node), mapped](others)
+            parameters = _merged(parameters, coefficients, axis)
         return parameters
 
 
@@ -192,12 +204,13 @@ def merged_layer(node: Node, route: Route) -> MergedLayer | None:
     if mapped is None:
         return None
     given = arguments(node)
-    source = _behind_items(given[mapped])
-    before = None if route.kept.intersection((source, given[mapped])) else merged_layer(source, route)
-    others = [value for name, value in given.items() if name != mapped]
-    if before is None or not _merges(before.layer, node, others):
+    source, views = _behind_views(_behind_items(given[mapped]))
+    before = None if route.kept.intersection((source, given[mapped], *views)) else merged_layer(source, route)
+    if before is None:
         return None
-    return MergedLayer(before.layer, (*before.maps, (node, mapped)))
+    extended = MergedLayer(before.layer, (*before.maps, (node, mapped)), (*before.views, *views))
+    others = [value for name, value in given.items() if name != mapped]
+    return extended if _merges(extended, node, others) else None
 
 
 def _mapped_argument(node: Node, route: Route) -> str | None:
@@ -207,17 +220,20 @@ def _mapped_argument(node: Node, route: Route) -> str | None:
     return varying[0] if known and arguments(node).get("rounding_mode") is None else None
 
 
-def _merges(layer: LinearLayer, node: Node, others: Sequence[Any]) -> bool:
-    """Whether an affine map with these other arguments becomes a part of the layer."""
+def _merges(merged: MergedLayer, node: Node, others: Sequence[Any]) -> bool:
+    """Whether the affine map that is the last of a layer's, with these other arguments, becomes a part of it."""
+    layer = merged.layer
     axis = layer.channel_axis
     stored = [value for value in (layer.weights, layer.bias, *others) if isinstance(value, Node)]
     weights = tensor_of(layer.weights)
-    if axis is None or weights is None or not all(map(_is_stored, stored)):
+    if axis is None or weights is None or not all(map(_is_stored, stored)) or (merged.views and layer.convolves):
         return False
     if operator(node) in NORMALIZATIONS:
-        return layer.trailing == _axis_count(layer.node) - 2
+        return not merged.views and layer.trailing == _axis_count(layer.node) - 2
     tensors = [tensor_of(value) for value in others if isinstance(value, Node)]
-    return all(t is not None and _varies_along(t, layer.trailing, int(weights.shape[axis])) for t in tensors)
+    if any(t is None or t.ndim > _axis_count(merged.views[-1] if merged.views else layer.node) for t in tensors):
+        return False
+    return all(_varies_along(t, layer.trailing, int(weights.shape[axis])) for t in tensors if t is not None)
 
 
 def _varies_along(value: Tensor, trailing: int, count: int) -> bool:
@@ -235,6 +251,20 @@ def _behind_items(node: Node) -> Node:
     return node.all_input_nodes[0] if is_item(node) else node
 
 
+def _behind_views(node: Node) -> tuple[Node, tuple[Node, ...]]:
+    """What a node shows in another shape with the same last axis, and the nodes that do that, in order."""
+    views: list[Node] = []
+    while operator(node) in _VIEWS and _last_extent(node) == _last_extent(node.all_input_nodes[0]):
+        views.insert(0, node)
+        node = node.all_input_nodes[0]
+    return node, tuple(views)
+
+
+def _last_extent(node: Node) -> Any:
+    value = tensor_of(node)
+    return value.shape[-1] if value is not None and value.ndim else None
+
+
 def _axis_count(node: Node) -> int:
     value = tensor_of(node)
     return 0 if value is None else value.ndim
@@ -242,13 +272,6 @@ def _axis_count(node: Node) -> int:
 
 def _copied(value: Any, copies: Copies) -> Any:
     return copies[value] if isinstance(value, Node) else value
-
-
-def _coefficients(name: str, mapped: str) -> Callable[..., Coefficients]:
-    def coefficients(**given: Any) -> Coefficients:
-        return _COEFFICIENTS[name, mapped](given)
-
-    return coefficients
 
 
 def _merged(parameters: Parameters, coefficients: Coefficients, axis: int) -> Parameters:

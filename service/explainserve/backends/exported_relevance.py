@@ -23,11 +23,10 @@ from explainserve.backends.exported_linear import (
     Function,
     LinearLayer,
     MergedLayer,
-    Parameters,
     is_linear,
     merged_layer,
 )
-from explainserve.backends.exported_rule import Copies, Copy, NoRule, Route, Stated
+from explainserve.backends.exported_rule import Copies, Copy, NoRule, Parameters, Route, Stated
 from explainserve.backends.torch_lrp import Distribution, Layer, LrpRules, stabilized
 
 ROUTING = frozenset(
@@ -111,7 +110,11 @@ class _Relevance:
             distribution = rules.first
             ends = self._at_bounds(graph, layer, copies) if rules.boxed else None
         operation = _distributing(layer.function, distribution, _is_rectified(layer.source))
-        return graph.call_function(operation, (copies[layer.source], merged.parameters(graph, copies), ends))
+        parameters = merged.parameters(graph, copies, self._route.held)
+        z = graph.call_function(operation, (copies[layer.source], parameters, ends))
+        for view in merged.views:
+            z = graph.node_copy(view, ChainMap({view.all_input_nodes[0]: z}, dict(copies)).__getitem__)
+        return z
 
     def _at_bounds(self, graph: Graph, layer: LinearLayer, copies: Copies) -> tuple[Node, Node]:
         """The layer's input where the inputs of the model have their least and their greatest values. What is in front

@@ -30,6 +30,32 @@ class Stated:
     patterns: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+Parameters = tuple[Tensor, Tensor | None]
+"""Weights and bias."""
+
+
+class HeldParameters:
+    """Parameters that several nodes of a graph make together: computed when they are first needed, and then held."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[Node, ...], Parameters] = {}
+
+    def once(self, nodes: tuple[Node, ...], compute: Callable[..., Parameters]) -> Callable[..., Parameters]:
+        """`compute`, which is called the first time only."""
+
+        def parameters(*given: Any) -> Parameters:
+            if nodes not in self._held:
+                self._held[nodes] = compute(*given)
+            return self._held[nodes]
+
+        return parameters
+
+    @property
+    def byte_count(self) -> int:
+        """Of all that is held."""
+        return sum(t.nbytes for parameters in list(self._held.values()) for t in parameters if t is not None)
+
+
 @dataclass(frozen=True, eq=False)
 class Route:
     """What a backward pass goes through.
@@ -41,6 +67,7 @@ class Route:
         explained: nodes from whose values gradients are taken.
         varying: nodes between those and the output, both included.
         kept: nodes that stay apart from what is behind them.
+        held: parameters of the graph's layers together with what is behind them.
     """
 
     module: GraphModule
@@ -49,6 +76,7 @@ class Route:
     explained: frozenset[Node]
     varying: frozenset[Node]
     kept: frozenset[Node]
+    held: HeldParameters
 
     def passes(self, node: Node) -> bool:
         """Whether the backward pass goes through a node, not only from or to it."""

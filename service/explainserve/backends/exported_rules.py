@@ -34,7 +34,7 @@ def _derivative(route: Route, stated: Stated) -> Copy:
 
 
 def _deeplift(route: Route, stated: Stated) -> Copy:
-    return torch_deeplift.copied
+    return torch_deeplift.deeplift_rule(route)
 
 
 def _of_rectifiers(name: str, route: Route, stated: Stated) -> Copy:

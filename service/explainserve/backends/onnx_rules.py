@@ -34,12 +34,21 @@ from explainserve.onnx_vjp import (
 from explainserve.plan import STANDARD, GradientRule
 from explainserve.signature import Signature
 
+_SEARCHED = {
+    STANDARD.name: STANDARD.name,
+    "deeplift_rescale": "deeplift_rescale",
+    **dict.fromkeys(LRP_RULES, "lrp_epsilon"),
+    **dict.fromkeys(PATTERN_RULES, "pattern_net"),
+}
+"""Rules that not every operator has, by the one whose gaps are theirs too."""
+
 
 class OnnxRules:
     """The gradient rules of a model.
 
     Args:
         patterns: of linear layers, by name.
+        explained: names of the tensors that are explained where a request says nothing else.
     """
 
     def __init__(
@@ -49,28 +58,41 @@ class OnnxRules:
         weights: Weights,
         patterns: Mapping[str, NDArray[np.float32]],
         precision: Precision,
+        explained: Sequence[str],
     ) -> None:
         self._graph = graph
         self._signature = signature
         self._weights = weights
         self._patterns = patterns
         self._precision = precision
+        self._explained = explained
+        self._gaps: dict[str, str] = {}
 
-    def refusals(self, layers: Sequence[str], *, differentiable: bool) -> dict[str, str]:
-        """Every rule, and why the model cannot follow it; rules for rectifiers towards layers where no input moves."""
+    @property
+    def pattern_bytes(self) -> int:
+        """Of the patterns."""
+        return sum(pattern.nbytes for pattern in self._patterns.values())
+
+    def refusals(self, layers: Sequence[str]) -> dict[str, str]:
+        """See `contract.LoadedModel.gradient_rules`; rules for rectifiers towards `layers` where no input moves."""
         if self._precision is Precision.FLOAT16:
             return {STANDARD.name: ""}
-        first_gap = self._first_gap if differentiable else lambda rule: ""
-        unbounded = no_value_range(self._signature)
-        of_lrp = first_gap("lrp_epsilon")
         return {
-            STANDARD.name: "",
-            "deeplift_rescale": first_gap("deeplift_rescale"),
+            **dict.fromkeys((STANDARD.name, "deeplift_rescale", *LRP_RULES), ""),
             **dict.fromkeys(RECTIFIER_RULES, self._unrectified(self._signature.differentiable_inputs or layers)),
-            **dict.fromkeys(LRP_RULES, of_lrp),
-            **dict.fromkeys(BOX_RULES, of_lrp or unbounded),
-            **dict.fromkeys(PATTERN_RULES, first_gap("pattern_net") if self._patterns else pattern_file.MISSING),
+            **dict.fromkeys(BOX_RULES, no_value_range(self._signature)),
+            **dict.fromkeys(PATTERN_RULES, "" if self._patterns else pattern_file.MISSING),
         }
+
+    def gap(self, rule: str) -> str:
+        """See `contract.LoadedModel.rule_gap`; inputs have none of the standard rule, or are not explained by any."""
+        searched = _SEARCHED.get(rule)
+        if searched is None or self._precision is Precision.FLOAT16 or (rule in PATTERN_RULES and not self._patterns):
+            return ""
+        if searched not in self._gaps:
+            known = rule == STANDARD.name and self._signature.differentiable_inputs
+            self._gaps[searched] = "" if known else self._first_gap(searched)
+        return self._gaps[searched]
 
     def _unrectified(self, wrt: Sequence[str]) -> str:
         """Why rules for rectifiers are not defined, or ""."""
@@ -81,9 +103,11 @@ class OnnxRules:
             return str(error)
 
     def _first_gap(self, rule: str) -> str:
-        """Of a rule that not every operator has, or ""; known only between inputs and the first output, or what the
-        softmax or sigmoid takes in which that ends."""
-        wrt, output = self._signature.differentiable_inputs, self._signature.differentiable_outputs[0]
+        """Of a rule that not every operator has, or ""; known only towards the first output, or what the softmax or
+        sigmoid takes in which that ends."""
+        if not (self._explained and self._signature.differentiable_outputs):
+            return ""
+        wrt, output = self._explained, self._signature.differentiable_outputs[0]
         head = self._signature.output(output).head_before_activation
         graph, score = append_score_head(self._graph, output, head.value, axis=1)
         table, weights = self.table(GradientRule(rule), wrt), self._weights.of(graph)

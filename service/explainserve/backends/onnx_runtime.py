@@ -7,7 +7,7 @@ without a gradient never pay for the backward part, and rows of several targets 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +50,7 @@ from explainserve.errors import EvaluationFailed, ModelRefused, Unsupported
 from explainserve.model_config import ModelConfig, Precision
 from explainserve.onnx_vjp.opset import OLDEST as OLDEST_OPSET
 from explainserve.plan import Differentiation, Rows, SegmentEvaluation
-from explainserve.signature import Axis, Layer, ScoreHead, Signature
+from explainserve.signature import Axis, Layer, ScoreHead, Signature, explained_layers
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,8 @@ def load(path: Path, config: ModelConfig, options: LoadOptions) -> OnnxModel:
         model, weights = _converted(model, weights, signature)
     fixed = bool(unbatched) or not free
     patterns = pattern_file.read(path)
-    loaded = OnnxModel(model, weights, signature, frozenset(unbatched), fixed, options, layers, patterns)
+    explained = signature.differentiable_inputs or explained_layers(layers, config.layers)
+    loaded = OnnxModel(model, weights, signature, frozenset(unbatched), fixed, options, layers, patterns, explained)
     loaded.verify()
     loaded.choose_division()
     return loaded
@@ -130,9 +131,10 @@ class OnnxModel:
         options: LoadOptions,
         layers: tuple[Layer, ...],
         patterns: Mapping[str, NDArray[np.float32]],
+        explained: Sequence[str],
     ) -> None:
         """`unbatched` names the inputs and outputs whose arrays in the graph lack the batch axis, `patterns` those of
-        linear layers by name.
+        linear layers by name; see `OnnxRules` for `explained`.
         """
         self.signature = signature
         self.fixed_batch = fixed_batch
@@ -145,14 +147,12 @@ class OnnxModel:
         self._held_bytes = weights.byte_count
         self._file_bytes = self._held_bytes + stored_bytes(graph.graph)
         self._options = options
-        self._rules = OnnxRules(graph, signature, weights, patterns, options.precision)
+        self._rules = OnnxRules(graph, signature, weights, patterns, options.precision, explained)
         self._functions = OnnxFunctions(graph, weights, signature, unbatched, fixed_batch, options, self._rules)
         self._on_one_thread: OnnxFunctions | None = None
         self._team: Team | None = None
         self.layers = layers
-        self.gradient_rules: Mapping[str, str] = self._rules.refusals(
-            [layer.name for layer in layers], differentiable=self._functions.differentiable
-        )
+        self.gradient_rules: Mapping[str, str] = self._rules.refusals([layer.name for layer in layers])
         self.layers_refusal = _layers_refusal(unbatched, options.precision)
 
     @property
@@ -171,6 +171,10 @@ class OnnxModel:
     def gradient_mode(self) -> str:
         """See `contract.LoadedModel`."""
         return "gradient_graph" if self._functions.differentiable else "black_box"
+
+    def rule_gap(self, rule: str) -> str:
+        """See `contract.LoadedModel`."""
+        return "" if self._functions.gaps else self._rules.gap(rule)
 
     def evaluate(self, rows: Rows) -> tuple[SegmentEvaluation, ...]:
         """See `contract.LoadedModel`. Everything about rows is done inside the graph; see `onnx_rows`."""
@@ -234,7 +238,7 @@ class OnnxModel:
         known = [count for count in sessions if count is not None]
         return Memory(
             self._file_bytes,
-            self._weights.byte_count - self._held_bytes,
+            self._weights.byte_count - self._held_bytes + self._rules.pattern_bytes,
             sum(known) if len(known) == len(sessions) else None,
         )
 

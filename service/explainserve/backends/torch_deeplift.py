@@ -7,7 +7,7 @@ derivative. What ONNX graphs have beside it, products of two tensors that vary, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from explainserve.backends.aten import arguments, operator
+from explainserve.backends.exported_rule import Copies, Copy, NoRule, Route
 from explainserve.signature import ScoreHead
 
 RULE = "deeplift_rescale"
@@ -46,16 +47,17 @@ _POOLS = frozenset({"max_pool1d", "max_pool2d", "max_pool3d"})
 _SOFTMAX = frozenset({"softmax", "log_softmax"})
 
 
-def refusal(nodes: Iterable[Node], varying: Collection[Node]) -> str:
-    """The first operator without a rule, or "".
+def deeplift_rule(route: Route) -> Copy:
+    """The rescale rule on a route."""
 
-    Args:
-        varying: nodes that depend on an input.
-    """
-    return next((reason for node in nodes if node in varying and (reason := _lacking(node, varying))), "")
+    def copied(graph: Graph, node: Node, copies: Copies) -> Node:
+        _check(node, route.varying)
+        return _copied(graph, node, copies)
+
+    return copied
 
 
-def copied(graph: Graph, node: Node, copies: Mapping[Node, Any]) -> Node:
+def _copied(graph: Graph, node: Node, copies: Copies) -> Node:
     """A node of another graph in this one, where it has the rule."""
     name = operator(node)
     if name in _OF_ONE_TENSOR:
@@ -162,11 +164,14 @@ def _with_zeros(own: Tensor) -> Tensor:
     return torch.cat([own, torch.zeros_like(own)])
 
 
-def _lacking(node: Node, varying: Collection[Node]) -> str:
+def _check(node: Node, varying: Collection[Node]) -> None:
+    """Raises NoRule."""
     name = operator(node)
     if node.op != "call_function" or name in _LINEAR or name in _POOLS or name in _SOFTMAX:
-        return ""
+        return
     factors = [value for value in arguments(node).values() if isinstance(value, Node) and value in varying]
-    if name in _OF_ONE_TENSOR or (name in _BILINEAR and not (name == "div" and arguments(node)["other"] in factors)):
-        return "" if len(factors) == 1 else f"{node.name}: DeepLIFT has no rule here for {name} of several tensors"
-    return f"{node.name}: DeepLIFT has no rule here for {name or node.target}"
+    of_quotient = name == "div" and arguments(node)["other"] in factors
+    if of_quotient or name not in _OF_ONE_TENSOR | _BILINEAR:
+        raise NoRule(node, "DeepLIFT has no rule for it here")
+    if len(factors) > 1:
+        raise NoRule(node, "DeepLIFT has no rule for it here where several tensors vary")

@@ -117,7 +117,14 @@ def _read_model(path: Path, config: ModelConfig, options: LoadOptions) -> TorchM
     arithmetic = Arithmetic.of(config.precision, device, signature)
     weight_bytes = sum(weights.nbytes for weights in program.state_dict.values())
     model = TorchModel(
-        "torch.export", signature, forward, arithmetic, fixed_batch, weight_bytes=weight_bytes, named=named
+        "torch.export",
+        signature,
+        forward,
+        arithmetic,
+        fixed_batch,
+        weight_bytes=weight_bytes,
+        named=named,
+        configured_layers=config.layers,
     )
     model.gaps = gradient_gaps(model, _captured_no_grad(program))
     return _laid_out(model, forward, lambda: _in_channels_last(model, program, named), options)

@@ -30,7 +30,7 @@ from explainserve.errors import (
     is_out_of_memory,
 )
 from explainserve.plan import STANDARD, Differentiation, Rows, SegmentEvaluation, Selector
-from explainserve.signature import Layer, OutputSpec, ScoreHead, Signature
+from explainserve.signature import Layer, OutputSpec, ScoreHead, Signature, explained_layers
 
 Forward = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Outputs of a batch, in the order of the signature, from its inputs in that order."""
@@ -45,6 +45,9 @@ _UNNAMED = (
 )
 
 _NARROW = "the model is evaluated in sixteen bits; serve it in float32"
+
+MOST_EXPLAINED = 8
+"""Layers in the place of inputs from which rules are searched for gaps."""
 
 _AT_START = " at the start"
 """Marks what an input or layer is at the start of the path."""
@@ -65,6 +68,7 @@ class TorchModel:
         named: the graph of `forward`, where the file tells it, for functions that reach layers or follow a rule.
         pre_activations: the same as `forward` without the softmax or sigmoid in which outputs end, where the file shows
             it without a graph.
+        configured_layers: those that the model's owner picked.
         memory_format: of the images that `forward` is given.
 
     Attributes:
@@ -86,6 +90,7 @@ class TorchModel:
         weight_bytes: int = 0,
         named: NamedGraph | None = None,
         pre_activations: Forward | None = None,
+        configured_layers: Sequence[str] = (),
     ) -> None:
         self.backend = backend
         self.signature = signature
@@ -95,6 +100,7 @@ class TorchModel:
         self._arithmetic = arithmetic
         self.layers: tuple[Layer, ...] = named.layers(signature) if named else ()
         self.gradient_rules: Mapping[str, str] = {STANDARD.name: ""} if named is None else self._rules(named)
+        self._explained = explained_layers(self.layers, configured_layers)[:MOST_EXPLAINED]
         self.layers_refusal = _UNNAMED if named is None else _unbatched(signature)
         self.library_versions: Mapping[str, str] = {"torch": str(torch.__version__)}
         self._weight_bytes = weight_bytes
@@ -151,6 +157,10 @@ class TorchModel:
             rules[torch_deeplift.RULE] = "the file takes one row at a time, and the rule compares two at once"
         return rules
 
+    def rule_gap(self, rule: str) -> str:
+        """See `contract.LoadedModel`."""
+        return "" if self._named is None else self._named.rule_gap(rule, self.signature, self._explained)
+
     def _new_graphs(self) -> Graphs | None:
         return None if self._queue.record is None else Graphs(self._queue.record)
 
@@ -167,7 +177,8 @@ class TorchModel:
     @property
     def memory(self) -> Memory:
         """See `contract.LoadedModel`: the only sessions are what is recorded."""
-        return Memory(self._weight_bytes, 0, 0 if self._graphs is None else self._graphs.byte_count)
+        of_rules = 0 if self._named is None else self._named.gradient_bytes
+        return Memory(self._weight_bytes, of_rules, 0 if self._graphs is None else self._graphs.byte_count)
 
     @property
     def runs_ahead(self) -> bool:

@@ -6,8 +6,11 @@ import dataclasses
 
 from google.protobuf.duration_pb2 import Duration
 
+from explainserve.errors import InvalidRequest, Unsupported
+from explainserve.explanation import Subject
 from explainserve.methods import METHODS, Method, superpixels
 from explainserve.methods.contract import Needs
+from explainserve.methods.grids import grid
 from explainserve.repository import ModelEntry
 from explainserve.rpc.provenance import duration, noise_floor
 from explainserve.rpc.tensors import data_type
@@ -147,10 +150,11 @@ def input_spec(spec: InputSpec) -> model_pb2.InputSpec:
 def _method_support(name: str, method: type[Method], model: ServedModel) -> model_pb2.MethodSupport:
     default = method()
     guide, needs = default.reading_guide, default.needs
-    at_layers = not model.signature.differentiable_inputs  # nothing else of the model can be explained
-    missing = model.missing(
-        needs.rule, layers=needs.layers or at_layers, spatial_axes=needs.spatial_axes, cut=at_layers
-    ) or _missing_segmentation(needs, model.signature)
+    missing = (
+        model.missing(needs.rule, layers=needs.layers, spatial_axes=needs.spatial_axes)
+        or _missing_grid(needs, model)
+        or _missing_segmentation(needs, model.signature)
+    )
     return model_pb2.MethodSupport(
         method=name,
         supported=missing is None,
@@ -158,6 +162,30 @@ def _method_support(name: str, method: type[Method], model: ServedModel) -> mode
         missing_capability=missing.capability if missing else "",
         reading_guide=model_pb2.ReadingGuide(**dataclasses.asdict(guide)),
     )
+
+
+def _missing_grid(needs: Needs, model: ServedModel) -> MissingCapability | None:
+    """Of methods that read a layer as a grid over an image; unknown where the extents of inputs are."""
+    signature = model.signature
+    shapes = {
+        spec.name: tuple(axis.size for axis in spec.instance_axes if axis.size is not None)
+        for spec in signature.inputs
+        if spec.differentiable
+    }
+    known = all(len(shape) == len(signature.input(name).instance_axes) for name, shape in shapes.items())
+    if not (needs.layers and needs.spatial_axes and known):
+        return None
+    subject = Subject(
+        maps={name: signature.input(name).map_spec for name in shapes},
+        shapes=shapes,
+        layers=model.layers,
+        configured_layers=model.config.layers,
+    )
+    try:
+        grid(subject, None)
+    except (InvalidRequest, Unsupported) as refusal:
+        return MissingCapability("grid_layer", refusal.message)
+    return None
 
 
 def _missing_segmentation(needs: Needs, signature: Signature) -> MissingCapability | None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from explainserve.errors import InvalidRequest, Unsupported
 from explainserve.explanation import Instance, Subject
 from explainserve.served_model import ServedModel
-from explainserve.signature import Layer, MapSpec
+from explainserve.signature import Layer, MapSpec, explained_layers
 
 NAMED_LAYERS = 8
 """Layers that an error lists; the model's metadata has all of them."""
@@ -76,13 +76,6 @@ def moving_inputs(model: ServedModel, fixed_inputs: Sequence[str], *, explains_l
             if not signature.differentiable_inputs
             else "every floating-point input is in fixed_inputs",
             inputs=", ".join(spec.name for spec in signature.inputs),
-            layers=", ".join(_explainable(model)),
+            layers=", ".join(explained_layers(model.loaded.layers, model.config.layers)[:NAMED_LAYERS]),
         )
     return moving
-
-
-def _explainable(model: ServedModel) -> tuple[str, ...]:
-    """Tensors that can be explained where no input can: those configured, else embeddings, else the first layers."""
-    layers = model.loaded.layers
-    embeddings = tuple(layer.name for layer in layers if layer.operator == "Gather")
-    return (model.config.layers or embeddings or tuple(layer.name for layer in layers))[:NAMED_LAYERS]

@@ -124,7 +124,9 @@ class Servicer(ExplainerServiceServicer):
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """All that the server knows of one model."""
         model = self._model(request.model)
-        return pb.GetModelResponse(model=model_messages.model_message(self._repository.entry(model), model))
+        entry = self._repository.entry(model)
+        # the first look at a model searches its graph for what its methods lack
+        return pb.GetModelResponse(model=await asyncio.to_thread(model_messages.model_message, entry, model))
 
     async def EstimateCost(self, request: pb.EstimateCostRequest, context: Context) -> pb.EstimateCostResponse:
         """What an Explain request would cost."""

@@ -710,8 +710,9 @@ class MethodSupport(_message.Message):
     reason: _builtins.str
     """The missing capability, in words; empty where supported."""
     missing_capability: _builtins.str
-    """The missing capability by name: "gradient", "layers", "spatial_axes" (no floating-point input has H and W axes), "rule:" and
-    the name of a gradient rule, or "segmentation" (the server lacks scikit-image, which finds segments); empty where supported.
+    """The missing capability by name: "gradient", "layers", "spatial_axes" (no floating-point input has H and W axes), "grid_layer"
+    (no layer is known to lie over an image as a grid), "rule:" and the name of a gradient rule, or "segmentation" (the server
+    lacks scikit-image, which finds segments); empty where supported.
     """
     @_builtins.property
     def reading_guide(self) -> Global___ReadingGuide:
@@ -814,8 +815,8 @@ class Memory(_message.Message):
     weight_bytes: _builtins.int
     """Initializers of the file; those of 1 KiB and more are held once and shared by all graphs."""
     gradient_bytes: _builtins.int
-    """Constants of 1 KiB and more that only gradient graphs have, such as flipped kernels. Grows when a new kind of gradient is
-    first asked for.
+    """What only gradients take: constants of gradient graphs of 1 KiB and more, such as flipped kernels, patterns, and weights that
+    LRP merged with what is behind them. Grows when a new kind of gradient is first asked for.
     """
     session_bytes: _builtins.int
     """By how much the server's memory grew when sessions were opened: weights packed for speed, and buffers. Measured, so only
