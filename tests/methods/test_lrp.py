@@ -24,8 +24,7 @@ def options_of(method: Lrp) -> dict[str, float]:
 
 
 def test_a_rule_is_asked_for_with_the_options_that_concern_it() -> None:
-    """So that methods that differ in others share their rows."""
-    assert options_of(Lrp("epsilon", epsilon=0.1, gamma=3.0)) == {"epsilon": 0.1}
+    assert options_of(Lrp("epsilon", epsilon=0.1)) == {"epsilon": 0.1}
     assert options_of(Lrp("gamma", gamma=3.0)) == {"epsilon": 1e-6, "gamma": 3.0}
     assert options_of(Lrp("alpha_beta")) == {"epsilon": 1e-6, "alpha": 2.0}
 
@@ -39,8 +38,12 @@ def test_a_method_needs_its_own_rule(rule: str) -> None:
     ("options", "reason"),
     [
         ({"epsilon": 0.0}, "OPTION_OUT_OF_RANGE"),
-        ({"gamma": -1.0}, "OPTION_OUT_OF_RANGE"),
-        ({"alpha": 0.5}, "OPTION_OUT_OF_RANGE"),
+        ({"rule": "gamma", "gamma": -1.0}, "OPTION_OUT_OF_RANGE"),
+        ({"rule": "alpha_beta", "alpha": 0.5}, "OPTION_OUT_OF_RANGE"),
+        ({"gamma": 0.5}, "OPTION_WITHOUT_EFFECT"),
+        ({"rule": "alpha_beta", "gamma": 0.5}, "OPTION_WITHOUT_EFFECT"),
+        ({"rule": "deep_taylor", "alpha": 2.0}, "OPTION_WITHOUT_EFFECT"),
+        ({"rule": "epsilon_gamma_box", "alpha": 2.0}, "OPTION_WITHOUT_EFFECT"),
         ({"rule": "flat"}, "ENUM_UNKNOWN"),
     ],
 )
@@ -48,6 +51,12 @@ def test_bad_options_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         Lrp(**options)
     assert refused.value.reason == reason
+
+
+def test_only_options_that_the_rule_has_are_stated() -> None:
+    assert (Lrp().gamma, Lrp().alpha) == (None, None)
+    assert (Lrp("epsilon_gamma_box").gamma, Lrp("epsilon_gamma_box").alpha) == (0.25, None)
+    assert (Lrp("alpha_beta").gamma, Lrp("alpha_beta").alpha) == (None, 2.0)
 
 
 def test_rules_that_are_independent_of_later_layers_say_so() -> None:

@@ -92,7 +92,7 @@ def test_several_inputs_are_masked_together() -> None:
 def test_the_grid_fits_small_inputs_and_is_stated() -> None:
     assert Rise().resolved(picture().subject).grid_size == 7
     assert Rise().resolved(picture(height=3).subject).grid_size == 3
-    assert Rise().resolved(table().subject).grid_size == 7
+    assert Rise().resolved(table().subject).grid_size is None
 
 
 def test_time_that_ends_leaves_the_map_of_the_masks_that_are_done(monkeypatch: Any) -> None:
@@ -119,3 +119,9 @@ def test_bad_options_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         explain(Rise(**options), TOTAL, picture())
     assert refusal.value.reason == reason
+
+
+def test_a_grid_without_axes_for_it_is_refused() -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        Rise(grid_size=3).resolved(table().subject)
+    assert (refusal.value.reason, refusal.value.metadata["option"]) == ("OPTION_WITHOUT_EFFECT", "grid_size")

@@ -115,3 +115,12 @@ def test_an_input_without_a_grid_is_refused() -> None:
     with pytest.raises(Unsupported) as refused:
         explained(Xrai(), layout="")
     assert refused.value.reason == "NO_SPATIAL_AXES"
+
+
+def test_steps_of_a_given_base_map_are_refused() -> None:
+    given = Xrai(segments=masks(ALL), base_map=np.ones((4, 6)))
+    with pytest.raises(InvalidRequest) as refused:
+        Xrai(segments=masks(ALL), base_map=np.ones((4, 6)), step_count=100)
+
+    assert (refused.value.reason, refused.value.metadata["option"]) == ("OPTION_WITHOUT_EFFECT", "step_count")
+    assert (given.step_count, Xrai().step_count) == (None, 100)

@@ -375,6 +375,32 @@ METHODS = {
     "no method in a method": Case(plain(methods=[{}]), INVALID, "METHOD_REQUIRED"),
     "priority": Case(plain(priority=11), INVALID, "PRIORITY_OUT_OF_RANGE", {"priority": "11"}),
     "time budget": Case(plain(time_budget={"seconds": -1}), INVALID, "TIME_BUDGET_INVALID"),
+    **{
+        f"LRP {option} under {rule}": Case(
+            plain(methods=[{"lrp": {"rule": f"LRP_RULE_{rule}", option: value}}]),
+            INVALID,
+            "OPTION_WITHOUT_EFFECT",
+            {"method": "Lrp", "option": option, "value": str(value)},
+        )
+        for rule, option, value in (
+            ("UNSPECIFIED", "gamma", 0.25),
+            ("EPSILON", "gamma", 0.5),
+            ("ALPHA_BETA", "gamma", 0.5),
+            ("GAMMA", "alpha", 2.0),
+        )
+    },
+    "XRAI steps of a given base map": Case(
+        image(methods=[{"xrai": {"base_map": encode(normal(6, 8)), "step_count": 100}}]),
+        INVALID,
+        "OPTION_WITHOUT_EFFECT",
+        {"method": "Xrai", "option": "step_count", "value": "100"},
+    ),
+    "RISE grid over a vector": Case(
+        plain(methods=[{"rise": {"grid_size": 2}}]),
+        INVALID,
+        "OPTION_WITHOUT_EFFECT",
+        {"method": "Rise", "option": "grid_size", "value": "2"},
+    ),
     "no gradient": Case(
         request("gap", {"x": normal(1, 2, 2)}, targets=[element()]),
         PRECONDITION,

@@ -281,8 +281,8 @@ class Lrp:
         rule: "composite" (server default: epsilon in dense layers, z+ in convolutions, flat in the first), "epsilon",
             "gamma", "alpha_beta", "epsilon_gamma_box" or "deep_taylor"; the last two need the value range of the input.
         epsilon: added to denominators. Server default 1e-6.
-        gamma: of "gamma" and "epsilon_gamma_box". Server default 0.25.
-        alpha: of "alpha_beta", at least 1. Server default 2.
+        gamma: of "gamma" and "epsilon_gamma_box" alone. Server default 0.25.
+        alpha: of "alpha_beta" alone, at least 1. Server default 2.
     """
 
     rule: str | None = None
@@ -324,7 +324,7 @@ class Rise:
 
     Attributes:
         sample_count: of masks, at least 2. Server default 4000.
-        grid_size: cells of the coarse mask along H and W. Server default 7.
+        grid_size: cells of the coarse mask along H and W, for inputs with these axes. Server default 7.
         keep_probability: of a cell, in (0, 1). Server default 0.5.
         seed: at least 0. Server default 0.
     """
@@ -401,7 +401,7 @@ class Xrai:
     """XRAI (Kapishnikov et al. 2019): regions in the order of their mean attribution, a map of shape (H, W).
 
     Attributes:
-        step_count: of each of the two base maps, at least 1. Server default 100.
+        step_count: of each of the two base maps, at least 1, where the server makes them. Server default 100.
         segments: bool masks, shape (segments, H, W), which may overlap. Server default: Felzenszwalb's at six scales.
         base_map: in place of the server's, shape of the input or (H, W).
     """

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from explainserve.errors import InvalidRequest
 from explainserve.methods.contract import ReadingGuide
 from explainserve.methods.instance_gradient import InstanceGradient
-from explainserve.methods.sampling import check_option
+from explainserve.methods.sampling import check_has_effect, check_option
 from explainserve.plan import GradientRule
 
 _OPTIONS = {
@@ -23,6 +23,9 @@ _OPTIONS = {
 }
 """What each rule has a say in."""
 
+_DEFAULTS = {"gamma": 0.25, "alpha": 2.0}
+"""Of options that only some rules have."""
+
 _INDEPENDENT_OF_LATER_LAYERS = frozenset({"alpha_beta", "composite", "deep_taylor"})
 """Those with z+ or alpha-beta within, by Sixt, Granz, Landgraf: When Explanations Lie, ICML 2020."""
 
@@ -32,6 +35,8 @@ class Lrp(InstanceGradient):
     """The score, handed down layer by layer in proportion to contributions: sums to it less what biases and epsilon
     absorb.
 
+    After construction every option that the rule has is set to its effective value, and the others are None.
+
     Attributes:
         rule: a key of `_OPTIONS`.
         epsilon: of all denominators, positive.
@@ -39,20 +44,27 @@ class Lrp(InstanceGradient):
         alpha: at least 1; beta is alpha - 1.
 
     Raises:
-        InvalidRequest: OPTION_OUT_OF_RANGE, ENUM_UNKNOWN.
+        InvalidRequest: OPTION_OUT_OF_RANGE, OPTION_WITHOUT_EFFECT, ENUM_UNKNOWN.
     """
 
     rule: str = "composite"
     epsilon: float = 1e-6
-    gamma: float = 0.25
-    alpha: float = 2.0
+    gamma: float | None = None
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         if self.rule not in _OPTIONS:
             raise InvalidRequest("ENUM_UNKNOWN", f"LRP has no rule {self.rule!r}", field="rule", value=self.rule)
         check_option("epsilon", self.epsilon)
-        check_option("gamma", self.gamma)
-        check_option("alpha", self.alpha, low=1.0, above=False)
+        for option, default in _DEFAULTS.items():
+            if option not in _OPTIONS[self.rule]:
+                check_has_effect(self, option, f"under the rule {self.rule}")
+            elif getattr(self, option) is None:
+                object.__setattr__(self, option, default)
+        if self.gamma is not None:
+            check_option("gamma", self.gamma)
+        if self.alpha is not None:
+            check_option("alpha", self.alpha, low=1.0, above=False)
 
     @property
     def reading_guide(self) -> ReadingGuide:

@@ -16,6 +16,7 @@ from explainserve.methods.contract import FLOAT32_BYTES, WORKING_ARRAYS, Cost, M
 from explainserve.methods.planes import laid_over
 from explainserve.methods.rows import point
 from explainserve.methods.sampling import (
+    check_has_effect,
     check_option,
     check_sample_count,
     check_seed,
@@ -82,12 +83,13 @@ class Rise(Method):
 
     Attributes:
         sample_count: of masks, at least 2.
-        grid_size: cells along H and W, at most their extents. None for 7, or less for small inputs.
+        grid_size: cells along H and W, at most their extents. None becomes 7, or less for small inputs, but for
+            inputs without these axes.
         keep_probability: of a cell, and the masks' expected value, in (0, 1).
         seed: at least 0; mask k is drawn by the seed sequence (seed, k, position of the input).
 
     Raises:
-        InvalidRequest: SAMPLE_COUNT_OUT_OF_RANGE, SEED_OUT_OF_RANGE, OPTION_OUT_OF_RANGE.
+        InvalidRequest: SAMPLE_COUNT_OUT_OF_RANGE, SEED_OUT_OF_RANGE, OPTION_OUT_OF_RANGE, OPTION_WITHOUT_EFFECT.
     """
 
     reading_guide: ClassVar[ReadingGuide] = ReadingGuide(
@@ -126,8 +128,11 @@ class Rise(Method):
 
     def resolved(self, subject: Subject) -> Self:
         """With the size of the grid, which fits all inputs that have H and W axes."""
-        planes = [_plane(subject, name) for name in subject.shapes]
-        most = min((extent for plane in planes for extent in plane), default=DEFAULT_GRID_SIZE)
+        extents = [extent for name in subject.shapes for extent in _plane(subject, name)]
+        if not extents:
+            check_has_effect(self, "grid_size", "where nothing that moves has H and W axes")
+            return self
+        most = min(extents)
         if self.grid_size is None:
             return replace(self, grid_size=min(DEFAULT_GRID_SIZE, most))
         check_option("grid_size", self.grid_size, low=1, high=most, above=False)

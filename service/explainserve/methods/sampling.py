@@ -117,3 +117,21 @@ def check_option(
             min=low,
             max=high,
         )
+
+
+def check_has_effect(method: object, option: str, why_not: str) -> None:
+    """Raises InvalidRequest (OPTION_WITHOUT_EFFECT) for an option that is given where the others leave it no effect.
+
+    Args:
+        why_not: why it has none, after "has no effect".
+    """
+    value = getattr(method, option)
+    if value is not None:
+        kind = type(method).__name__
+        raise InvalidRequest(
+            "OPTION_WITHOUT_EFFECT",
+            f"{option} {value} of {kind} has no effect {why_not}; leave it out",
+            method=kind,
+            option=option,
+            value=value,
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,12 @@ from explainserve.methods.contract import FLOAT32_BYTES, WORKING_ARRAYS, Cost, M
 from explainserve.methods.features import picture
 from explainserve.methods.quadrature import RULES, check_step_count
 from explainserve.methods.rows import point
+from explainserve.methods.sampling import check_has_effect
 from explainserve.methods.superpixels import XRAI_SCALES, check_installed, dilated_segments
 from explainserve.plan import STANDARD, Evaluation, Plan, Segment
 from explainserve.signature import MapSpec
 
+DEFAULT_STEP_COUNT = 100
 SHARE_OF_NEW = 0.001
 """Segments that add less than this share of the image are passed over: 50 of 224 x 224 pixels, as in the authors' code.
 """
@@ -72,12 +74,12 @@ class Xrai(Method):
     and the highest value of the instance everywhere, and its largest over channels. The map has shape (H, W).
 
     Attributes:
-        step_count: of each base map, at least 1.
+        step_count: of each base map, at least 1. None becomes 100, but for a given base map.
         segments: bool, shape (segments, H, W), in place of the server's.
         base_map: in place of the server's: floating point, shape of the input, or (H, W).
 
     Raises:
-        InvalidRequest: STEP_COUNT_OUT_OF_RANGE.
+        InvalidRequest: STEP_COUNT_OUT_OF_RANGE, OPTION_WITHOUT_EFFECT.
     """
 
     reading_guide: ClassVar[ReadingGuide] = ReadingGuide(
@@ -89,12 +91,17 @@ class Xrai(Method):
         paper="Kapishnikov et al.: XRAI: Better Attributions Through Regions, ICCV 2019, arXiv:1906.02825",
     )
 
-    step_count: int = 100
+    step_count: int | None = None
     segments: NDArray[np.generic] | None = field(default=None, compare=False)
     base_map: NDArray[np.generic] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        check_step_count("step_count", self.step_count)
+        if self.base_map is not None:
+            check_has_effect(self, "step_count", "with a given base_map")
+            return
+        if self.step_count is None:
+            object.__setattr__(self, "step_count", DEFAULT_STEP_COUNT)
+        check_step_count("step_count", self._step_count)
 
     @property
     def needs(self) -> Needs:
@@ -127,7 +134,7 @@ class Xrai(Method):
 
     def cost(self, subject: Subject) -> Cost:
         """Two paths, or the score of the instance alone with a given base map."""
-        return Cost.fixed(forward_rows=1) if self.base_map is not None else Cost.fixed(2 * self.step_count)
+        return Cost.fixed(forward_rows=1) if self.base_map is not None else Cost.fixed(2 * self._step_count)
 
     def path_bytes(self, subject: Subject) -> int:
         """The base maps, and the members of all segments."""
@@ -141,7 +148,7 @@ class Xrai(Method):
         if self.base_map is not None:
             return BaseMapsPlan((point(question, question.instance.moving, question.score),), (), memberships)
         starts = tuple(_extreme(question.instance, which) for which in ("lowest", "highest"))
-        alphas, weights = RULES["midpoint"].nodes_and_weights(self.step_count)
+        alphas, weights = RULES["midpoint"].nodes_and_weights(self._step_count)
         paths = tuple(
             Segment(
                 start=start.moving,
@@ -179,6 +186,10 @@ class Xrai(Method):
             segments={spec.name: ranks.reshape(extents)},
             parts=parts | {"base": base.astype(np.float32)},
         ).checked()
+
+    @property
+    def _step_count(self) -> int:
+        return cast(int, self.step_count)
 
     def _memberships(self, question: Question) -> Memberships:
         """The same object for all targets of an instance."""

@@ -919,9 +919,9 @@ class Lrp(_message.Message):
     sums of contributions. Default 1e-6.
     """
     gamma: _builtins.float
-    """Optional. Of gamma rules, positive. Default 0.25."""
+    """Optional. Of GAMMA and EPSILON_GAMMA_BOX, refused with others; positive. Default 0.25."""
     alpha: _builtins.float
-    """Optional. Of ALPHA_BETA, at least 1; beta is alpha - 1. Default 2."""
+    """Optional. Of ALPHA_BETA, refused with others; at least 1, and beta is alpha - 1. Default 2."""
     def __init__(
         self,
         *,
@@ -1042,8 +1042,8 @@ class Rise(_message.Message):
     sample_count: _builtins.int
     """Optional. Number of masks, at least 2. Default 4000, the paper's."""
     grid_size: _builtins.int
-    """Optional. Cells of the coarse mask along H and W, at least 1 and at most the input's extent. Default 7, or
-    the extent where it is less.
+    """Optional. Cells of the coarse mask along H and W, at least 1 and at most the input's extent; refused where no moving input
+    has these axes. Default 7, or the extent where it is less.
     """
     keep_probability: _builtins.float
     """Optional. Probability that a cell is kept, in (0, 1). Default 0.5."""
@@ -1414,7 +1414,7 @@ class Xrai(_message.Message):
     SEGMENTS_FIELD_NUMBER: _builtins.int
     BASE_MAP_FIELD_NUMBER: _builtins.int
     step_count: _builtins.int
-    """Optional. Steps of each base map, from 1 to the server's cap. Default 100, the paper's code."""
+    """Optional. Steps of each base map, from 1 to the server's cap; refused with a `base_map`. Default 100, the paper's code."""
     @_builtins.property
     def segments(self) -> _tensor_pb2.Tensor:
         """Optional. Overlapping segments, bool, shape [segments, H, W]; they need not cover the input. Default: Felzenszwalb's of
