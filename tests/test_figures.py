@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from explainserve.errors import InvalidRequest
 from explainserve.explainer import Answer, Explanation, Usage
-from explainserve.explanation import Attribution, Baseline, Instance, Question, StopReason, Subject, Target
+from explainserve.explanation import Attribution, Baseline, Fit, Instance, Question, StopReason, Subject, Target
 from explainserve.figures import (
     Entry,
     FigureOptions,
@@ -104,6 +104,36 @@ def test_folding_groups_by_instance_and_target() -> None:
         assert entry.tensors["image"].dtype == entry.spread["image"].dtype == np.float32
         assert (entry.baseline_output_value, entry.output_change, entry.step_count) == (1.0, 0.0, 6)
         assert entry.folded
+
+
+def sampled(baseline: int, standard_errors: dict[str, Any], fit: Fit | None) -> Explanation:
+    """Of one baseline, by a method that draws samples."""
+    own = explanation((0, 0, baseline), random(baseline))
+    return replace(own, attribution=replace(own.attribution, standard_errors=standard_errors, fit=fit))
+
+
+def test_mean_of_parts_without_standard_errors_or_fits_has_none() -> None:
+    known = {"image": np.abs(random(7)).astype(np.float32)}
+    (entry,) = entries(answer(sampled(0, known, Fit(0.9, 2.0)), sampled(1, {}, None)), True)
+
+    assert not entry.attribution.standard_errors
+    assert entry.attribution.fit is None
+
+
+@given(scale=st.floats(-2, 2))
+def test_standard_error_of_a_mean_bounds_the_real_one(scale: float) -> None:
+    """Samples of the second baseline follow those of the first; their mean is off by no more than is told."""
+    drawn = [
+        np.random.default_rng(1).standard_normal((50, *SHAPE)),
+        np.random.default_rng(2).standard_normal((50, 1, 1, 1)),
+    ]
+    samples = [drawn[0], scale * drawn[0] + drawn[1]]
+    told = [{"image": own.std(axis=0, ddof=1).astype(np.float32)} for own in samples]
+    (entry,) = entries(answer(*(sampled(b, own, Fit(0.5, b)) for b, own in enumerate(told))), True)
+    real = np.mean(samples, axis=0).std(axis=0, ddof=1)
+
+    assert (real <= entry.attribution.standard_errors["image"] * (1 + 1e-5)).all()
+    assert entry.attribution.fit == Fit(None, 0.5)
 
 
 def test_mean_of_one_is_itself_without_spread() -> None:

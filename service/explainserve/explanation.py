@@ -198,7 +198,8 @@ class Fit:
     """How well the model that a method fits to the scores of its samples explains them.
 
     Attributes:
-        r_squared: weighted share of their variance, at most 1; None where the scores do not vary.
+        r_squared: weighted share of their variance, at most 1; None where the scores do not vary, and
+            for a mean over baselines.
         intercept: its score where every feature is absent.
     """
 

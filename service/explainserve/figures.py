@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from explainserve.errors import InvalidRequest
 from explainserve.explainer import Answer, Explanation
-from explainserve.explanation import Attribution, StopReason, Subject, Target
+from explainserve.explanation import Attribution, Fit, StopReason, Subject, Target
 from explainserve.methods import Method, name_of
 from explainserve.normalization import Normalization, normalizations
 from explainserve.query import Query
@@ -147,7 +147,7 @@ class Entry:
         baseline_index: None for one without a baseline, and for a mean over baselines.
         maps: how each tensor is laid out.
         baseline_output_value: None without a baseline.
-        attribution: of the method; that of the first baseline for a mean.
+        attribution: of the method; a mean has no score path.
         tensors, step_count, stop_reason, map_error: of the map.
         spread: population standard deviation over baselines, by input.
         folded: whether it is a mean over baselines.
@@ -345,20 +345,49 @@ _WORST_FIRST = (
 
 
 def _mean(parts: Sequence[Entry]) -> Entry:
-    """The mean over baselines with spread; the error is bounded by the mean of errors weighted by norms."""
+    """The mean over baselines with spread."""
+    attributions = [part.attribution for part in parts]
     stacked = {name: np.stack([p.tensors[name].astype(np.float64) for p in parts]) for name in parts[0].tensors}
     means = {name: maps.mean(axis=0).astype(np.float32) for name, maps in stacked.items()}
+    mean = Attribution(
+        means,
+        step_count=sum(p.step_count for p in parts),
+        stop_reason=min((p.stop_reason for p in parts), key=_WORST_FIRST.index),
+        map_error=_mean_error(parts, means),
+        maps=attributions[0].maps,
+        standard_errors=_mean_standard_errors(attributions),
+        fit=_mean_fit(attributions),
+        segments=attributions[0].segments,  # those of the instance, whatever the baseline
+    )
     return replace(
         parts[0],
+        attribution=mean,
         baseline_index=None,
         tensors=means,
         spread={name: maps.std(axis=0).astype(np.float32) for name, maps in stacked.items()},
         baseline_output_value=float(np.mean([cast(float, p.baseline_output_value) for p in parts])),
-        step_count=sum(p.step_count for p in parts),
-        stop_reason=min((p.stop_reason for p in parts), key=_WORST_FIRST.index),
-        map_error=_mean_error(parts, means),
+        step_count=mean.step_count,
+        stop_reason=mean.stop_reason,
+        map_error=mean.map_error,
         folded=True,
     )
+
+
+def _mean_standard_errors(parts: Sequence[Attribution]) -> dict[str, Map]:
+    """Of the mean at most, by the triangle inequality: parts draw the same samples, so their errors may add up. None
+    where a part has none."""
+    stacked = {
+        name: np.stack([part.standard_errors[name].astype(np.float64) for part in parts])
+        for name in parts[0].standard_errors
+        if all(name in part.standard_errors for part in parts)
+    }
+    return {name: errors.mean(axis=0).astype(np.float32) for name, errors in stacked.items()}
+
+
+def _mean_fit(parts: Sequence[Attribution]) -> Fit | None:
+    """The mean of linear models has the mean intercept; no scores tell how much of them it explains."""
+    intercepts = [part.fit.intercept for part in parts if part.fit is not None]
+    return Fit(None, float(np.mean(intercepts))) if len(intercepts) == len(parts) else None
 
 
 def _mean_error(parts: Sequence[Entry], means: dict[str, Map]) -> float | None:

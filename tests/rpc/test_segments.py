@@ -13,7 +13,7 @@ from explainserve.rpc.tensors import encode
 from explainserve.v1 import attribution_pb2, tensor_pb2
 from explainserve.v1 import explainer_service_pb2 as pb
 from explainserve.v1.explainer_service_pb2_grpc import ExplainerServiceStub
-from rpc.loopback import PATIENCE, array, element, normal, refusal, request
+from rpc.loopback import PATIENCE, array, element, every, normal, refusal, request
 
 X = normal(1, 3, 6, 8)
 IDS = np.array([[3, 1, 4, 1, 5, 0], [2, 6, 5, 3, 5, 1]])
@@ -54,6 +54,34 @@ def test_sampled_segments_have_standard_errors(stub: ExplainerServiceStub, name:
         values, errors = array(own.inputs[0].tensor), array(own.inputs[0].standard_error)
         assert (errors > 0).all()
         assert own.map_error == pytest.approx(np.linalg.norm(errors) / np.linalg.norm(values), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["feature_ablation", "kernel_shap", "shapley_value_sampling", "lime", "rise"])
+def test_a_mean_over_baselines_has_what_its_parts_have(stub: ExplainerServiceStub, name: str) -> None:
+    options = {} if name == "rise" else {"segmentation": "SEGMENTATION_GRID", "segment_count": 6}
+    if name != "feature_ablation":
+        options["sample_count"] = 30
+    fields: dict[str, Any] = {
+        "baselines": [every(zeros={}), every(constant={"values": [0.5]})],
+        "response_options": {"include_standard_errors": True, **PARTS},
+    }
+    parts = stub.Explain(asked({name: options}, **fields), timeout=60).attributions
+    means = stub.Explain(
+        asked({name: options}, baseline_reduction="BASELINE_REDUCTION_MEAN", **fields), timeout=60
+    ).attributions
+
+    assert (len(parts), len(means)) == (4, 2)
+    for own, first, second in zip(means, parts[::2], parts[1::2], strict=True):
+        mean, one, other = (each.inputs[0] for each in (own, first, second))
+        assert mean.segments == one.segments == other.segments
+        assert mean.HasField("segments") == (name != "rise")
+        assert mean.HasField("standard_error") == one.HasField("standard_error") == (name != "feature_ablation")
+        if mean.HasField("standard_error"):
+            expected = (array(one.standard_error) + array(other.standard_error)) / 2
+            np.testing.assert_allclose(array(mean.standard_error), expected, rtol=1e-5)
+        assert own.HasField("intercept") == first.HasField("intercept") == (name in {"lime", "kernel_shap"})
+        assert not own.HasField("r_squared")
+        assert own.intercept == pytest.approx((first.intercept + second.intercept) / 2)
 
 
 def test_methods_over_equal_segments_share_rows(stub: ExplainerServiceStub) -> None:

@@ -67,7 +67,8 @@ class InputAttribution:
         normalizations: recipes, one per kind and view.
         regions: sums by region name, then by view: `regions["left"]["CHANNEL_SUM"].sum`.
         spread: standard deviation over baselines, where they were folded.
-        standard_error: of each value, of sampled methods where `include_standard_errors` asks for it.
+        standard_error: of each value, of sampled methods where `include_standard_errors` asks for it; of a mean
+            over baselines at most this.
         segments: labels of the segments that elements belong to, int32 from 0, with extent 1 along axes on which they
             do not depend; where `include_parts` asks for them.
         covered_input: of a map of a layer: the input over whose H and W its own extend; "" elsewhere.
@@ -128,7 +129,8 @@ class Attribution:
         score_path: None where left out.
         applied_normalization: "NONE", always.
         cautions: for this map.
-        r_squared, intercept: of the model that the method fitted to its samples; None of other methods.
+        r_squared, intercept: of the model that the method fitted to its samples; None of other methods. A mean over
+            baselines has the mean intercept and no r_squared.
         parts: maps that this one was made of, by name, where `include_parts` asks for them.
     """
 

@@ -249,11 +249,11 @@ def _attribution(entry: Entry, request: Explain, answer: Answer, messages: _Figu
             message.inputs[-1].tensor.CopyFrom(encode(tensor))
             if name in entry.spread:
                 message.inputs[-1].spread.CopyFrom(encode(entry.spread[name]))
-            if options.include_standard_errors and name in entry.attribution.standard_errors and not entry.folded:
+            if options.include_standard_errors and name in entry.attribution.standard_errors:
                 message.inputs[-1].standard_error.CopyFrom(encode(entry.attribution.standard_errors[name]))
-        if options.include_parts and name in entry.attribution.segments and not entry.folded:
+        if options.include_parts and name in entry.attribution.segments:
             message.inputs[-1].segments.CopyFrom(encode(entry.attribution.segments[name]))
-    if entry.attribution.alphas.size and not (entry.folded or options.omit_score_path):
+    if entry.attribution.alphas.size and not options.omit_score_path:
         message.score_path.alphas.extend(entry.attribution.alphas.tolist())
         message.score_path.scores.extend(entry.attribution.scores.tolist())
     return message

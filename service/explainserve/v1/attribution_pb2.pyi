@@ -276,7 +276,8 @@ class InputAttribution(_message.Message):
     @_builtins.property
     def standard_error(self) -> _tensor_pb2.Tensor:
         """Standard error of each value, FLOAT32, same shape; of sampled methods, where the response options ask for it. Over what else
-        the seed could have drawn: it says nothing of how well a method's own model, such as LIME's regression, suits the score.
+        the seed could have drawn: it says nothing of how well a method's own model, such as LIME's regression, suits the score. Where
+        baselines are folded, an upper bound: the mean over baselines, whose samples are the same.
         """
 
     @_builtins.property
@@ -400,9 +401,13 @@ class Attribution(_message.Message):
     applied_normalization: Global___AppliedNormalization.ValueType
     """Always APPLIED_NORMALIZATION_NONE."""
     r_squared: _builtins.float
-    """Weighted share of the variance of the samples' scores that the fitted model explains, at most 1; of methods that fit one."""
+    """Weighted share of the variance of the samples' scores that the fitted model explains, at most 1; of methods that fit one.
+    Absent where baselines are folded.
+    """
     intercept: _builtins.float
-    """Score of the fitted model where every segment is absent; of methods that fit one."""
+    """Score of the fitted model where every segment is absent; of methods that fit one. The mean over baselines where they are
+    folded.
+    """
     @_builtins.property
     def target(self) -> _target_pb2.ResolvedTarget:
         """What was explained."""
