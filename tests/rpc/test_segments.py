@@ -173,6 +173,14 @@ def test_a_picture_without_parts_is_refused(stub: ExplainerServiceStub) -> None:
     assert (refused.reason, refused.metadata["count"]) == ("SEGMENT_COUNT_OUT_OF_RANGE", "1")
 
 
+def test_the_method_that_has_too_few_segments_is_named(stub: ExplainerServiceStub) -> None:
+    segments = {"segments": {"image": encode(np.zeros_like(LABELS))}}
+
+    refused = refusal(lambda: stub.Explain(asked({"feature_ablation": segments}, {"lime": segments}), timeout=60))
+    assert refused.reason == "SEGMENT_COUNT_OUT_OF_RANGE"
+    assert refused.metadata.items() >= {"method": "Lime", "count": "1", "min": "2"}.items()
+
+
 @pytest.mark.parametrize(
     ("method", "reason"),
     [

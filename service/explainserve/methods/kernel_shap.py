@@ -68,7 +68,7 @@ class KernelShap(Segmented):
         """With the segments and the number of samples; M is the number that is asked for where they are found later."""
         own = super().resolved(subject)
         count = own.feature_count(subject)
-        check_segment_count(count, MIN_FEATURES, MAX_FEATURES)
+        check_segment_count(self, count, MIN_FEATURES, MAX_FEATURES)
         if own.sample_count is not None:
             return own
         usual = 2 * (count or own.segment_count or MAX_FEATURES) + EXTRA_SAMPLES
@@ -89,7 +89,7 @@ class KernelShap(Segmented):
     def coalitions(self, feature_count: int) -> Sets:
         """Pairs of sets: those of one segment, which alone make a map, and then each size by its weight in every
         beginning (Adams's method of apportionment), so that what time cuts short tells its error."""
-        check_segment_count(feature_count, MIN_FEATURES, MAX_FEATURES)
+        check_segment_count(self, feature_count, MIN_FEATURES, MAX_FEATURES)
         weights = size_weights(feature_count)
         taken = {size: n for size, n in shares(feature_count, self._pair_count(feature_count)).items() if n}
         sets = np.concatenate([self._pairs(feature_count, size, count) for size, count in taken.items()])

@@ -72,7 +72,7 @@ class Lime(Segmented):
     def resolved(self, subject: Subject) -> Self:
         """With the segments."""
         own = super().resolved(subject)
-        check_segment_count(own.feature_count(subject), MIN_FEATURES, MAX_FEATURES)
+        check_segment_count(self, own.feature_count(subject), MIN_FEATURES, MAX_FEATURES)
         return own
 
     def cost(self, subject: Subject) -> Cost:
@@ -88,7 +88,7 @@ class Lime(Segmented):
 
     def coalitions(self, feature_count: int) -> Sets:
         """The distinct samples that are not the instance."""
-        check_segment_count(feature_count, MIN_FEATURES, MAX_FEATURES)
+        check_segment_count(self, feature_count, MIN_FEATURES, MAX_FEATURES)
         return PackedSets.of(self._samples(feature_count)[0])
 
     def fewest(self, feature_count: int) -> int:

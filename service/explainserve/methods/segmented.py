@@ -206,15 +206,17 @@ class Segmented(Perturbation):
         )
 
 
-def check_segment_count(count: int | None, minimum: int, maximum: int | None = None) -> None:
+def check_segment_count(method: Segmented, count: int | None, minimum: int, maximum: int | None = None) -> None:
     """Raises InvalidRequest (SEGMENT_COUNT_OUT_OF_RANGE) outside the range; None is not known yet."""
     if count is None or (minimum <= count and (maximum is None or count <= maximum)):
         return
+    kind = type(method).__name__
     raise InvalidRequest(
         "SEGMENT_COUNT_OUT_OF_RANGE",
-        f"there are {count} segments; the method needs at least {minimum}"
+        f"the number of segments is {count}; {kind} needs at least {minimum}"
         + ("" if maximum is None else f" and at most {maximum}")
         + ": send segments, or choose another recipe",
+        method=kind,
         count=count,
         min=minimum,
         max=maximum or "",

@@ -117,7 +117,7 @@ class ShapleyValueSampling(Segmented):
         """With the segments."""
         refuse_found(self)
         own = super().resolved(subject)
-        check_segment_count(own.feature_count(subject), MIN_FEATURES)
+        check_segment_count(self, own.feature_count(subject), MIN_FEATURES)
         return own
 
     def cost(self, subject: Subject) -> Cost:
