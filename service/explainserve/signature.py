@@ -79,6 +79,28 @@ class Layer:
     bypassing_inputs: tuple[str, ...] = ()
 
 
+NAMED_LAYERS = 8
+"""Layers that an error lists; the model's metadata has all of them."""
+
+
+def unknown_layer(name: str, layers: Sequence[Layer], likely: Sequence[str]) -> InvalidRequest:
+    """UNKNOWN_LAYER, with a few names that may have been meant.
+
+    Args:
+        layers: all of the model.
+        likely: names among them.
+    """
+    count, names = len(layers), ", ".join(likely)
+    such_as = f", such as {names}" if names else ""
+    return InvalidRequest(
+        "UNKNOWN_LAYER",
+        f"the model has no layer {name!r}; there are {count}{such_as}",
+        layer=name,
+        layers=names,
+        layer_count=count,
+    )
+
+
 def explained_layers(layers: Sequence[Layer], configured: Sequence[str]) -> tuple[str, ...]:
     """Names of the layers to explain where no input can be: those `configured`, else embeddings, else all."""
     embeddings = tuple(layer.name for layer in layers if layer.operator == "Gather")

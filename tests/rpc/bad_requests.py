@@ -22,6 +22,7 @@ INTERNAL = grpc.StatusCode.INTERNAL
 
 X = normal(1, 4)
 IMAGE = np.zeros((1, 3, 6, 8), np.float32)
+IMAGE_LAYERS = ("z", "h")
 
 
 @dataclass(frozen=True)
@@ -394,6 +395,23 @@ METHODS = {
         INVALID,
         "OPTION_WITHOUT_EFFECT",
         {"method": "Xrai", "option": "step_count", "value": "100"},
+    ),
+    "layer of Grad-CAM that is not there": Case(
+        image(methods=[{"grad_cam": {"layer": "nothing"}}]),
+        INVALID,
+        "UNKNOWN_LAYER",
+        {"layer": "nothing", "layers": ", ".join(IMAGE_LAYERS), "layer_count": str(len(IMAGE_LAYERS))},
+    ),
+    "layer that is not there": Case(
+        image(layers=["nothing"]),
+        INVALID,
+        "UNKNOWN_LAYER",
+        {"layer": "nothing", "layers": ", ".join(IMAGE_LAYERS), "layer_count": str(len(IMAGE_LAYERS))},
+    ),
+    "layer of Grad-CAM beside layers in the place of inputs": Case(
+        image(layers=[IMAGE_LAYERS[0]], methods=[{"grad_cam": {"layer": IMAGE_LAYERS[0]}}]),
+        PRECONDITION,
+        "NO_GRID_LAYER",
     ),
     "RISE grid over a vector": Case(
         plain(methods=[{"rise": {"grid_size": 2}}]),

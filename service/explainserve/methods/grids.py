@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from explainserve.errors import InvalidRequest, Unsupported
 from explainserve.explanation import Subject
 from explainserve.methods.planes import extent
-from explainserve.signature import Layer, MapSpec
+from explainserve.signature import NAMED_LAYERS, Layer, MapSpec, unknown_layer
 
 MAX_PREFIX_TOKENS = 8
 _ATTENTION = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
@@ -67,13 +67,12 @@ def grid(subject: Subject, layer: str | None) -> Grid:
         InvalidRequest: there is no such layer (UNKNOWN_LAYER), or it has no grid (LAYER_WITHOUT_GRID).
         Unsupported: no layer has one, or no input has H and W axes (NO_GRID_LAYER).
     """
-    known = {own.name: own for own in subject.layers}
-    if layer is not None and layer not in known:
-        names = ", ".join(list(known)[-8:])
-        raise InvalidRequest("UNKNOWN_LAYER", f"no layer {layer!r}; the last ones are {names}", layer=layer)
     covers = next((name for name, spec in subject.maps.items() if spec.spatial_axes is not None), None)
     if covers is None:
         raise Unsupported("NO_GRID_LAYER", "no explained input has H and W axes, so no layer lies over an image")
+    known = {own.name: own for own in subject.layers}
+    if layer is not None and layer not in known:
+        raise unknown_layer(layer, subject.layers, list(known)[-NAMED_LAYERS:])
     named = layer or next(iter(subject.configured_layers), None)
     if named is None:
         return _default(subject, covers)

@@ -7,13 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from explainserve.errors import InvalidRequest, Unsupported
+from explainserve.errors import Unsupported
 from explainserve.explanation import Instance, Subject
 from explainserve.served_model import ServedModel
-from explainserve.signature import Layer, MapSpec, explained_layers
-
-NAMED_LAYERS = 8
-"""Layers that an error lists; the model's metadata has all of them."""
+from explainserve.signature import NAMED_LAYERS, Layer, MapSpec, explained_layers, unknown_layer
 
 
 def input_subject(model: ServedModel, instance: Instance) -> Subject:
@@ -29,30 +26,32 @@ def input_subject(model: ServedModel, instance: Instance) -> Subject:
 
 
 def layer_subject(model: ServedModel, names: tuple[str, ...], arrays: Mapping[str, NDArray[np.generic]]) -> Subject:
-    """Layers in the place of inputs. Extents that the file leaves open are those of the inputs' axes of that name."""
+    """Layers in the place of inputs. Extents that the file leaves open are those of the inputs' axes of that name.
+
+    Raises:
+        InvalidRequest: there is no such layer (UNKNOWN_LAYER).
+        Unsupported: the extents of a layer are not known (LAYER_SHAPE_UNKNOWN).
+    """
     known = {layer.name: layer for layer in model.layers}
     extents = {
         axis.name: extent
         for spec in model.signature.inputs
         for axis, extent in zip(spec.axes, arrays[spec.name].shape, strict=True)
     }
-    shapes = {name: _layer_shape(name, known.get(name), extents) for name in names}
+    for name in names:
+        if name not in known:
+            raise unknown_layer(name, model.layers, _likely_layers(model))
+    shapes = {name: _layer_shape(known[name], extents) for name in names}
     return Subject({name: _layer_map(name, shape) for name, shape in shapes.items()}, shapes, cut=names)
 
 
-def _layer_shape(name: str, layer: Layer | None, extents: Mapping[str, int]) -> tuple[int, ...]:
-    """Of one instance.
-
-    Raises:
-        InvalidRequest: there is no such layer (UNKNOWN_LAYER).
-        Unsupported: its extents are not known (LAYER_SHAPE_UNKNOWN).
-    """
-    if layer is None:
-        raise InvalidRequest("UNKNOWN_LAYER", f"the model has no layer {name!r}", layer=name)
+def _layer_shape(layer: Layer, extents: Mapping[str, int]) -> tuple[int, ...]:
+    """Of one instance."""
     sizes = [axis.size or extents.get(axis.name) for axis in layer.axes[1:]]
     known = tuple(size for size in sizes if size is not None)
     if not layer.axes or len(known) != len(sizes):
-        raise Unsupported("LAYER_SHAPE_UNKNOWN", f"the file does not tell the shape of layer {name!r}", layer=name)
+        text = f"the file does not tell the shape of layer {layer.name!r}"
+        raise Unsupported("LAYER_SHAPE_UNKNOWN", text, layer=layer.name)
     return known
 
 
@@ -76,6 +75,11 @@ def moving_inputs(model: ServedModel, fixed_inputs: Sequence[str], *, explains_l
             if not signature.differentiable_inputs
             else "every floating-point input is in fixed_inputs",
             inputs=", ".join(spec.name for spec in signature.inputs),
-            layers=", ".join(explained_layers(model.loaded.layers, model.config.layers)[:NAMED_LAYERS]),
+            layers=", ".join(_likely_layers(model)),
         )
     return moving
+
+
+def _likely_layers(model: ServedModel) -> tuple[str, ...]:
+    """Names of some to explain in the place of inputs."""
+    return explained_layers(model.loaded.layers, model.config.layers)[:NAMED_LAYERS]
