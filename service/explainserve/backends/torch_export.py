@@ -8,7 +8,6 @@ file has, its names are given in order.
 from __future__ import annotations
 
 import functools
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from explainserve.backends import pattern_file
 from explainserve.backends.contract import LoadedModel, LoadOptions
+from explainserve.backends.environment import variable
 from explainserve.backends.exported_activation import with_kind
 from explainserve.backends.exported_function import NamedGraph
 from explainserve.backends.exported_layers import axes
@@ -220,16 +220,8 @@ def _read(path: Path) -> ExportedProgram:
 @contextmanager
 def _restricted_unpickling() -> Iterator[None]:
     """Takes from `torch.load` the choice to unpickle freely: a second wall behind `torch_archive`."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
+    with variable("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1"):
         yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _user_inputs(program: ExportedProgram) -> list[Any]:

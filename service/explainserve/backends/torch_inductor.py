@@ -8,7 +8,6 @@ inputs, and where it does not hold the graph runs operator by operator.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from explainserve.backends.environment import variable
 from explainserve.backends.precision import STEPS
 
 Function = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -144,13 +144,5 @@ def _any(rows: int) -> bool:
 @contextmanager
 def compiler_cache(folder: Path) -> Iterator[None]:
     """Has the compiler keep what it generates in a folder, and take from there what it generated before."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(name)
-    os.environ[name] = str(folder)
-    try:
+    with variable("TORCHINDUCTOR_CACHE_DIR", str(folder)):
         yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
